@@ -1,0 +1,272 @@
+"""Everything on disk: atomic writes, verified reads, cache keys, code versions, locks.
+
+An artifact is a file and its sidecar `<file>.json` (sha256, size, parameters, seed, versions, device, code version).
+The sidecar is written before the file appears under its name, so a file that is there always has one.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_AGAIN = "Delete it and run the stage that makes it (`make figures`) again."
+
+
+class StoreError(ValueError):
+    """A file that cannot be trusted, or a value that cannot be stored."""
+
+
+def root() -> Path:
+    """Return the repository root: $DEJAVU_ROOT, or the folder above `dejavu_utils/`; it must hold `notebooks/`."""
+    folder = Path(os.environ.get("DEJAVU_ROOT") or PACKAGE.parent).resolve()
+    if not (folder / "notebooks").is_dir():
+        raise StoreError(f"{folder} has no notebooks/ folder: set DEJAVU_ROOT to the folder that `git clone` made.")
+    return folder
+
+
+def runs(profile: str) -> Path:
+    """Return the folder of everything a profile produces: ($DEJAVU_RUNS or root/runs)/<profile>."""
+    return Path(os.environ.get("DEJAVU_RUNS") or root() / "runs").resolve() / profile
+
+
+def _plain(value: Any, exact: bool = True) -> Any:
+    """Return `value` as plain JSON types; `exact` (keys) makes 1.0 equal 1 and refuses NaN, else it becomes null."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        if not math.isfinite(value) and exact:
+            raise StoreError(f"a key cannot hold {value}: pass a finite number or None.")
+        whole = isinstance(value, int) or exact and value.is_integer()
+        return int(value) if whole else float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, exact) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, exact) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name), exact) for name in value.__dataclass_fields__}
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return _plain(value.tolist(), exact)
+    raise StoreError(f"cannot store a {type(value).__name__} ({value!r}): pass numbers, text, lists, dicts or None.")
+
+
+def key(**parts: Any) -> str:
+    """Return 16 hex characters that name these parts: equal parts, equal key, whatever their order; 1 equals 1.0."""
+    text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version(*modules: str) -> str:
+    """Return 12 hex characters for the code of `modules` of this package (all, if none is named).
+
+    Comments, docstrings and layout do not count. The first call of a process holds: edits need a new one.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(modules) or sorted(path.stem for path in PACKAGE.glob("*.py")):
+        path = PACKAGE / f"{name}.py"
+        if not path.is_file():
+            raise StoreError(f"code_version: no module dejavu_utils/{name}.py.")
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if documented and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; after the block it is synced and renamed, or on an error removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))  # safetensors raises its own type
+        number = int(number[1]) if number else getattr(error, "errno", None)
+        if number not in _FULL:
+            raise
+        raise OSError(number, f"cannot write {path}: {os.strerror(number)}. What was there before is unchanged. "
+                              "Free some space (`make clean` removes runs/) and run the command again.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sidecar(path: str | Path) -> Path:
+    """Return the path of the sidecar of `path`."""
+    return Path(f"{path}.json")
+
+
+def _text(path: Path, content: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(_plain(content, exact=False), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python, torch and numpy, without importing them."""
+    from importlib.metadata import version
+    return {"python": sys.version.split()[0], "torch": version("torch"), "numpy": version("numpy")}
+
+
+@contextmanager
+def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write; then `path` and its sidecar, with `meta` merged in, appear together.
+
+    Killed between the two replacements, the sidecar still describes the old file, under `previous`.
+    """
+    side = sidecar(path)
+    torch = sys.modules.get("torch")  # a process that never imported torch computed on the CPU
+    device = "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+    with atomic(path) as temporary:
+        yield temporary
+        entry = {"sha256": _digest(temporary), "bytes": temporary.stat().st_size, "parameters": {}, "seed": None,
+                 "versions": versions(), "device": device, "code": code_version(),
+                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **(meta or {})}
+        try:
+            old = {"previous": verify(path)}
+        except (StoreError, FileNotFoundError):
+            old = {}
+        _text(side, entry | old)
+    if old:
+        _text(side, entry)
+
+
+def verify(path: str | Path) -> dict:
+    """Return the sidecar of `path` after checking the file against it; StoreError or FileNotFoundError otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: run the stage that makes it (`make figures`).")
+    try:
+        entry = json.loads(sidecar(path).read_text())
+        by_digest = {item["sha256"]: item for item in (entry, entry.get("previous", entry))}
+    except FileNotFoundError:
+        raise StoreError(f"{path} has no sidecar {path.name}.json, so it cannot be checked. {_AGAIN}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{sidecar(path)} is not a sidecar: {path.name} cannot be checked. {_AGAIN}") from error
+    found = _digest(path)
+    if found not in by_digest:
+        raise StoreError(f"{path} is damaged: sha256 {found[:12]}… ({path.stat().st_size} bytes), its sidecar says "
+                         f"{entry['sha256'][:12]}… ({entry.get('bytes')} bytes). {_AGAIN}")
+    return by_digest[found]
+
+
+def write_json(path: str | Path, content: Any, meta: Mapping | None = None) -> None:
+    """Write plain values as JSON, with a sidecar; numpy values become plain ones, NaN and infinities null."""
+    with artifact(path, meta) as temporary:
+        _text(temporary, content)
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON artifact after checking it."""
+    verify(path)
+    return json.loads(Path(path).read_text())
+
+
+def write_table(path: str | Path, frame: Any, meta: Mapping | None = None) -> None:
+    """Write a DataFrame, without its index, as .parquet or .csv by suffix, with a sidecar."""
+    suffix = Path(path).suffix
+    if suffix not in (".parquet", ".csv"):
+        raise StoreError(f"{path}: a table is .parquet or .csv, not {suffix or 'without suffix'}.")
+    types = {str(name): str(kind) for name, kind in frame.dtypes.items() if str(kind) != "object"}
+    with artifact(path, {**(meta or {}), "rows": len(frame), "columns": types}) as temporary:
+        if suffix == ".csv":
+            frame.to_csv(temporary, index=False, lineterminator="\n")
+        else:
+            frame.to_parquet(temporary, index=False)
+
+
+def read_table(path: str | Path) -> Any:
+    """Return a table artifact as a DataFrame after checking it; in .csv an empty text reads as missing."""
+    import pandas as pd
+    meta = verify(path)
+    if Path(path).suffix == ".parquet":
+        return pd.read_parquet(path)
+    return pd.read_csv(path, dtype=meta.get("columns"), keep_default_na=False, na_values=[""],
+                       float_precision="round_trip")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Any], meta: Mapping | None = None) -> None:
+    """Write named tensors as safetensors, with a sidecar that carries `meta`."""
+    from safetensors.torch import save_file
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        plain[name] = tensor.detach().cpu().contiguous()
+        if plain[name].untyped_storage().data_ptr() in storages:  # safetensors refuses tensors that share memory
+            plain[name] = plain[name].clone()
+        storages.add(plain[name].untyped_storage().data_ptr())
+    with artifact(path, meta) as temporary:
+        save_file(plain, temporary)
+
+
+def read_tensors(path: str | Path) -> tuple[dict, dict]:
+    """Return (tensors on the CPU, sidecar) of a safetensors artifact after checking it; nothing is unpickled."""
+    from safetensors.torch import load_file
+    meta = verify(path)
+    return load_file(path), meta
+
+
+def write_figure(stem: str | Path, figure: Any, frame: Any, meta: Mapping | None = None) -> None:
+    """Write <stem>.png (120 dpi), <stem>.pdf and the table behind them <stem>.csv; same figure, same bytes."""
+    write_table(f"{stem}.csv", frame, meta)
+    undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    for suffix, metadata in undated.items():
+        with artifact(f"{stem}{suffix}", meta) as temporary:
+            figure.savefig(temporary, dpi=120, metadata=metadata, bbox_inches="tight")
+
+
+@contextmanager
+def lock(path: str | Path) -> Iterator[None]:
+    """Hold <path>.lock for the block: one process at a time; says once whom it waits for. Not re-entrant."""
+    path = Path(f"{path}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"waiting for {path.stem}: {file.read().strip() or 'another process'} is working on it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,0 +1,99 @@
+"""Tidy tables behind the figures: scores, splits, curves and probe accuracies, each with its interval and n."""
+
+from __future__ import annotations
+
+from dejavu_utils import attack
+
+SETTING = ["criterion", "rho", "epoch", "layer", "k", "attacked"]
+
+
+def _groups(table):
+    for values, group in table.groupby(SETTING, sort=False, dropna=False):
+        yield dict(zip(SETTING, values, strict=True)) | {"seeds": group["seed"].nunique()}, group
+
+
+def scores(table, percents, rankings=("own", "paired"), resamples: int = 2000):
+    """Return a row per setting, p and ranking: déjà vu score, interval, target and reference accuracy, n; seeds pooled.
+
+    `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted.
+    """
+    import pandas as pd
+
+    rows = [setting | attack.score(group, p, ranking=ranking, resamples=resamples)
+            for setting, group in _groups(table) for ranking in rankings for p in percents]
+    return pd.DataFrame(rows)
+
+
+def shares(table, resamples: int = 2000):
+    """Return a row per setting: the four-way split with intervals, and the ratio memorized / misrepresented."""
+    import pandas as pd
+
+    return pd.DataFrame([setting | attack.four_way(group, resamples=resamples) for setting, group in _groups(table)])
+
+
+def probe_rows(table):
+    """Return a row per criterion, rho, epoch and quantity: mean over encoders and seeds with a 95 % interval.
+
+    From two seeds on the interval is the t-interval over seeds; with one it is the binomial one of the images judged.
+    """
+    import pandas as pd
+
+    named = {"held_out": "held-out accuracy", "gap": "train - held-out gap", "fresh_gap": "gap of a probe that saw neither"}
+    rows = []
+    for (criterion, rho, epoch), group in table.groupby(["criterion", "rho", "epoch"], sort=False, dropna=False):
+        by_seed = group.groupby("seed")[list(named)].mean()
+        for name, text in named.items():
+            mean, low, high = _interval(by_seed[name].to_numpy(), group, name)
+            rows.append({"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text, "mean": mean, "low": low,
+                         "high": high, "seeds": len(by_seed), "n_held_out": int(by_seed.size and group["n_held_out"].sum() // 2)})
+    return pd.DataFrame(rows)
+
+
+def _interval(values, group, name: str) -> tuple[float, float, float]:
+    if len(values) > 1:
+        return attack.over_seeds(values)
+    share = {"held_out": [("held_out", "n_held_out")], "gap": [("held_out", "n_held_out"), ("train", "n_train")],
+             "fresh_gap": [("member", "n_train"), ("non_member", "n_held_out")]}[name]
+    variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in share)
+    return values[0], values[0] - 1.96 * variance**0.5, values[0] + 1.96 * variance**0.5
+
+
+def curve(table, percents=(5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100), resamples: int = 1000):
+    """Return accuracies over p with their intervals and the chance level: the table of `plots.over_p`."""
+    out = scores(table, percents, rankings=("own",), resamples=resamples)
+    return out.assign(chance=1 / table["label"].nunique())
+
+
+def first_rho(table, rho: float):
+    """Return the rows of the first rho, which every criterion has; on real pictures, where rho is missing, all rows."""
+    return table if table["rho"].isna().all() else table[table["rho"] == rho]
+
+
+def truth(curve, classes: int):
+    """Return target, reference and Bayes accuracy per rho for the criterion that was trained at several; may be empty."""
+    from dejavu_utils.scenes import bayes_accuracy
+
+    known = curve[curve["rho"].notna()]
+    several = known.groupby("criterion")["rho"].transform("nunique") > 1
+    known = known[several].copy()
+    known["bayes"] = [bayes_accuracy(rho, classes) for rho in known["rho"]]
+    return known
+
+
+def differences(table, epochs: list[int]):
+    """Return a row per criterion and rho for each paired difference of déjà vu scores over all examples, with interval.
+
+    projector - backbone at the end, and at the projector the last checkpoint minus the untrained and the first trained.
+    """
+    import pandas as pd
+
+    rows, last = [], epochs[-1]
+    for (criterion, rho), group in table.groupby(["criterion", "rho"], sort=False, dropna=False):
+        at = {(layer, epoch): one for (layer, epoch), one in group.groupby(["layer", "epoch"])}
+        end = at["projector", last]
+        against = {"projector - backbone": at.get(("backbone", last)), "last - untrained": at.get(("projector", 0)),
+                   "last - first trained": at.get(("projector", epochs[1] if len(epochs) > 2 else None))}
+        for what, other in against.items():
+            if other is not None:
+                rows.append({"criterion": criterion, "rho": rho, "what": what} | attack.difference(end, other))
+    return pd.DataFrame(rows)
