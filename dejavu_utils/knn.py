@@ -48,13 +48,11 @@ def _plain(queries: Tensor, bank: Tensor) -> bool:
     """Return whether float32 can hold the sums of squares; raise ValueError on NaN or infinity."""
     largest = 0.0
     for name, values in (("queries", queries), ("bank", bank)):
-        if values.numel() == 0:
-            continue
-        extremes = torch.stack(torch.aminmax(values)).float()
+        extremes = torch.stack(torch.aminmax(values)).float() if values.numel() else torch.zeros(2)
         if not torch.isfinite(extremes).all():
             row = int((~torch.isfinite(values.float()).all(1)).nonzero()[0])
-            raise ValueError(f"knn.search: {name} row {row} holds NaN, infinity or a value beyond float32; expected "
-                             "finite embeddings. Look for a diverged checkpoint.")
+            raise ValueError(f"knn.search: {name} row {row} holds NaN or infinity (as float32); expected finite "
+                             "embeddings. Look for a diverged checkpoint.")
         largest = max(largest, float(extremes.abs().max()))
     return 8 * queries.shape[1] * largest**2 < 1e37
 
@@ -65,12 +63,9 @@ def _check(queries: Tensor, bank: Tensor, k: int, backend: str, tile: int | None
         raise ValueError(f"knn.search: queries {tuple(queries.shape)} and bank {tuple(bank.shape)}; expected (q, d) "
                          "and (n, d) of one width d. Were both embedded by the same model and layer?")
     if not 1 <= k <= len(bank):
-        raise ValueError(f"knn.search: k = {k}, but the bank (public set X) has {len(bank)} rows; expected "
-                         f"1 <= k <= {len(bank)}. Lower k or enlarge X.")
-    if backend not in BACKENDS:
-        raise ValueError(f"knn.search: backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
-    if tile is not None and tile < 1:
-        raise ValueError(f"knn.search: tile = {tile}; expected at least 1 row.")
+        raise ValueError(f"knn.search: k = {k}; expected 1 <= k <= {len(bank)}, the bank's size. Lower k or enlarge X.")
+    if backend not in BACKENDS or (tile is not None and tile < 1):
+        raise ValueError(f"knn.search: backend {backend!r}, tile {tile}; expected one of {BACKENDS}, tile >= 1.")
 
 
 @contextlib.contextmanager
@@ -88,11 +83,11 @@ def _full_precision(device: torch.device):
 def _slack(width: int, dtype: torch.dtype) -> float:
     """Return the largest error of a bound, as a share of |q|^2 + |b|^2, for any order of summation.
 
-    A dot product of `width` + 1 terms errs by at most (width + 1) u |q||b| to first order; the rest covers centring,
-    the two norms (float64) and the last additions. Doubled for faiss, whose dot product carries the norm as a term.
+    A dot product of d terms errs by at most d u |q||b| to first order; 32 more cover centring, norms (taken in float64)
+    and the last additions. Doubled for faiss, whose dot product carries |b|^2 as one more term.
     """
     unit = torch.finfo(dtype).eps / 2
-    share = 2 * (width + 32) * unit + (width + 32) * 2.0**-52
+    share = (width + 32) * (2 * unit + 2.0**-52)
     return share / (1 - share)
 
 
@@ -106,8 +101,7 @@ def _smallest_faiss(queries: Tensor, bank: Tensor, norms: Tensor, keep: int) -> 
     """Return what `_smallest_torch` returns, from faiss's inner-product search on the CPU (float32 only)."""
     import faiss  # after torch: both bring CUDA libraries, and torch's must be loaded first
 
-    ones = torch.ones_like(queries[:, :1])
-    left = torch.cat([queries, ones], 1).cpu().numpy()
+    left = torch.nn.functional.pad(queries, (0, 1), value=1.0).cpu().numpy()
     right = torch.cat([bank, norms[:, None] / -2], 1).cpu().numpy()
     inner, column = faiss.knn(left, right, keep, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(inner).to(queries.device) * -2, torch.from_numpy(column).to(queries.device)
@@ -122,16 +116,14 @@ def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, ba
     width, smallest = queries.shape[1], (_smallest_faiss if backend == "faiss" else _smallest_torch)
     shrink = 1 - _slack(width, dtype)
     queries = queries.to(dtype) - centre
-    best = column = None
+    best, column = queries[:, :0], torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), tile):
         part = bank[start : start + tile].to(queries.device).float().to(dtype) - centre
         norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square() * shrink
         value, index = smallest(queries, part, norms.to(dtype), min(keep, len(part)))
-        best, column = (value, index) if best is None else (
-            torch.cat([best, value], 1), torch.cat([column, index + start], 1))
-        if best.shape[1] > keep:
-            best, pick = best.topk(keep, largest=False, sorted=False)
-            column = column.gather(1, pick)
+        value, index = torch.cat([best, value], 1), torch.cat([column, index + start], 1)
+        best, order = value.topk(min(keep, value.shape[1]), largest=False, sorted=False)
+        column = index.gather(1, order)
     own = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64).square() * shrink
     return column, best.amax(1).double() + own - 8 * width * torch.finfo(dtype).tiny
 
@@ -145,8 +137,8 @@ def _rank(queries: Tensor, bank: Tensor, columns: Tensor, k: int) -> tuple[Tenso
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
         row = torch.arange(start, start + len(part), device=queries.device) // width
-        rows = bank[part.to(bank.device)].to(queries.device).float().double()
-        difference = queries[row].double() - rows
+        other = bank[part.to(bank.device)].to(queries.device).float().double()
+        difference = queries[row].double() - other
         distances[start : start + step] = tree_sum(difference.mul_(difference))
     distances = distances.reshape(columns.shape)
     order = torch.argsort(distances, dim=1, stable=True)[:, :k]
@@ -182,16 +174,14 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     columns = torch.empty_like(distances, dtype=torch.int64)
     few, n = k + k // 4 + 16, len(bank)
-    stages = [(few, torch.float32, backend)] if plain else []
+    first = [(few, torch.float32, backend)] if plain else []
     todo = torch.arange(len(queries), device=queries.device)
-    stages += [(4 * few, torch.float64, "torch"), (n, torch.float64, "torch")]
-    for keep, dtype, engine in stages:
-        missed = []
-        for rows in todo.split(max(1, min(tile, PAIRS // min(keep, n)))) if len(todo) else ():
-            distances[rows], columns[rows], proven = _attempt(
-                queries[rows], bank, k, min(keep, n), dtype, engine, tile)
+    for keep, dtype, engine in [*first, (4 * few, torch.float64, "torch"), (n, torch.float64, "torch")]:
+        keep, missed = min(keep, n), [todo[:0]]
+        for rows in filter(len, todo.split(max(1, min(tile, PAIRS // keep)))):
+            distances[rows], columns[rows], proven = _attempt(queries[rows], bank, k, keep, dtype, engine, tile)
             missed.append(rows[~proven])
-        todo = torch.cat(missed) if missed else todo[:0]
+        todo = torch.cat(missed)
     return distances, columns
 
 
@@ -212,12 +202,11 @@ def vote(labels: Tensor, distances: Tensor, classes: int) -> Votes:
     `labels` (q, k) int, `distances` (q, k) ascending. A class with more votes comes first; ties go to the lower mean
     distance, then to the lower class index. -1 fills `ranking` where fewer than 5 classes have a vote.
     """
-    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-        raise ValueError(f"knn.vote: labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
-                         f"{classes - 1}. Pass the data set's number of classes.")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"knn.vote: labels {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}.")
     labels, (rows, k) = labels.long(), labels.shape
     counts = torch.zeros(rows, classes, dtype=torch.int64, device=labels.device)
-    sums = torch.zeros(rows, classes, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros_like(counts, dtype=torch.float64)
     for i in range(k):  # one neighbour at a time: a fixed order of additions on every device
         counts.scatter_add_(1, labels[:, i : i + 1], torch.ones_like(labels[:, :1]))
         sums.scatter_add_(1, labels[:, i : i + 1], distances[:, i : i + 1].double())

@@ -116,7 +116,8 @@ def _cached(pair: Pair, name: str, make, **parts):
     """Return the table that `make()` returns, read from disk if the same was made before."""
     encoders = [Path(job.folder).name for job in pair.jobs.values()]
     data_hash = {part: images.digest for part, images in pair.parts.items()}
-    own = store.key(encoders=encoders, data=data_hash, code=store.code_version(), **parts)
+    code = store.code_version("attack", "knn", "crops", "models", "probe", "references")
+    own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
     path = pair.folder / f"{name}-{own}.parquet"
     if not path.exists():
         store.write_table(path, make(), {"parameters": parts | pair.setting, "seed": pair.setting["seed"]})

@@ -19,9 +19,8 @@ def scores(table, percents, rankings=("own", "paired"), resamples: int = 2000):
     """
     import pandas as pd
 
-    rows = [setting | attack.score(group, p, ranking=ranking, resamples=resamples)
-            for setting, group in _groups(table) for ranking in rankings for p in percents]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([setting | row for setting, group in _groups(table) for ranking in rankings
+                         for row in attack.curve(group, percents, ranking=ranking, resamples=resamples)])
 
 
 def shares(table, resamples: int = 2000):
@@ -51,7 +50,7 @@ def probe_rows(table):
 
 def _interval(values, group, name: str) -> tuple[float, float, float]:
     if len(values) > 1:
-        return attack.over_seeds(values)
+        return tuple(attack.over_seeds(values)[name] for name in ("mean", "low", "high"))
     share = {"held_out": [("held_out", "n_held_out")], "gap": [("held_out", "n_held_out"), ("train", "n_train")],
              "fresh_gap": [("member", "n_train"), ("non_member", "n_held_out")]}[name]
     variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in share)
@@ -83,7 +82,8 @@ def truth(curve, classes: int):
 def differences(table, epochs: list[int]):
     """Return a row per criterion and rho for each paired difference of déjà vu scores over all examples, with interval.
 
-    projector - backbone at the end, and at the projector the last checkpoint minus the untrained and the first trained.
+    projector - backbone at the end; at the projector the last checkpoint minus the untrained and minus the first trained
+    one, and the 20 % most confident minus all.
     """
     import pandas as pd
 
@@ -92,8 +92,10 @@ def differences(table, epochs: list[int]):
         at = {(layer, epoch): one for (layer, epoch), one in group.groupby(["layer", "epoch"])}
         end = at["projector", last]
         against = {"projector - backbone": at.get(("backbone", last)), "last - untrained": at.get(("projector", 0)),
-                   "last - first trained": at.get(("projector", epochs[1] if len(epochs) > 2 else None))}
+                   "last - first trained": at.get(("projector", epochs[1] if len(epochs) > 2 else None)),
+                   "p = 20 % - all": end}
         for what, other in against.items():
             if other is not None:
-                rows.append({"criterion": criterion, "rho": rho, "what": what} | attack.difference(end, other))
+                p = (20, 100) if other is end else 100
+                rows.append({"criterion": criterion, "rho": rho, "what": what} | attack.difference(end, other, p=p))
     return pd.DataFrame(rows)

@@ -31,7 +31,7 @@ class Recipe:
     size: int = 32                       # px, side of the square that the encoder sees
     batch: int = 50                      # images a step; the last incomplete batch of an epoch is dropped
     optimizer: str = "adamw"             # "adamw" or "lars"
-    lr: float = 0.02                     # peak, per 256 images: the step uses lr * batch / 256
+    lr: float = 0.01                     # peak, per 256 images: the step uses lr * batch / 256
     weight_decay: float = 1e-6           # on weights only, not on biases and norms
     warmup: float = 0.05                 # share of the steps with a linearly rising rate
     constants: dict = field(default_factory=lambda: {"temperature": 0.2})  # of the criterion, e.g. {"invariance": 25.0}

@@ -1,0 +1,79 @@
+# The front door. Plain `make` lists what it can do.
+.DEFAULT_GOAL := help
+.PHONY: help figures lab test test-all data controls bench lock clean
+SHELL := /bin/sh
+
+PROFILE ?= laptop
+EXECUTOR ?=
+CORES ?= 1
+PYTHON := .venv/bin/python
+UV := .venv/bin/uv
+export P
+# One notebook at a time unless a cluster is asked for; the store's keys decide what is out of date, not Snakemake's own.
+SNAKEMAKE = $(PYTHON) -m snakemake --snakefile notebooks/Snakefile --rerun-triggers mtime --rerun-incomplete --nolock \
+	$(if $(EXECUTOR),--executor $(EXECUTOR) --jobs 32 --latency-wait 60,--cores $(CORES)) $(if $(DRY),--dry-run --quiet host rules reason,--quiet all)
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|gpu, P="rho=0.5 k=10", DRY=1, EXECUTOR=slurm
+	@$(PYTHON) -m dejavu_utils.batch keys --profile "$(PROFILE)" --set "$$P"
+	@$(SNAKEMAKE) --config profile="$(PROFILE)"
+	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
+
+lab: .venv/.installed  ## open the notebooks in JupyterLab
+	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
+	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks
+
+test: .venv/.installed  ## the quick tests, lint included
+	@$(PYTHON) -m ruff check dejavu_utils tests
+	@$(PYTHON) -m pytest -q -m "not slow"
+
+test-all: .venv/.installed  ## every test, also the slow ones
+	@$(PYTHON) -m ruff check dejavu_utils tests
+	@$(PYTHON) -m pytest -q
+
+data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
+	@test -n "$(NAME)" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
+	@$(PYTHON) -m dejavu_utils.fetch "$(NAME)"
+
+controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
+	@$(PYTHON) -m dejavu_utils.controls
+
+bench: .venv/.installed  ## measure this machine: training and k-NN throughput
+	@$(PYTHON) -m dejavu_utils.bench
+
+lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock
+	@$(UV) lock
+	@$(UV) export --frozen --format requirements.txt --all-groups --no-emit-project --no-header > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	@! grep -n '://' requirements.lock
+
+clean:  ## remove runs/ (everything produced; never data)
+	@rm -rf runs
+
+# Python 3.11-3.13 that really runs (version managers leave stubs that do not) makes .venv; without one, uv fetches 3.12.
+RUNS = import sys, venv, ensurepip; assert (3, 11) <= sys.version_info[:2] <= (3, 13)
+PTH = import pathlib, sysconfig; \
+	pathlib.Path(sysconfig.get_path('purelib'), 'dejavu.pth').write_text(str(pathlib.Path.cwd()) + '\n')
+
+.venv/.installed: requirements.lock
+	@set -e; if ! $(PYTHON) -c "" 2>/dev/null; then \
+	  for python in python3.13 python3.12 python3.11 python3; do \
+	    if $$python -c "$(RUNS)" >/dev/null 2>&1; then break; fi; python=; \
+	  done; \
+	  if [ -n "$$python" ]; then \
+	    echo "making .venv with $$($$python --version)"; $$python -m venv --clear .venv; \
+	  elif uv --version >/dev/null 2>&1; then uv venv --clear --seed -p 3.12 .venv; \
+	  elif python3 -m uv --version >/dev/null 2>&1; then python3 -m uv venv --clear --seed -p 3.12 .venv; \
+	  else \
+	    echo "No Python 3.11, 3.12 or 3.13 with venv was found, and no uv that could fetch one." >&2; \
+	    echo "Install one (Debian, Ubuntu: sudo apt install python3-venv; else https://docs.astral.sh/uv) and run make again." >&2; \
+	    exit 1; \
+	  fi; fi
+	@test -x $(UV) || $(PYTHON) -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	@echo "installing requirements.lock into .venv"
+	@VIRTUAL_ENV="$$PWD/.venv" $(UV) pip install --quiet --python $(PYTHON) --no-deps --require-hashes -r requirements.lock
+	@$(PYTHON) -c "$(PTH)"
+	@$(PYTHON) -m ipykernel install --sys-prefix --name python3 >/dev/null 2>&1
+	@touch $@

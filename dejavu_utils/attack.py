@@ -1,0 +1,300 @@
+"""The label-inference attack and its numbers: déjà vu score with its interval, four-way split, paired differences.
+
+A *table* is a pandas frame with one row per attacked image and role: id, label, direction ("a" or "b": the attacked
+set), role ("target": trained with the image; "reference": without), prediction, correct, correct5, confidence. A column
+`seed` may pool several runs. Direction and seed together are a *stratum*: its images are ranked and resampled by
+themselves, and strata weigh the same, so a score is the mean over directions (paper section 4, symmetrised).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dejavu_utils import knn
+
+TARGETS = {"a": "A", "b": "B"}  # attacked set -> the model trained with it
+RANKINGS = ("own", "paired")
+CELLS = ("memorized", "correlated", "misrepresented", "unassociated")
+CLUSTER_FROM = 50  # from so many classes on, the bootstrap draws classes rather than images
+CHUNK = 1 << 21  # resampled weights held at a time
+
+
+class Stratum(NamedTuple):
+    """The images of one direction and seed, sorted by id: hits and confidence are (2, n): row 0 target, 1 reference."""
+
+    hits: np.ndarray
+    confidence: np.ndarray
+    cluster: np.ndarray
+    stream: int
+
+
+def infer(queries, bank, bank_labels, k: int, classes: int, backend: str = "auto") -> dict[str, np.ndarray]:
+    """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k), distances (q, k).
+
+    `queries` (q, d) and `bank` (n, d) are embeddings, `bank_labels` (n,) ints; `neighbours` are rows of `bank`. The
+    bank is searched in the order of its labels, so a tie at the k-th neighbour goes to the lower class whatever the
+    order of the public set. Paper section 4: k-NN label inference.
+    """
+    labels = torch.as_tensor(bank_labels).long().cpu()
+    if len(labels) != len(bank):
+        raise ValueError(f"attack.infer: {len(bank)} public embeddings, {len(labels)} labels; expected one each.")
+    order = torch.argsort(labels, stable=True)
+    in_order = torch.equal(order, torch.arange(len(order)))  # then the bank, which may be large, is not copied
+    distances, columns = knn.search(queries, bank if in_order else bank[order.to(bank.device)], k, backend)
+    columns = order.to(columns.device)[columns]
+    blocks = zip(labels.to(columns.device)[columns].split(8192), distances.split(8192), strict=True)
+    votes = [knn.vote(*block, classes) for block in blocks]
+    ranking, confidence = (torch.cat([getattr(vote, name) for vote in votes]) for name in ("ranking", "confidence"))
+    found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": confidence, "neighbours": columns}
+    return {name: values.cpu().numpy() for name, values in {**found, "distances": distances}.items()}
+
+
+def _checked(queries, ids, labels, classes: int, place: str) -> None:
+    """Raise ValueError unless every embedding has one id and one label from 0 to classes - 1."""
+    if not len(queries) == len(ids) == len(labels) > 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"attack.label_inference: {place}: {len(queries)} embeddings, {len(ids)} ids, {len(labels)} "
+                         f"labels; expected one each, at least one, and labels from 0 to {classes - 1}.")
+
+
+def label_inference(crops: dict, public: dict, public_labels, ids: dict, labels: dict, k: int, classes: int):
+    """Return the table of all four (model, attacked set) pairs, in the order of direction, role and id.
+
+    `crops[set][model]` (n, d): embeddings of the background crops of set "a" or "b" under model "A" or "B";
+    `public[model]` (m, d) embeddings of X; `ids[set]`, `labels[set]` (n,). Target of "a" is A, of "b" is B.
+    ValueError when lengths differ, an id appears twice, or a label is outside 0 .. classes - 1.
+    """
+    import pandas as pd
+
+    seen = np.concatenate([np.asarray(ids[name]) for name in TARGETS])
+    if repeats := len(seen) - len(np.unique(seen)):
+        raise ValueError(f"attack.label_inference: {repeats} ids repeat; expected disjoint a and b. Partition again.")
+    parts = []
+    for direction, target in TARGETS.items():
+        name, truth = np.asarray(ids[direction]), np.asarray(labels[direction]).astype(np.int64)
+        for role, model in (("target", target), ("reference", "B" if target == "A" else "A")):
+            _checked(crops[direction][model], name, truth, classes, f"set {direction}, model {model}")
+            found = infer(crops[direction][model], public[model], public_labels, k, classes)
+            rows = {"id": name, "label": truth, "direction": direction, "role": role, "prediction": found["prediction"],
+                    "correct": found["prediction"] == truth, "correct5": (found["top5"] == truth[:, None]).any(1),
+                    "confidence": found["confidence"]}
+            parts.append(pd.DataFrame(rows).sort_values("id", kind="stable"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _strata(table, top: int, ranking: str) -> list[Stratum]:
+    """Return the strata of a table, target and reference joined by id; ValueError if they do not pair up."""
+    if top not in (1, 5) or ranking not in RANKINGS:
+        raise ValueError(f"attack: top = {top!r}, ranking = {ranking!r}; expected top 1 or 5, ranking {RANKINGS}.")
+    value, keys = {1: "correct", 5: "correct5"}[top], ["direction"] + ["seed"] * ("seed" in table)
+    repeated = table.duplicated([*keys, "role", "id"]).sum()
+    if repeated or not len(table):
+        raise ValueError(f"attack: {repeated} of {len(table)} rows repeat an image; expected one row per image, role, "
+                         "direction and seed. Select one criterion, epoch, layer and crop first.")
+    clustered, strata = table["label"].nunique() >= CLUSTER_FROM, []
+    for name, part in table.groupby(keys, sort=True):
+        sides = [part[part["role"] == role].sort_values("id", kind="stable") for role in ("target", "reference")]
+        if len(sides[0]) != len(sides[1]) or not (sides[0]["id"].to_numpy() == sides[1]["id"].to_numpy()).all():
+            raise ValueError(f"attack: direction and seed {name}: {len(sides[0])} target and {len(sides[1])} reference "
+                             "rows, ids not the same; expected every image under both models.")
+        confidence = np.stack([side["confidence"].to_numpy(float) for side in sides])
+        if not np.isfinite(confidence).all():
+            raise ValueError(f"attack: direction and seed {name}: a confidence is NaN or infinite; expected nats.")
+        if ranking == "paired":
+            confidence = np.repeat(confidence.sum(0, keepdims=True), 2, 0)
+        cluster = sides[0]["label"].to_numpy() if clustered else np.arange(len(sides[0]))
+        # The stream depends on the images and the seed, not on the name "a" or "b": swapping names changes nothing.
+        text = "\n".join(map(str, [*sides[0]["id"], *name[1:]]))
+        stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        hits = np.stack([side[value].to_numpy(float) for side in sides])
+        strata.append(Stratum(hits, confidence, np.unique(cluster, return_inverse=True)[1], stream))
+    return strata
+
+
+def _weights(stratum: Stratum, resamples: int, seed: int):
+    """Yield how often each image is drawn, (r, n) at a time: first the data itself (all ones), then the resamples."""
+    units, n = int(stratum.cluster.max()) + 1, len(stratum.cluster)
+    random = np.random.default_rng([seed, stratum.stream])
+    step = max(1, CHUNK // n)
+    yield np.ones((1, n), dtype=np.int64)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = random.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+        yield counts if units == n else counts[:, stratum.cluster]
+
+
+def _count(n, p: float):
+    """Return how many of n examples are the top p %: ceil(p n / 100), at least 1; ValueError unless 0 < p <= 100."""
+    if not 0 < p <= 100:
+        raise ValueError(f"attack: p = {p}; expected a percentage: 0 < p <= 100.")
+    return np.maximum(1, np.ceil(np.asarray(n) * p / 100 - 1e-9))
+
+
+def _ranked(hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares) -> np.ndarray:
+    """Return the accuracy (len(shares), r) on the top p % of every weighted sample (r, n), re-ranked in each.
+
+    Images of equal confidence form one group; the group at the boundary counts in part, at its own mean accuracy.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(confidence[order]) != 0])
+    ordered = weights[:, order]
+    sizes = np.add.reduceat(ordered, starts, axis=1)
+    right = np.add.reduceat(ordered * hits[order], starts, axis=1)
+    before, mean = np.cumsum(sizes, 1) - sizes, right / np.maximum(sizes, 1)
+    accuracies = []
+    for p in shares:
+        wanted = _count(weights.sum(1), p)
+        taken = np.clip(wanted[:, None] - before, 0, sizes)
+        found = right if p == 100 else taken * mean  # whole groups: counts without rounding
+        accuracies.append(found.sum(1) / wanted)
+    return np.stack(accuracies)
+
+
+def accuracy_at(correct, confidence, p: float) -> float:
+    """Return the accuracy on the p % most confident: ceil(p n / 100) examples, ties at the boundary counted in part.
+
+    `correct` (n,) bool, `confidence` (n,). Independent of the order of the examples. Paper section 4: top-p % accuracy.
+    """
+    hits, ranks = np.asarray(correct, dtype=float), np.asarray(confidence, dtype=float)
+    if hits.shape != ranks.shape or hits.ndim != 1 or not len(hits) or not np.isfinite(ranks).all():
+        raise ValueError(f"attack.accuracy_at: correct {hits.shape}, confidence {ranks.shape}; expected finite (n,).")
+    return float(_ranked(hits, ranks, np.ones((1, len(hits)), dtype=np.int64), [p])[0, 0])
+
+
+def _accuracies(strata: list[Stratum], shares, resamples: int, seed: int) -> np.ndarray:
+    """Return the mean over strata of target and reference accuracy (shares, 2, 1 + resamples); column 0 is the data."""
+    total = np.zeros((len(shares), 2, 1 + resamples))
+    for stratum in strata:
+        column = 0
+        for weights in _weights(stratum, resamples, seed):
+            for role in (0, 1):
+                found = _ranked(stratum.hits[role], stratum.confidence[role], weights, shares)
+                total[:, role, column : column + len(weights)] += found
+            column += len(weights)
+    return total / len(strata)
+
+
+def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the percentile interval of bootstrap values; NaN bounds without any."""
+    bounds = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2]) if len(samples) else (math.nan, math.nan)
+    return float(bounds[0]), float(bounds[1])
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the exact two-sided McNemar p-value of `gained` and `lost` discordant pairs; 1 when there are none."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
+    """Return how many of the top p % only the target, and only the reference, got right; a tied group comes whole."""
+    signs = []
+    for hits, confidence, *_ in strata:
+        last = np.sort(confidence[0])[::-1][int(_count(len(confidence[0]), p)) - 1]
+        signs.append((hits[0] - hits[1])[(confidence[0] >= last) | (p == 100)])
+    return sum(int((sign > 0).sum()) for sign in signs), sum(int((sign < 0).sum()) for sign in signs)
+
+
+def curve(table, shares, ranking: str = "own", top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95):
+    """Return one `score` row per percentage in `shares`, all from the same resamples (list of dicts)."""
+    strata = _strata(table, top, ranking)
+    n = sum(len(stratum.cluster) for stratum in strata)
+    rows, shares = [], list(shares)
+    for p, (target, reference) in zip(shares, _accuracies(strata, shares, resamples, seed), strict=True):
+        row = {"p": p, "n": n, "ranking": ranking, "top": top, "level": level, "resamples": resamples}
+        for name, values in (("score", target - reference), ("target", target), ("reference", reference)):
+            prefix = "" if name == "score" else name + "_"
+            row[name] = float(values[0])
+            row[prefix + "low"], row[prefix + "high"] = _interval(values[1:], level)
+        one_subset = ranking == "paired" or p == 100
+        rows.append({**row, "mcnemar": mcnemar(*_discordant(strata, p)) if one_subset else math.nan})
+    return rows
+
+
+def score(table, p: float = 100, ranking: str = "own", top: int = 1, resamples: int = 2000, seed: int = 0,
+          level: float = 0.95) -> dict:
+    """Return the déjà vu score at p %: target accuracy - reference accuracy, with percentile-bootstrap intervals.
+
+    Keys: score, low, high; target, target_low, target_high; reference, reference_low, reference_high; n (images), p,
+    ranking, top, level, resamples, mcnemar (exact p-value; NaN where the two subsets differ). `ranking="own"`: each
+    model's own most confident examples (the paper's); "paired": ranked by the sum of both confidences. The bootstrap is
+    stratified and ranks anew in every resample; from 50 classes it draws classes. ValueError if the table is not one
+    row per image, role, direction and seed.
+    """
+    return curve(table, [p], ranking, top, resamples, seed, level)[0]
+
+
+def four_way(table, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> dict:
+    """Return the shares memorized, correlated, misrepresented, unassociated, each with _low and _high, and their ratio.
+
+    memorized: only the target is right; correlated: both; misrepresented: only the reference; unassociated: neither.
+    `ratio` = memorized / misrepresented by counts (`memorized_count`, `misrepresented_count`), interval: exact binomial
+    given their sum, or the bootstrap's where classes are drawn. memorized - misrepresented = score at p = 100, exactly.
+    """
+    strata = _strata(table, top, "own")
+    shares, counts = np.zeros((4, 1 + resamples)), np.zeros((4, 1 + resamples))
+    for stratum in strata:
+        target, reference = stratum.hits
+        cells = np.stack([target > reference, target * reference == 1, target < reference, target + reference == 0], 1)
+        found = np.concatenate([weights @ cells.astype(float) for weights in _weights(stratum, resamples, seed)]).T
+        counts += found
+        shares += found / found.sum(0) / len(strata)
+    row = {"n": sum(len(stratum.cluster) for stratum in strata), "top": top, "level": level, "resamples": resamples}
+    for name, values in zip(CELLS, shares, strict=True):
+        row[name], (row[name + "_low"], row[name + "_high"]) = float(values[0]), _interval(values[1:], level)
+    row["memorized_count"], row["misrepresented_count"] = pair = int(counts[0, 0]), int(counts[2, 0])
+    row["ratio"], row["ratio_low"], row["ratio_high"] = odds(*pair, level)
+    if table["label"].nunique() >= CLUSTER_FROM:
+        row["ratio_low"], row["ratio_high"] = _interval((counts[0, 1:] + 0.5) / (counts[2, 1:] + 0.5), level)
+    return row
+
+
+def odds(wins: int, losses: int, level: float = 0.95) -> tuple[float, float, float]:
+    """Return wins / losses and its exact interval, from the Clopper-Pearson interval of wins among wins + losses.
+
+    Infinite where losses = 0; (NaN, 0, infinity) where both are 0.
+    """
+    from scipy.stats import binomtest
+
+    if wins + losses == 0:
+        return math.nan, 0.0, math.inf
+    interval = binomtest(wins, wins + losses).proportion_ci(level, method="exact")
+    low, high = (math.inf if share >= 1 else float(share / (1 - share)) for share in interval)
+    return wins / losses if losses else math.inf, low, high
+
+
+def difference(one, two, p: float | tuple[float, float] = 100, ranking: str = "own", top: int = 1,
+               resamples: int = 2000, seed: int = 0, level: float = 0.95) -> dict:
+    """Return score(one) - score(two) with its interval, both resampled with the same images (paired by id).
+
+    For example projector - backbone, or last epoch - first. `p` may be two percentages, one for each table:
+    `difference(table, table, p=(20, 100))`. Keys: difference, low, high, one, two, n. ValueError if the ids differ.
+    """
+    shares = p if isinstance(p, tuple) else (p, p)
+    sides = [_strata(table, top, ranking) for table in (one, two)]
+    if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
+        raise ValueError("attack.difference: the tables do not hold the same images and seeds. Attack the same sets.")
+    left, right = (np.subtract(*_accuracies(strata, [share], resamples, seed)[0])
+                   for strata, share in zip(sides, shares, strict=True))
+    low, high = _interval((left - right)[1:], level)
+    return {"difference": float(left[0] - right[0]), "low": low, "high": high, "one": float(left[0]),
+            "two": float(right[0]), "n": sum(len(stratum.cluster) for stratum in sides[0])}
+
+
+def over_seeds(values, level: float = 0.95) -> dict:
+    """Return mean, low, high (t-interval over seeds), sd and n of one number per seed; NaN bounds for one seed."""
+    from scipy.stats import t
+
+    numbers = np.asarray(values, dtype=float)
+    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
+        raise ValueError(f"attack.over_seeds: {numbers.tolist()}; expected at least one finite number, one per seed.")
+    n, mean = len(numbers), float(numbers.mean())
+    sd = float(numbers.std(ddof=1)) if n > 1 else math.nan
+    half = float(t.ppf((1 + level) / 2, max(1, n - 1))) * sd / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd, "n": n}

@@ -1,0 +1,276 @@
+"""The runner behind `make figures`: which notebooks are out of date, and executing one so that success is certain.
+
+`python -m dejavu_utils.batch keys|run --help`. Nothing here imports torch: an unchanged batch ends in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dejavu_utils import store
+from dejavu_utils.notebook import ParameterError, cells, declared, merged, stages
+
+
+def _profile(name: str) -> dict[str, dict]:
+    """Return the sections of notebooks/profiles/<name>.yaml, each name checked to be declared where it is given."""
+    import yaml
+    folder = store.root() / "notebooks" / "profiles"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ParameterError(f"no profile {name}; there are: {known}.")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
+        raise ParameterError(f"{path}: expected sections `all:` and notebook names, each with `name: value` lines.")
+    merged(content, {"all": {}} | {stage: {} for stage in stages()}, f"{path.name}: ")
+    return content
+
+
+def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -> dict[str, dict]:
+    """Return the checked parameters that a profile, and `overrides` over it, give to each notebook (or to `only`).
+
+    A name that no notebook declares (or that `only` does not) is a ParameterError.
+    """
+    sections = _profile(profile)
+    defaults = {stage: declared(stage) for stage in stages()}
+    anywhere = {name: value for stage in defaults.values() for name, value in stage.items()}
+    if only and only not in defaults:
+        declared(only)  # raises: no such notebook
+    merged(dict.fromkeys(sections.get("all", {})), dict.fromkeys(anywhere), f"{profile}.yaml, all: ")
+    scope = f"{only}: " if only else "command line: "
+    merged(dict.fromkeys(overrides), dict.fromkeys(defaults[only] if only else anywhere), scope)
+    values = {}
+    for stage in [only] if only else defaults:
+        known = defaults[stage]
+        general = {"profile": profile} | sections.get("all", {})
+        mine = {name: value for name, value in general.items() if name in known}
+        mine |= merged(sections.get(stage, {}), known, f"{profile}.yaml, {stage}: ")
+        for name, value in overrides.items():
+            if name in known:  # one key of a dict overrides that key only
+                mine[name] = mine.get(name, {}) | value if isinstance(value, dict) else value
+        values[stage] = merged(mine, known, f"{stage}: ")
+    return values
+
+
+def _data(params: Mapping[str, Any]) -> list:
+    """Return what identifies the data set of a stage: its manifest, and size and date of its file or folder."""
+    manifest = store.root() / "data_manifests" / f"{params.get('dataset')}.yaml"
+    if not manifest.is_file():
+        return []
+    import yaml
+    text = manifest.read_text()
+    file = Path(os.environ.get("DEJAVU_DATA") or store.root() / "data") / str((yaml.safe_load(text) or {}).get("file"))
+    found = [file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else None
+    return [text, found]
+
+
+def _key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
+    params = declared(stage) | values
+    return store.key(stage=stage, profile=profile, parameters=params, source=cells(stage), data=_data(params),
+                     code=store.code_version(), versions=store.versions())
+
+
+def _done(profile: str, stage: str) -> Path:
+    return store.runs(profile) / "notebooks" / f"{stage}.ipynb"
+
+
+def _fresh(notebook: Path, key: str) -> bool:
+    """Return whether an executed notebook is undamaged, has this key, and its results are still there."""
+    try:
+        meta = store.verify(notebook)
+    except (FileNotFoundError, store.StoreError):
+        return False
+    return meta.get("key") == key and all((notebook.parents[1] / name).is_file() for name in meta["outputs"])
+
+
+def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
+    """Return the notebooks to run; keys/<stage>.key becomes newer than a notebook that is out of date, never else."""
+    stale = []
+    for stage, values in given(profile, overrides).items():
+        notebook, key = _done(profile, stage), _key(stage, profile, values)
+        path = store.runs(profile) / "keys" / f"{stage}.key"
+        content = json.dumps({"key": key, "given": values}, indent=1)
+        fresh = _fresh(notebook, key)
+        if not fresh:
+            stale.append(stage)
+        if not fresh or not path.is_file() or path.read_text() != content:
+            with store.atomic(path) as temporary:
+                temporary.write_text(content)
+        if fresh and path.stat().st_mtime >= (before := notebook.stat().st_mtime - 1):
+            os.utime(path, (before, before))
+    return stale
+
+
+def _kernel(folder: str) -> type:
+    """Return a kernel manager that always starts this interpreter, over sockets in `folder` instead of TCP ports."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = KernelSpec(argv=argv, display_name="Python 3", language="python", name="python3")
+
+    class Here(AsyncKernelManager):
+        kernel_spec = spec
+
+        def __init__(self, **options: Any):
+            super().__init__(**options, transport="ipc", connection_file=f"{folder}/kernel.json")
+    return Here
+
+
+@contextmanager
+def _reported(stage: str, folder: str) -> Iterator[None]:
+    """Print what the notebook's progress line says, in the terminal, every 15 s."""
+    status, stop = Path(folder) / "progress", threading.Event()
+    os.environ["DEJAVU_PROGRESS"] = str(status)
+
+    def report() -> None:
+        last = None
+        while not stop.wait(15):
+            line = status.read_text() if status.is_file() else None
+            if line and line != last:
+                print(f"  {stage} · {line}", flush=True)
+            last = line
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _problem(notebook: Path, error: Exception | None) -> str | None:
+    """Return what went wrong in an executed notebook (cell id, end of the traceback), or None if every cell ran."""
+    code = []
+    if notebook.is_file():
+        code = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    for cell in code:
+        for output in cell["outputs"]:
+            if output["output_type"] == "error" and output["ename"] != "SystemExit":
+                trace = "\n".join(output["traceback"] or [f"{output['ename']}: {output['evalue']}"])
+                lines = re.sub(r"\x1b\[[0-9;]*m", "", trace).strip().splitlines()
+                return f"cell `{cell['id']}` failed:\n" + "\n".join(f"    {line}" for line in lines[-12:])
+    stopped = [cell for cell in code if "".join(cell["source"]).strip() and not cell["execution_count"]]
+    if error:
+        began = [cell for cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
+        where = f" in cell `{began[-1]['id']}`" if began else ""
+        return f"the kernel stopped{where}: {type(error).__name__}: {error}"
+    if stopped:
+        return f"cell `{stopped[0]['id']}` never ran: the cell before it ended the program (exit, quit?)."
+    return None if code else "it holds no code cell."
+
+
+def _outputs(profile: str, stage: str, since: float) -> list[str]:
+    """Return the results that `stage` wrote since a time, as paths inside the profile's folder."""
+    folder = store.runs(profile)
+    sides = [side for kind in ("figures", "tables", "metrics") for side in sorted((folder / kind).rglob("*.json"))]
+    recent = [side for side in sides if side.with_suffix("").is_file() and side.stat().st_mtime >= since - 1]
+    mine = [side for side in recent if json.loads(side.read_text()).get("stage") == stage]
+    return [str(side.with_suffix("").relative_to(folder)) for side in mine]
+
+
+def execute(stage: str, profile: str, overrides: Mapping[str, Any], out: Path | None = None) -> str | None:
+    """Return None after executing a notebook into `out`, or the error; `out` appears only if every cell ran.
+
+    Papermill's own record calls cells completed after a kernel was killed, so the cells are looked at instead.
+    """
+    values = given(profile, overrides, only=stage)[stage]
+    out = (out or _done(profile, stage)).resolve()
+    part = out.with_name(out.name + ".part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    began, key = time.time(), _key(stage, profile, values)
+    print(f"{stage} …", flush=True)
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    paths = [str(store.PACKAGE.parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ["DEJAVU_PROFILE"] = profile
+    folder, error = tempfile.mkdtemp(prefix="dejavu-"), None
+    with store.lock(out), _reported(stage, folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # papermill's on the suffix .part
+        part.unlink(missing_ok=True)
+        try:
+            import papermill
+            papermill.execute_notebook(
+                str(store.root() / "notebooks" / f"{stage}.ipynb"), str(part), values, kernel_name="python3",
+                language="python", cwd=str(store.root()), progress_bar=False, kernel_manager_class=_kernel(folder))
+        except Exception as caught:  # every failure is reported the same way, papermill's and the kernel's
+            error = caught
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if problem := _problem(part, error):
+            return f"{stage}: {problem}\n  partial notebook: {part}"
+        meta = {"stage": stage, "key": key, "parameters": declared(stage) | values,
+                "seconds": round(time.time() - began, 1), "outputs": _outputs(profile, stage, began)}
+        with store.artifact(out, meta) as temporary:
+            os.replace(part, temporary)
+    return None
+
+
+def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
+    """Return parameters from `-p name value` pairs and `name=value name=value`; a.b is key b of a.
+
+    Values are JSON (where 1e-6 is a number) or else YAML (where text needs no quotes).
+    """
+    import yaml
+    pairs = [*pairs]
+    for word in shlex.split(text):
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ParameterError(f"P: {word!r} is not name=value, such as P=\"rho=0.5 k=10\".")
+        pairs.append((name, value))
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        *outer, last = name.split(".")
+        target = values
+        for part in outer:
+            target = target.setdefault(part, {})
+        try:
+            target[last] = json.loads(value)
+        except ValueError:
+            target[last] = yaml.safe_load(value)
+    return values
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit status of `keys` (which notebooks are out of date) or `run` (execute one)."""
+    parser = argparse.ArgumentParser(prog="python -m dejavu_utils.batch", description=__doc__)
+    parser.add_argument("command", choices=("keys", "run"))
+    parser.add_argument("stage", nargs="?", help="the notebook to run, such as 02_attack")
+    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--set", default="", metavar="'NAME=VALUE …'")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        overrides = _overrides(options.pairs, options.set)
+        if options.command == "keys":
+            stale = write_keys(options.profile, overrides)
+            print(f"to run: {', '.join(stale)}" if stale else "up to date", flush=True)
+            return 0
+        if not options.stage:
+            parser.error("run: name the notebook, such as 02_attack")
+        began = time.monotonic()
+        problem = execute(options.stage, options.profile, overrides, options.out)
+        print(problem or f"{options.stage} done in {time.monotonic() - began:.0f} s", flush=True)
+        return 1 if problem else 0
+    except (ParameterError, store.StoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Controls of the attack that need no training, each repeated: does the 95 % interval miss the truth 5 % of the time?
+
+`python -m dejavu_utils.controls [repeats]` prints the table and writes runs/controls/controls.csv.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from dejavu_utils import attack, crops, scenes, store
+from dejavu_utils.models import Encoder, embed
+from dejavu_utils.train import stream
+
+CROP = {"kind": "periphery", "rule": "paper", "min_side": 8}
+CLASSES, K = 10, 10
+
+
+def untrained(seed: int) -> SimpleNamespace:
+    """Return what the attack needs, embedded by two untrained encoders on fresh scenes; the truth is 0."""
+    images = scenes.make(CLASSES, 60, 0.2, seed, size=32)
+    rects, keep = crops.background(images, CROP)
+    a, b, public = (np.flatnonzero(keep & (np.arange(600) // 100 == 0)), np.flatnonzero(keep & (np.arange(600) // 100 == 1)),
+                    np.arange(200, 600))
+    found = {"a": {}, "b": {}, "public": {}}
+    for model in "AB":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(seed, f"untrained {model}").initial_seed())
+            encoder = Encoder("small8", "64-64", 32)
+        for name, index in (("a", a), ("b", b)):
+            squares = images.subset(index).squares(32, rects[index])
+            found[name][model] = embed(encoder, squares, ("projector",))["projector"]
+        found["public"][model] = embed(encoder, images.subset(public).squares(32), ("projector",))["projector"]
+    return SimpleNamespace(found=found, labels={"a": images.labels[a], "b": images.labels[b]},
+                           ids={"a": images.ids[a], "b": images.ids[b]}, public_labels=images.labels[public])
+
+
+def planted(seed: int, permute: bool = False) -> SimpleNamespace:
+    """Return embeddings in which each model maps a crop of its own images onto its class: the truth is 1.
+
+    With `permute` the public labels are shuffled, so that neighbours mean nothing and the truth is 0.
+    """
+    rng = np.random.default_rng([seed, 17])
+    centres = torch.from_numpy(rng.normal(size=(CLASSES, 16))).float()
+    labels = {side: np.repeat(np.arange(CLASSES), 12) for side in "ab"}
+    public_labels = np.repeat(np.arange(CLASSES), 40)
+
+    def near(y):
+        return 8 * centres[y] + torch.from_numpy(rng.normal(size=(len(y), 16))).float()
+
+    wrong = {side: (y + rng.integers(1, CLASSES, len(y))) % CLASSES for side, y in labels.items()}
+    found = {side: {model: near(labels[side] if model.lower() == side else wrong[side]) for model in "AB"} for side in "ab"}
+    found["public"] = {model: near(public_labels) for model in "AB"}
+    shown = rng.permutation(public_labels) if permute else public_labels
+    return SimpleNamespace(found=found, labels=labels, ids={s: np.array([f"{s}{i}" for i in range(120)]) for s in "ab"},
+                           public_labels=shown)
+
+
+def table(case: SimpleNamespace, same_model: bool = False):
+    """Return the label-inference table of a case; `same_model` makes one encoder target and reference of every image."""
+    found = {name: {"A": by["A"], "B": by["A"]} for name, by in case.found.items()} if same_model else case.found
+    return attack.label_inference({side: found[side] for side in "ab"}, found["public"], case.public_labels, case.ids,
+                                  case.labels, K, CLASSES)
+
+
+CONTROLS = {
+    "same encoder twice": (0.0, lambda seed: table(untrained(seed), same_model=True)),
+    "untrained encoders": (0.0, lambda seed: table(untrained(seed))),
+    "permuted public labels": (0.0, lambda seed: table(planted(seed, permute=True))),
+    "planted memory (positive)": (1.0, lambda seed: table(planted(seed))),
+}
+
+
+def repeat(name: str, repeats: int, level: float = 0.95) -> dict:
+    """Return how often the interval of control `name` misses its truth in `repeats` runs, and the range 5 % allows."""
+    from scipy.stats import binom
+
+    truth, make = CONTROLS[name]
+    rows = [attack.score(make(seed), 100, resamples=1000, level=level) for seed in range(1000, 1000 + repeats)]
+    missed = sum(not row["low"] - 1e-12 <= truth <= row["high"] + 1e-12 for row in rows)
+    low, high = binom.interval(0.999, repeats, 1 - level)
+    return {"control": name, "truth": truth, "mean score": float(np.mean([row["score"] for row in rows])),
+            "largest |score - truth|": max(abs(row["score"] - truth) for row in rows), "repeats": repeats,
+            "n": rows[0]["n"], "interval misses": missed, "expected at most": int(high), "fits": bool(missed <= high)}
+
+
+def main(repeats: int) -> None:
+    import pandas as pd
+
+    torch.set_num_threads(1)
+    frame = pd.DataFrame([repeat(name, repeats) for name in CONTROLS])
+    path = store.runs("controls") / "controls.csv"
+    store.write_table(path, frame, {"parameters": {"repeats": repeats}, "seed": 1000})
+    print(frame.to_string(index=False, float_format="{:.4f}".format))
+    print(f"written to {path}")
+    if not frame["fits"].all():
+        raise SystemExit("a control fails: its interval misses the truth more often than its level allows")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)

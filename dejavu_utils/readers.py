@@ -1,0 +1,296 @@
+"""Readers of the layouts that data sets come in: Tiny-ImageNet, ImageNet, Pascal VOC, YOLO; folders or zip files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dejavu_utils import fetch
+from dejavu_utils.archives import Tree
+from dejavu_utils.data import Images, threads
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # pictures only: Pillow also opens programs (EPS) and documents
+LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
+
+
+class Lazy(Sequence):
+    """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are checksums (or sizes) of the files."""
+
+    def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]):
+        self.tree, self.names, self.stamps = tree, np.asarray(names, dtype=object), np.asarray(stamps, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def subset(self, index: np.ndarray) -> Lazy:
+        return Lazy(self.tree, self.names[index], self.stamps[index])
+
+    def __getitem__(self, i: int) -> Tensor:
+        try:
+            return torch.from_numpy(decode(io.BytesIO(self.tree.read(self.names[i]))))
+        except Exception as error:
+            raise ValueError(f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). Read the data set with "
+                             'check="decode": then such pictures are left out and listed in `skipped`.') from error
+
+
+@contextlib.contextmanager
+def _picture(file):
+    """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST` px."""
+    from PIL import Image
+
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?")
+        yield image
+
+
+def decode(file) -> np.ndarray:
+    """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not one, or not whole."""
+    with _picture(file) as image:
+        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+class Item(NamedTuple):
+    """One picture still on disk: `boxes()` returns (boxes (m, 4), annotated (width, height) or None)."""
+
+    id: str
+    key: str | int | None
+    name: str
+    boxes: Callable
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _pictures(tree: Tree, folder: str) -> list[str]:
+    return [name for name in tree.names(folder) if name.lower().endswith(SUFFIXES)]
+
+
+def _find(tree: Tree, entry: dict, what: str) -> str:
+    """Return the folder of the pictures ("images") or the annotations, or raise FileNotFoundError."""
+    found = tree.find(entry[what])
+    if found is None:
+        raise FileNotFoundError(f"{tree.path} is not a data set of layout {entry['layout']}: expected a folder "
+                                f"{' or '.join(entry[what])} in it. See data_manifests/{entry['name']}.yaml.")
+    return found
+
+
+def _tiny_box(text: list[str] | None):
+    """Return the box of one Tiny-ImageNet picture: whole pixels, the last one included, made half-open.
+
+    A box whose first and last column (or row) are the same is a degenerate annotation and keeps its zero area.
+    """
+    box = np.array([text], np.float64).reshape(-1, 4) if text else np.zeros((0, 4))
+    if len(box) and (box[:, 2:] > box[:, :2]).all():
+        box[:, 2:] += 1
+    return box, None
+
+
+def _tiny_imagenet(tree: Tree, entry: dict, choose: Callable, split: str):
+    """Return (items, class keys, class names) of Tiny-ImageNet: train/<wnid>/images, or val/images and its table."""
+    base = _find(tree, entry, "images").rpartition("train")[0]
+    keys, items = choose([line[0] for line in tree.lines(f"{base}wnids.txt")] or tree.names(f"{base}train")), []
+    table = tree.lines(f"{base}val/val_annotations.txt") if split == "val" else []
+    for key in keys:
+        if split == "val":
+            folder, boxes = f"{base}val/images", {line[0]: line[2:6] for line in table if line[1:2] == [key]}
+            names = sorted(boxes)
+        else:
+            folder = f"{base}train/{key}/images"
+            boxes = {line[0]: line[1:5] for line in tree.lines(f"{base}train/{key}/{key}_boxes.txt")}
+            names = _pictures(tree, folder)
+        items += [Item(_stem(name), key, f"{folder}/{name}", functools.partial(_tiny_box, boxes.get(name)))
+                  for name in names]
+    words = {line[0]: line[1].split(",")[0] for line in tree.lines(f"{base}words.txt") if len(line) > 1}
+    return items, keys, [words.get(key, key) for key in keys]
+
+
+def _xml_boxes(tree: Tree, name: str, grow: tuple[int, int]):
+    """Return the boxes of a Pascal VOC file, their corners moved by `grow` to be half-open, and the annotated size."""
+    raw = tree.read(name)
+    if b"\0" in raw or re.search(rb"<!(?!--)", raw):
+        raise ValueError("an annotation with a DOCTYPE or ENTITY is refused")
+    root = ElementTree.fromstring(raw)
+    corners = [[float(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in root.iter("bndbox")]
+    boxes = np.array(corners, np.float64).reshape(-1, 4) + np.repeat(grow, 2)
+    size = tuple(float(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+    return boxes, size if min(size) > 0 else None
+
+
+def _xml_item(tree: Tree, path: str, key: str, identity: str, folder: str, known: set, grow: tuple[int, int]) -> Item:
+    """Return the item of a picture whose XML file, if there is one, lies in `folder` (its names: `known`)."""
+    xml = f"{_stem(path.rpartition('/')[2])}.xml"
+    boxes = functools.partial(_xml_boxes, tree, f"{folder}/{xml}", grow) if xml in known else _no_box
+    return Item(identity, key, path, boxes)
+
+
+def _fail(reason: str):
+    raise ValueError(reason)
+
+
+def _no_box():
+    return np.zeros((0, 4)), None
+
+
+def _imagenet(tree: Tree, entry: dict, choose: Callable, split: str):
+    """Return (items, class keys, class names) of class folders and, in a parallel tree, one XML file per picture.
+
+    Its boxes are read as 0-based with the last pixel included: that covers the object if they are edges, too.
+    """
+    base, boxes = _find(tree, entry, "images"), tree.find(entry["annotations"])
+    keys, items = choose([name for name in tree.names(base) if tree.names(f"{base}/{name}")]), []
+    for key in keys:
+        folder = f"{boxes}/{key}"
+        known = set(tree.names(folder)) if boxes else set()
+        items += [_xml_item(tree, f"{base}/{key}/{name}", key, _stem(name), folder, known, (0, 1))
+                  for name in _pictures(tree, f"{base}/{key}")]
+    return items, keys, keys
+
+
+def _voc(tree: Tree, entry: dict, choose: Callable, split: str):
+    """Return (items, class keys, class names) of one folder of <class>_<number>.jpg. Boxes are 1-based, last pixel
+    included."""
+    base, folder = _find(tree, entry, "images"), tree.find(entry["annotations"])
+    names, known = _pictures(tree, base), set(tree.names(folder)) if folder else set()
+    items = [_xml_item(tree, f"{base}/{name}", _stem(name).rpartition("_")[0], _stem(name), folder, known, (-1, 0))
+             for name in names]
+    keys = choose({item.key for item in items})
+    return items, keys, keys
+
+
+def _yolo(tree: Tree, entry: dict, choose: Callable, split: str):
+    """Return (items, class keys, class names) of YOLO text boxes; the class of a picture is that of its largest box."""
+    base, folder = _find(tree, entry, "images"), _find(tree, entry, "annotations")
+    items = []
+    for name in _pictures(tree, base):
+        try:
+            lines = tree.lines(f"{folder}/{_stem(name)}.txt") or _fail("no label file, or no box in it")
+            rows = np.array(lines, np.float64).reshape(-1, 5)
+            key = int(rows[np.argmax(rows[:, 3] * rows[:, 4]), 0])
+            if not 0 <= key < len(entry["names"]):
+                raise ValueError(f"class {key} of 0 to {len(entry['names']) - 1}")
+            boxes = functools.partial(_yolo_boxes, rows)
+        except ValueError as error:
+            key, boxes = None, functools.partial(_fail, f"no class: {error}")
+        items.append(Item(_stem(name), key, f"{base}/{name}", boxes))
+    keys = choose({item.key for item in items} - {None})
+    return items, keys, [entry["names"][key] for key in keys]
+
+
+def _yolo_boxes(rows: np.ndarray):
+    """Return corners as fractions of the picture: the annotated size is 1 x 1."""
+    centre, half = rows[:, 1:3], rows[:, 3:5] / 2
+    return np.c_[centre - half, centre + half], (1.0, 1.0)
+
+
+LAYOUTS = {"tiny_imagenet": _tiny_imagenet, "imagenet": _imagenet, "voc": _voc, "yolo": _yolo}
+
+
+def _choose(entry: dict, classes: int | None, keys) -> list:
+    """Return the class keys to read, sorted: those the manifest lists, if it does, and of these the first so many."""
+    listed = entry["classes"] if isinstance(entry["classes"], list) else None
+    keys = sorted(key for key in keys if listed is None or key in listed)
+    if not keys or classes is not None and not 1 <= classes <= len(keys):
+        raise ValueError(f"data set {entry['name']}: classes = {classes}, but {len(keys)} are there; expected 1 to "
+                         f"{len(keys)}, or None for all.")
+    return keys[:classes]
+
+
+def _select(items: list[Item], keys: list, limit: int | None) -> tuple[list[Item], list[tuple[str, str]]]:
+    """Return the items of these classes, at most `limit` each, sorted by id, and those left out as [(name, reason)]."""
+    chosen, skipped, count = {}, [], dict.fromkeys([*keys, None], 0)
+    for item in sorted(items, key=lambda item: (item.id, item.name)):
+        if item.id in chosen:
+            skipped.append((item.name, f"has the id of {chosen[item.id].name}"))
+        elif item.key in count and (limit is None or count[item.key] < limit):
+            chosen[item.id] = item
+            count[item.key] += 1
+    return list(chosen.values()), skipped
+
+
+def _look(tree: Tree, name: str, check: str):
+    """Return (width, height), a stamp of the file, and its pixels if `check` is "decode" or the file looks cut off."""
+    if check == "decode":
+        raw = tree.read(name)
+        pixels = decode(io.BytesIO(raw))
+        return pixels.shape[:0:-1], zlib.crc32(raw), pixels
+    with tree.open(name) as file, _picture(file) as image:
+        size, whole, bytes_ = image.size, image.format != "JPEG", file.seek(0, os.SEEK_END)
+        file.seek(max(0, bytes_ - 2))
+        whole = whole or file.read() == b"\xff\xd9"  # the end marker
+    return size, bytes_, None if whole else decode(io.BytesIO(tree.read(name)))
+
+
+def _one(tree: Tree, item: Item, check: str, row: Tensor | None):
+    """Return (boxes, size, stamp) of one picture, its pixels put into `row`; or, in words, why it cannot be read."""
+    try:
+        size, stamp, pixels = _look(tree, item.name, check)
+        boxes, annotated = item.boxes()
+        if row is not None and pixels.shape != row.shape:
+            raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
+        if row is not None:
+            row.copy_(torch.from_numpy(pixels))
+        return _fit(boxes, annotated, size), size, stamp
+    except Exception as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
+        return f"{type(error).__name__}: {error}"
+
+
+def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
+    """Return boxes scaled from the annotated size to the picture's, and clamped to it: float32 (m, 4)."""
+    limits = np.array([*size, *size], np.float64)
+    if annotated:
+        boxes = boxes * (limits / [*annotated, *annotated])
+    if not np.isfinite(boxes).all():
+        raise ValueError("a box that is not finite")
+    return boxes.clip(0, limits).astype(np.float32)
+
+
+def load(entry: dict, path: Path, classes: int | None = None, limit: int | None = None, split: str = "train",
+         check: str | None = None) -> Images:
+    """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
+
+    `classes` the first so many (sorted; None all), `limit` the first so many pictures of each class (sorted by id),
+    `split` "train" or (Tiny-ImageNet) "val", `check` "decode" reads every picture in full, "header" only its size and
+    end. Pictures of one size (`image_size`) are held decoded. Broken ones are in `skipped`, each with its reason.
+    """
+    check = "decode" if entry.get("image_size") else check or entry.get("check", "decode")
+    if split not in ("train", "val") or split == "val" and entry["layout"] != "tiny_imagenet":
+        raise ValueError(f"data set {entry['name']}: split {split!r}; expected \"train\" (or \"val\": Tiny-ImageNet).")
+    if path.is_file() and path.name == entry.get("file") and entry.get("sha256"):
+        fetch.verify(entry, path)
+    tree = Tree(path)
+    items, keys, names = LAYOUTS[entry["layout"]](tree, entry, functools.partial(_choose, entry, classes), split)
+    items, skipped = _select(items, keys, limit)
+    width, height = entry.get("image_size") or (0, 0)
+    pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8)
+    rows = range(len(items))
+    found = threads(lambda i: _one(tree, items[i], check, pixels[i] if width else None), rows)
+    skipped += [(items[i].name, found[i]) for i in rows if isinstance(found[i], str)]
+    good = [i for i in rows if not isinstance(found[i], str)]
+    if not good:
+        raise ValueError(f"{path}: none of {len(items)} pictures could be read. {(skipped or [''])[0]}")
+    boxes, sizes, stamps = zip(*(found[i] for i in good), strict=True)
+    pixels = pixels if len(good) == len(items) else pixels[good]
+    return Images(
+        ids=np.array([items[i].id for i in good]),
+        labels=np.array([keys.index(items[i].key) for i in good], np.int64),
+        boxes=list(boxes),
+        classes=tuple(n if names.count(n) == 1 else f"{n} ({key})" for n, key in zip(names, keys, strict=True)),
+        sizes=np.array(sizes),
+        pixels=pixels if width else Lazy(tree, [items[i].name for i in good], stamps),
+        skipped=sorted(skipped),
+    )

@@ -1,0 +1,43 @@
+"""Shared by all tests: a repository in a temporary folder, with notebooks made on the fly."""
+
+import json
+
+import pytest
+
+PARAMETERS = 'profile = "laptop"  # name\nseed = 0  # integer\nrho = 0.5  # share\nk = 10  # neighbours\n'
+START = 'import dejavu_utils.notebook as nb\nrun = nb.start("{stage}", globals())'
+
+
+def notebook(*sources, kernel="somebody-elses"):
+    """Return a notebook as a dict: the first source is the parameters cell."""
+    cells = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {"tags": ["parameters"] if i == 0 else []},
+              "source": source, "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
+    spec = {"name": kernel, "display_name": kernel, "language": "python"}
+    return {"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
+
+
+class Repository:
+    """A temporary repository root with notebooks and a profile."""
+
+    def __init__(self, root):
+        self.root, self.start = root, START
+        (root / "notebooks" / "profiles").mkdir(parents=True)
+        self.profile("tiny", "all: {seed: 3}")
+
+    def profile(self, name, text):
+        (self.root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
+
+    def add(self, stage, *bodies, parameters=PARAMETERS):
+        path = self.root / "notebooks" / f"{stage}.ipynb"
+        path.write_text(json.dumps(notebook(parameters, self.start.format(stage=stage), *bodies)))
+        return path
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A Repository that store.root() finds, in a folder with a space and an umlaut."""
+    root = tmp_path / "a repository ä"
+    root.mkdir()
+    monkeypatch.setenv("DEJAVU_ROOT", str(root))
+    monkeypatch.delenv("DEJAVU_RUNS", raising=False)
+    return Repository(root)

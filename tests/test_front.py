@@ -1,0 +1,132 @@
+"""The front door: Makefile, Snakefile, environment.yml, requirements.lock."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dejavu_utils import store
+
+HERE = store.PACKAGE.parent
+EIGHT = ["torch", "torchvision", "jupyterlab", "papermill", "matplotlib", "seaborn", "faiss-gpu", "vissl"]
+LOCK = (HERE / "requirements.lock").read_text()
+
+
+def make(*arguments, cwd=HERE, **environment):
+    # MAKEFLAGS: `make test` runs these tests, and its own settings are not theirs
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "P")}
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=clean | environment)
+
+
+def test_make_alone_lists_every_target_on_one_line():
+    done = make()
+    text = (HERE / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
+    listed = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert done.returncode == 0
+    assert sorted(name for _, name in listed) == sorted(targets)
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
+
+
+def test_an_unknown_target_is_an_error():
+    done = make("figurs")
+    assert done.returncode != 0
+    assert "figurs" in done.stderr
+
+
+def test_the_lock_has_hashes_and_no_addresses():
+    assert "://" not in LOCK
+    packages = re.findall(r"^[a-z0-9._-]+==.*?(?=^\S|\Z)", LOCK, re.MULTILINE | re.DOTALL)
+    assert len(packages) > 200
+    assert all("--hash=sha256:" in package for package in packages)
+
+
+def test_environment_yml_names_the_eight_packages_as_the_lock_pins_them():
+    text = (HERE / "environment.yml").read_text()
+    content = yaml.safe_load(text)
+    pip = next(item["pip"] for item in content["dependencies"] if isinstance(item, dict))
+    assert pip == ["-r requirements.lock"]
+    assert any(str(item).startswith("python=3.12") for item in content["dependencies"])
+    named = dict(re.findall(r"^#   ([a-z-]+)==(\S+)$", text, re.MULTILINE))
+    assert list(named) == EIGHT
+    pinned = dict(re.findall(r"^([a-z0-9._-]+)==(\S+)", LOCK, re.MULTILINE))
+    assert named == {name: pinned[name] for name in EIGHT}
+
+
+@pytest.fixture
+def clone(repository):
+    """A repository with the real Makefile and Snakefile, this environment, and two notebooks that need no torch."""
+    repository.start = "import dejavu_utils.notebook as nb\nparams = nb.parameters('{stage}', globals())"
+    root = repository.root
+    shutil.copy(HERE / "Makefile", root)
+    shutil.copy(HERE / "notebooks" / "Snakefile", root / "notebooks")
+    shutil.copytree(store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (root / ".venv" / "bin" / "python").chmod(0o755)
+    (root / "requirements.lock").touch()
+    (root / ".venv" / ".installed").touch()
+    repository.add("01_training", "print('trained')")
+    repository.add("02_attack", "print('attacked with', k)")
+    return repository
+
+
+def test_make_figures_runs_in_order_then_is_up_to_date_then_runs_what_changed(clone):
+    folder = clone.root / "runs" / "tiny" / "notebooks"
+
+    def figures(*arguments):
+        done = make("figures", "PROFILE=tiny", *arguments, cwd=clone.root)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    first = figures()
+    assert first.index("01_training done") < first.index("02_attack …")
+    assert first.splitlines()[-1] == "the figures are in runs/tiny/figures/"
+    assert len(first.splitlines()) == 6
+    dates = {path: path.stat().st_mtime for path in folder.glob("*.ipynb")}
+    assert len(dates) == 2
+    assert figures() == "up to date\nthe figures are in runs/tiny/figures/\n"
+    assert {path: path.stat().st_mtime for path in folder.glob("*.ipynb")} == dates
+    clone.add("02_attack", "print('attacked twice with', k)")
+    again = figures()
+    assert "to run: 02_attack\n" in again
+    assert "01_training" not in again
+
+
+def test_make_figures_passes_parameters_on_and_stops_at_an_error(clone):
+    done = make("figures", "PROFILE=tiny", "P=sede=3", cwd=clone.root)
+    assert done.returncode != 0
+    assert "sede is not a parameter; did you mean seed?" in done.stderr
+    dry = make("figures", "PROFILE=tiny", "DRY=1", cwd=clone.root)
+    assert dry.returncode == 0
+    assert "to run: 01_training, 02_attack" in dry.stdout
+    clone.add("01_training", "assert k == 10, f'k is {k}'")
+    done = make("figures", "PROFILE=tiny", "P=k=7 rho=1e-6", cwd=clone.root)
+    assert done.returncode != 0
+    assert "01_training: cell `cell-2` failed" in done.stdout
+    assert "AssertionError: k is 7" in done.stdout
+    folder = clone.root / "runs" / "tiny" / "notebooks"
+    assert [path.name for path in folder.glob("*.ipynb*") if path.suffix != ".lock"] == ["01_training.ipynb.part"]
+    done = make("clean", cwd=clone.root)
+    assert done.returncode == 0
+    assert not (clone.root / "runs").exists()
+    assert (clone.root / "notebooks").is_dir()
+
+
+def test_without_a_python_make_says_so_once(clone, tmp_path):
+    for name in ("sh", "env", "touch", "test", "echo"):
+        if shutil.which(name):
+            (tmp_path / "bin").mkdir(exist_ok=True)
+            (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    stub = tmp_path / "bin" / "python3.12"  # version managers leave such: there, but not to be run
+    stub.write_text("#!/bin/sh\nexit 127\n")
+    stub.chmod(0o755)
+    shutil.rmtree(clone.root / ".venv")
+    done = subprocess.run([shutil.which("make"), "figures"], cwd=clone.root, capture_output=True, text=True,
+                          env={"PATH": str(tmp_path / "bin")})
+    assert done.returncode != 0
+    assert done.stderr.count("No Python 3.11, 3.12 or 3.13") == 1
+    assert not (clone.root / ".venv").exists()
