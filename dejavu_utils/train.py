@@ -35,7 +35,7 @@ class Recipe:
     weight_decay: float = 1e-6           # on weights only, not on biases and norms
     warmup: float = 0.05                 # share of the steps with a linearly rising rate
     constants: dict = field(default_factory=lambda: {"temperature": 0.2})  # of the criterion, e.g. {"invariance": 25.0}
-    views: dict = field(default_factory=lambda: {"scale_min": 0.06, "strength": 0.4, "blur": 0.0})  # see views.Views
+    views: dict = field(default_factory=lambda: {"scale_min": 0.04, "strength": 0.4, "blur": 0.0})  # see views.Views
     precision: str = "auto"              # "fp32", "bf16" or "auto": bf16 where the processor computes it
     threads: int = 1                     # CPU threads of one job: 1 and 2 give different bits
 
