@@ -17,8 +17,8 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|gpu, P="rho=0.5 k=10", DRY=1, EXECUTOR=slurm
-	@$(PYTHON) -m dejavu_utils.batch keys --profile "$(PROFILE)" --set "$$P"
-	@$(SNAKEMAKE) --config profile="$(PROFILE)"
+	@keys=$$($(PYTHON) -m dejavu_utils.batch keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
+	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)"; }
 	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
@@ -38,7 +38,7 @@ data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (s
 	@$(PYTHON) -m dejavu_utils.fetch "$(NAME)"
 
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
-	@$(PYTHON) -m dejavu_utils.controls
+	@$(PYTHON) tests/controls.py
 
 bench: .venv/.installed  ## measure this machine: training and k-NN throughput
 	@$(PYTHON) -m dejavu_utils.bench

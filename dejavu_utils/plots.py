@@ -32,8 +32,8 @@ def _line(axis, table, x: str, y: str, low: str, high: str, colour: str, label: 
 
 
 def _title(setting) -> str:
-    rho = setting.get("rho")
-    return NAMES.get(setting["criterion"], setting["criterion"]) + (f", ρ = {rho:g}" if rho is not None else "")
+    name, rho = NAMES.get(setting["criterion"], setting["criterion"]), setting["rho"]
+    return name if np.isnan(rho) else f"{name}, ρ = {rho:g}"
 
 
 def examples(images, rects, labels, columns: int = 8):
@@ -108,8 +108,9 @@ def over_epochs(scores, probes):
         axes[1, column].set(xlabel="epoch", ylim=(min(0, probes["low"].min()), 1))
     axes[0, 0].set_ylabel("déjà vu score")
     axes[1, 0].set_ylabel("linear probe (backbone)")
-    axes[0, -1].legend(frameon=False, loc="upper left")
-    axes[1, -1].legend(frameon=False, loc="center right", fontsize=8)
+    axes[0, 0].legend(frameon=False, loc="upper left")
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=1 if len(kinds) == 1 else 3,
+                  fontsize=8)
     return figure
 
 

@@ -85,10 +85,13 @@ def pair(params: dict, folder: Path, criterion: str, rho: float, seed: int, devi
 
 
 def pairs(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
-    """Return a pair for every seed and criterion at the first rho, and for the first criterion at every other rho."""
-    rhos = params["rhos"] if params["dataset"] == "scenes" else params["rhos"][:1]
+    """Return a pair for every seed and criterion at the first rho, and for the first criterion at every other rho.
+
+    On real pictures nobody knows rho: it is NaN, and there is one of it.
+    """
+    rhos = params["rhos"] if params["dataset"] == "scenes" else [float("nan")]
     settings = [(criterion, rho, seed) for seed in params["seeds"] for rho in rhos
-                for criterion in (params["criteria"] if rho == rhos[0] else params["criteria"][:1])]
+                for criterion in (params["criteria"] if rho is rhos[0] else params["criteria"][:1])]
     return [pair(params, folder, *setting, device) for setting in settings]
 
 

@@ -195,12 +195,12 @@ def test_embeddings_that_mean_nothing_cover_zero():
 def test_permuted_public_labels_score_zero_on_average():
     """Images of one tight cluster share neighbours, hence the luck of one permutation: only the mean over many is 0."""
     scores = []
-    for seed in range(30):
-        given = planted(n=60, seed=seed)
+    for seed in range(12):
+        given = planted(n=30, seed=seed)
         given["public_labels"] = np.random.default_rng(seed).permutation(given["public_labels"])
         scores.append(attack.score(attack.label_inference(**given), 100, resamples=0)["score"])
     found = attack.over_seeds(scores, 0.999)
-    assert found["low"] <= 0 <= found["high"] and found["high"] - found["low"] < 0.2
+    assert found["low"] <= 0 <= found["high"] and found["high"] - found["low"] < 0.4
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000])

@@ -269,8 +269,9 @@ def test_digest_and_subset(tiny):
     changed = images.pixels.clone()
     changed[0, 0, 0, 0] ^= 1
     boxes = [images.boxes[0] + 1, *images.boxes[1:]]
-    variants = [images, replace(images, pixels=changed), replace(images, boxes=boxes), back,
-                replace(images, labels=images.labels[::-1].copy())]
+    moved = [images.boxes[0][:0], np.concatenate(images.boxes[:2]), *images.boxes[2:]]  # same boxes, other images
+    variants = [images, replace(images, pixels=changed), replace(images, boxes=boxes), replace(images, boxes=moved),
+                back, replace(images, labels=images.labels[::-1].copy())]
     assert len({v.digest for v in variants}) == len(variants) and len(images.digest) == 64
     with pytest.raises(ValueError, match="different lengths"):
         replace(images, labels=images.labels[1:])

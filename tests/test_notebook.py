@@ -164,7 +164,7 @@ def test_start_seeds_by_seed_and_stage_and_run_writes_where_it_says(repository, 
     assert not set(draws("02_attack", 2)[1]) & set(first)
     assert not set(draws("01_training", 1)[1]) & set(first)
     assert "02_attack · profile tiny · seed 1" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="curve.csv is not there: run 01_training first, or `make figures PROFILE=tiny"):
+    with pytest.raises(FileNotFoundError, match="curve.csv is not there: run 01_training first, or `make"):
         run.tables("curve")
     run.table("curve", pd.DataFrame({"epoch": [1], "score": [0.1]}))
     assert run.tables("curve")["score"].tolist() == [0.1]

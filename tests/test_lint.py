@@ -1,0 +1,84 @@
+"""The notebooks read well and run anywhere: no definitions, short cells, more prose than code, no outputs."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from dejavu_utils import notebook, store
+
+NOTEBOOKS = sorted((store.PACKAGE.parent / "notebooks").glob("*.ipynb"))
+
+
+def _lines(source):
+    return [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def lint_parameters(source):
+    """Return what is wrong with a parameters cell: literals only, a comment each, 14 lines at most."""
+    wrong = [] if notebook.literals(source) else ["the parameters cell is not `name = literal` lines only"]
+    bare = [line for line in _lines(source) if re.match(r"\w+\s*[:=]", line) and "#" not in line]
+    wrong += [f"the parameter `{line.split('=')[0].strip()}` has no comment" for line in bare]
+    return wrong + (["the parameters cell has more than 14 lines"] if len(_lines(source)) > 14 else [])
+
+
+def lint_cell(cell):
+    """Return what is wrong with a code cell."""
+    source, name, wrong = "".join(cell["source"]), cell["id"], []
+    if cell["outputs"] or cell["execution_count"]:
+        wrong.append(f"{name} has outputs: clear them")
+    if re.search(r"^\s*[%!]|\b(exit|quit)\(|raises-exception", source + str(cell["metadata"]), re.MULTILINE):
+        return [*wrong, f"{name} has a magic, a shell command, or leaves the program"]
+    nodes = list(ast.walk(ast.parse(source)))
+    if any(isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) for node in nodes):
+        wrong.append(f"{name} defines a function or class: it belongs in dejavu_utils")
+    if "parameters" in cell["metadata"].get("tags", []):
+        return wrong + lint_parameters(source)
+    return wrong + ([f"{name} has more than 12 lines"] if len(_lines(source)) > 12 else [])
+
+
+def lint(path):
+    """Return everything that is wrong with a notebook, as sentences."""
+    content = json.loads(path.read_text())
+    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    text = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "markdown"]
+    prose = " ".join(text).split()
+    ids = [cell.get("id", "") for cell in content["cells"]]
+    wrong = [problem for cell in code for problem in lint_cell(cell)]
+    if sum("parameters" in cell["metadata"].get("tags", []) for cell in code) != 1:
+        wrong.append("not exactly one cell is tagged `parameters`")
+    if content["metadata"].get("kernelspec", {}).get("name") != "python3":
+        wrong.append("the kernel is not python3")
+    readable = [name for name in ids if re.fullmatch(r"(?![0-9a-f]{8}$)[a-z][a-z0-9]*(-[a-z0-9]+)*", name)]
+    if len(set(readable)) < len(ids):
+        wrong.append("cell ids are not unique readable names")
+    if len(prose) < sum(len(_lines("".join(cell["source"]))) for cell in code):
+        wrong.append("there is less prose (words) than code (lines)")
+    return wrong
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(path):
+    assert lint(path) == []
+
+
+@pytest.mark.parametrize("profile", sorted((store.PACKAGE.parent / "notebooks" / "profiles").glob("*.yaml")),
+                         ids=lambda path: path.stem)
+def test_profile_fits_the_notebooks(profile, monkeypatch):
+    from dejavu_utils import batch
+    monkeypatch.delenv("DEJAVU_ROOT", raising=False)
+    assert batch.given(profile.stem, {}).keys() == {path.stem for path in NOTEBOOKS}
+
+
+def test_lint_finds_what_it_should(repository):
+    path = repository.add("02_attack", "def f():\n    pass", "%time 1", "exit()", "\n".join(["x = 1"] * 13),
+                          parameters="k = 1\nseed = f()  # a call\n")
+    content = json.loads(path.read_text())
+    content["cells"][1] |= {"id": "cell-0", "execution_count": 3}
+    path.write_text(json.dumps(content))
+    found = " | ".join(lint(path))
+    for part in ("defines a function", "cell-3 has a magic", "cell-4 has a magic", "more than 12 lines",
+                 "`k` has no comment", "literal` lines only", "has outputs", "kernel is not python3",
+                 "not unique", "less prose"):
+        assert part in found

@@ -1,0 +1,129 @@
+"""The two-model test end to end on tiny scenes: sets stay apart, tables are cached and pair up, the gallery is honest."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dejavu_utils import attack, references, summaries, train
+
+PARAMS = {
+    "seeds": [0], "dataset": "scenes", "rhos": [0.2, 0.0], "criteria": ["vicreg", "simclr"], "epochs": [0, 1, 2],
+    "sizes": {"classes": 4, "attacked": 12, "shared": 4, "public": 20, "probe": 10, "control": 12}, "k": 5,
+    "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
+    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = references.pairs(PARAMS, tmp_path_factory.mktemp("runs"))
+    train.fit_all(references.jobs(made), workers=1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tables(pairs):
+    return pd.concat([references.two_model(pair, epoch, 5) for pair in pairs for epoch in (0, 1, 2)])
+
+
+def test_every_criterion_at_the_first_rho_and_the_first_at_the_others(pairs):
+    assert [(p.setting["criterion"], p.setting["rho"]) for p in pairs] == [("vicreg", 0.2), ("simclr", 0.2), ("vicreg", 0.0)]
+
+
+def test_no_id_is_in_two_parts(pairs):
+    ids = np.concatenate([images.ids for images in pairs[0].parts.values()])
+    assert len(ids) == len(set(ids)) == 4 * (2 * 12 + 4 + 20 + 10 + 12)
+
+
+def test_encoders_share_the_shared_part_and_nothing_else(pairs):
+    a, b = (references._training_pixels(pairs[0].parts, model, pairs[0].jobs["A"].recipe) for model in "AB")
+    rows = [{tuple(image.flatten().tolist()) for image in pixels} for pixels in (a, b)]
+    assert len(rows[0] & rows[1]) == 16 and len(a) == len(b) == 64
+
+
+def test_a_pair_differs_in_seed_and_images_only(pairs):
+    a, b = pairs[0].jobs["A"], pairs[0].jobs["B"]
+    assert a.recipe == b.recipe and a.epochs == b.epochs and a.seed != b.seed and a.pixels != b.pixels
+
+
+def test_table_has_every_image_under_both_models(tables):
+    one = tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2 and layer == 'projector'")
+    assert (one.groupby("id").size() == 2).all() and set(one["role"]) == {"target", "reference"}
+
+
+def test_table_is_read_the_second_time(pairs, monkeypatch):
+    first = references.two_model(pairs[0], 2, 5)
+    monkeypatch.setattr(references, "_two_model", lambda *a: pytest.fail("computed again"))
+    pd.testing.assert_frame_equal(first, references.two_model(pairs[0], 2, 5))
+
+
+def test_score_is_memorized_minus_misrepresented(tables):
+    scores = summaries.scores(tables, [100], rankings=("own",), resamples=10)
+    shares = summaries.shares(tables, resamples=10)
+    assert len(scores) == len(shares) == 3 * 3 * 2
+    assert np.abs(scores["score"] - (shares["memorized"] - shares["misrepresented"])).max() < 1e-12
+
+
+def test_control_set_covers_zero(pairs):
+    row = attack.score(references.two_model(pairs[0], 2, 5, attacked="control").query("layer == 'projector'"), level=0.999)
+    assert row["low"] <= 0 <= row["high"] and row["n"] == 48
+
+
+def test_differences_and_truth(tables):
+    rows = summaries.differences(tables, [0, 1, 2])
+    assert set(rows["what"]) == {"projector - backbone", "last - untrained", "last - first trained", "p = 20 % - all"}
+    curve = summaries.curve(tables.query("epoch == 2 and layer == 'projector'"), percents=(100,), resamples=10)
+    truth = summaries.truth(curve, 4)
+    assert truth.set_index("rho")["bayes"].to_dict() == {0.2: pytest.approx(0.4), 0.0: 0.25}
+
+
+def test_probes_never_use_the_public_set(pairs, monkeypatch):
+    public = set(pairs[0].parts["public"].ids)
+    seen, original = set(), references.embed
+    monkeypatch.setattr(type(pairs[0].parts["a"]), "squares", lambda self, *a, **k: seen.update(self.ids) or SQUARES(self, *a, **k))
+    row = references._probes(pairs[0], 2, "backbone", "cpu")
+    assert original is references.embed and seen and not seen & public
+    assert ((row[["train", "held_out", "member", "non_member", "knn"]] >= 0) & (row[["train", "held_out"]].max().max() <= 1)).all().all()
+    assert np.allclose(row["gap"], row["train"] - row["held_out"])
+
+
+SQUARES = references.data.Images.squares
+
+
+def test_gallery_choice_is_the_papers_ranking(tables):
+    one = tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2")
+    chosen = references.choose(one, 5)
+    wide = one.query("layer == 'projector'").set_index(["id", "role"])
+    lead = [wide.loc[(i, "target"), "confidence"] - wide.loc[(i, "reference"), "confidence"] for i in chosen]
+    assert lead == sorted(lead, reverse=True)
+    assert all(wide.loc[(i, "target"), "correct"] and not wide.loc[(i, "reference"), "correct"] for i in chosen)
+    assert references.choose(one, 5, how="random") == references.choose(one, 5, how="random") != chosen
+
+
+def test_gallery_rows(pairs, tables):
+    ids = references.choose(tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2"), 3, how="random")
+    rows = references.neighbours(pairs[0], 2, ids, k=3)
+    assert len(rows) == 3 and all(len(row["target"]) == len(row["reference"]) == 3 for row in rows)
+    assert rows[0]["crop"].shape == (3, 32, 32)
+
+
+def test_recipe_gives_each_criterion_its_own_constants():
+    changes = {"constants": {"temperature": 0.5, "invariance": 10.0}}
+    assert references.recipe("simclr", changes).constants == {"temperature": 0.5}
+    assert references.recipe("vicreg", changes).constants == {"invariance": 10.0}
+    with pytest.raises(ValueError, match="temprature belongs to no criterion"):
+        references.recipe("simclr", {"constants": {"temprature": 1.0}})
+    with pytest.raises(ValueError, match='criterion "simclear" is not known'):
+        references.recipe("simclear", {})
+
+
+def test_probe_rows_interval_over_seeds_and_over_images():
+    row = {"criterion": "vicreg", "rho": 0.2, "epoch": 1, "n_train": 100, "n_held_out": 100, "train": 0.9, "gap": 0.3,
+           "held_out": 0.6, "member": 0.6, "non_member": 0.6, "fresh_gap": 0.0}
+    one = summaries.probe_rows(pd.DataFrame([row | {"seed": 0}])).set_index("quantity").loc["held-out accuracy"]
+    assert one["high"] - one["mean"] == pytest.approx(1.96 * math.sqrt(0.24 / 100))
+    two = pd.DataFrame([row | {"seed": s, "held_out": 0.6 + 0.02 * s} for s in range(3)])
+    many = summaries.probe_rows(two).set_index("quantity").loc["held-out accuracy"]
+    assert many["mean"] == pytest.approx(0.62) and many["high"] - many["mean"] == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-3)
