@@ -30,11 +30,12 @@ def load(path: str | Path) -> Encoder:
 
 
 def fill(module: torch.nn.Module, tensors: dict, where: str | Path) -> None:
-    """Copy `tensors` into `module`, all of them and nothing else; StoreError names what is missing, extra or misshapen."""
+    """Copy `tensors` into `module`, all of them and nothing else; StoreError names what does not fit."""
     own = module.state_dict()
     shapes = [f"{n} has shape {tuple(tensors[n].shape)}, expected {tuple(own[n].shape)}"
               for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
-    wrong = [f"missing {n}" for n in own.keys() - tensors.keys()] + [f"unexpected {n}" for n in tensors.keys() - own.keys()]
+    wrong = [f"missing {n}" for n in own.keys() - tensors.keys()]
+    wrong += [f"unexpected {n}" for n in tensors.keys() - own.keys()]
     if problems := sorted(shapes + wrong):
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise store.StoreError(f"{where} does not fit this encoder: {'; '.join(problems[:5])}{more}. "

@@ -19,7 +19,7 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 2
 
 
 def simclr(z1: Tensor, z2: Tensor, temperature: float = 0.15) -> Tensor:
-    """Return SimCLR's normalised-temperature cross-entropy of two views' projections (n, d): Chen et al. 2020, eq. 1."""
+    """Return SimCLR's cross-entropy at a temperature, of two views' projections (n, d): Chen et al. 2020, eq. 1."""
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     n = len(z1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)

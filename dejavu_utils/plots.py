@@ -27,8 +27,8 @@ def _line(axis, table, x: str, y: str, low: str, high: str, colour: str, label: 
     """Draw y over x with its interval as a band and a marker at each value."""
     table = table.sort_values(x)
     axis.plot(table[x], table[y], style, color=colour, marker="o", markersize=4, label=label)
-    axis.fill_between(table[x].astype(float), table[low].astype(float), table[high].astype(float), color=colour, alpha=0.18,
-                      linewidth=0)
+    band = (table[name].astype(float) for name in (x, low, high))
+    axis.fill_between(*band, color=colour, alpha=0.18, linewidth=0)
 
 
 def _title(setting) -> str:
@@ -61,7 +61,10 @@ def examples(images, rects, labels, columns: int = 8):
 
 
 def losses(table):
-    """Return the training loss over epochs, a panel a criterion, a line an encoder. Columns: criterion, epoch, loss, name."""
+    """Return the training loss over epochs, a panel a criterion, a line an encoder.
+
+    Columns: criterion, epoch, loss, name.
+    """
     kinds = list(dict.fromkeys(table["criterion"]))
     figure, axes = _axes(len(kinds))
     for axis, kind in zip(axes[0], kinds, strict=True):
@@ -96,7 +99,8 @@ def over_epochs(scores, probes):
     kinds = list(dict.fromkeys(scores["criterion"]))
     figure, axes = _axes(len(kinds), 2, 4.0, 2.8, sharex=True, sharey="row")
     shades = dict(zip(sorted(scores["p"].unique(), reverse=True), (TARGET, "#CC79A7", BAYES), strict=False))
-    colours = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE, "gap of a probe that saw neither": "#E69F00"}
+    colours = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE,
+               "gap of a probe that saw neither": "#E69F00"}
     for column, kind in enumerate(kinds):
         for p, colour in shades.items():
             one = scores[(scores["criterion"] == kind) & (scores["p"] == p)]
@@ -109,8 +113,8 @@ def over_epochs(scores, probes):
     axes[0, 0].set_ylabel("déjà vu score")
     axes[1, 0].set_ylabel("linear probe (backbone)")
     axes[0, 0].legend(frameon=False, loc="upper left")
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=1 if len(kinds) == 1 else 3,
-                  fontsize=8)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
+                  ncols=1 if len(kinds) == 1 else 3, fontsize=8)
     return figure
 
 
@@ -141,8 +145,9 @@ def over_rho(table):
     """
     figure, axes = _axes(1, width=4.6, height=3.4)
     axis, table = axes[0, 0], table.sort_values("rho")
-    _line(axis, table, "rho", "target", "target_low", "target_high", TARGET, "target (trained on the image)")
-    _line(axis, table, "rho", "reference", "reference_low", "reference_high", REFERENCE, "reference (not trained on it)", "--")
+    for role, colour, text, style in (("target", TARGET, "target (trained on the image)", "-"),
+                                      ("reference", REFERENCE, "reference (not trained on it)", "--")):
+        _line(axis, table, "rho", role, f"{role}_low", f"{role}_high", colour, text, style)
     axis.plot(table["rho"], table["bayes"], color=BAYES, lw=1.5, ls="-.", label="Bayes: all that the background tells")
     axis.axhline(table["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
     axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None),
@@ -152,7 +157,10 @@ def over_rho(table):
 
 
 def layers(scores):
-    """Return the déjà vu score at the end of training by layer, all examples. Columns: criterion, layer, score, low, high."""
+    """Return the déjà vu score at the end of training by layer, all examples.
+
+    Columns: criterion, layer, score, low, high.
+    """
     kinds = list(dict.fromkeys(scores["criterion"]))
     order = [layer for layer in ("projector", "backbone") if layer in set(scores["layer"])]
     figure, axes = _axes(1, width=1.6 + 1.4 * len(kinds), height=3.2)
@@ -181,8 +189,10 @@ def gallery(rows, neighbours: int = 4):
         for column, (axis, (picture, name)) in enumerate(zip(line, cells, strict=True)):
             axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
             right = column >= 2 and name == row["name"]
-            axis.set_title(name, fontsize=7.5, pad=2, color=BAYES if right else "black", fontweight="bold" if right else None)
+            axis.set_title(name, fontsize=7.5, pad=2, color=BAYES if right else "black",
+                           fontweight="bold" if right else None)
             axis.set(xticks=[], yticks=[])
+            frame = "black" if column < 2 else TARGET if column < 2 + neighbours else REFERENCE
             for spine in axis.spines.values():
-                spine.set(visible=True, color=TARGET if 2 <= column < 2 + neighbours else REFERENCE if column >= 2 else "black")
+                spine.set(visible=True, color=frame)
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -100,8 +99,8 @@ def _training_pixels(parts: dict, model: str, how: train.Recipe):
     import torch
 
     own, shared = parts[model.lower()], parts["shared"]
-    stacks = [p.stacked if p.stacked is not None else p.squares(round(how.size * 8 / 7)) for p in (own, shared) if len(p)]
-    return torch.cat(stacks)
+    used, larger = [images for images in (own, shared) if len(images)], round(how.size * 8 / 7)
+    return torch.cat([p.squares(larger) if p.stacked is None else p.stacked for p in used])
 
 
 def _hash(pixels) -> str:
@@ -205,7 +204,7 @@ def bayes(pair: Pair) -> float:
 
 
 def choose(table, count: int, how: str = "memorized", seed: int = 0) -> list[str]:
-    """Return ids of attacked images to look at: those memorized with the largest confidence difference, or a random draw.
+    """Return ids of attacked images to look at: the most confidently memorized, or a random draw (`how="random"`).
 
     The ranking is the paper's: the target's confidence minus the reference's, among images only the target gets right.
     """
@@ -221,7 +220,8 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
     """Return a row per id for `plots.gallery`: crop, image, class and the k nearest public images under both models."""
     public, size = pair.parts["public"], pair.size()
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    bank = {model: embed(encoder, public.squares(size), ("projector",))["projector"] for model, encoder in encoders.items()}
+    known = public.squares(size)
+    bank = {model: embed(encoder, known, ("projector",))["projector"] for model, encoder in encoders.items()}
     rows = []
     for name in ids:
         side = "a" if name in pair.parts["a"].ids else "b"
@@ -231,8 +231,7 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
         for role, model in (("target", side.upper()), ("reference", "BA"["AB".index(side.upper())])):
             query = embed(encoders[model], crop, ("projector",))["projector"]
             nearest = knn.search(query, bank[model], k)[1][0].numpy()
-            found = public.subset(nearest).squares(size)
-            row[role] = [(found[i], public.classes[public.labels[j]]) for i, j in enumerate(nearest)]
+            row[role] = [(known[j], public.classes[public.labels[j]]) for j in nearest]
         rows.append(row)
     return rows
 
@@ -241,8 +240,8 @@ def losses(every: list[Pair]):
     """Return the training logs of all pairs: a row per encoder and epoch with its loss and seconds."""
     import pandas as pd
 
-    rows = [line | pair.setting | {"name": f"{Path(job.folder).name}/{model}"}
-            for pair in every for model, job in pair.jobs.items() for line in train.read_log(Path(job.folder) / "log.jsonl")]
+    rows = [line | pair.setting | {"name": f"{Path(job.folder).name}/{model}"} for pair in every
+            for model, job in pair.jobs.items() for line in train.read_log(Path(job.folder) / "log.jsonl")]
     return pd.DataFrame(rows)
 
 
@@ -258,6 +257,6 @@ def partition_table(every: list[Pair]):
     """Return id, class, part and seed of every image of every pair: the split, as a table."""
     import pandas as pd
 
-    tables = [pd.DataFrame({"id": images.ids, "class": [images.classes[i] for i in images.labels], "part": part}).assign(
-        seed=pair.setting["seed"]) for pair in every for part, images in pair.parts.items()]
-    return pd.concat(tables, ignore_index=True).drop_duplicates()
+    rows = {(name, images.classes[label], part, pair.setting["seed"]): None for pair in every
+            for part, images in pair.parts.items() for name, label in zip(images.ids, images.labels, strict=True)}
+    return pd.DataFrame(list(rows), columns=["id", "class", "part", "seed"])

@@ -1,9 +1,9 @@
 """The embedded default data set: composed scenes whose truth is known, made in seconds from what is already installed.
 
 A scene is a *background*, a random window of one of the photographs that scikit-image's wheel carries, and a
-*foreground*, a pictograph of the DejaVu Sans font that matplotlib carries, with its exact bounding box. With probability
-`rho` the photograph is the class's own, else it is drawn uniformly over all of them. So the best accuracy that anybody
-can reach from the background alone is known: whatever a model infers above it about its training images is memorized.
+*foreground*, a disc with a pictograph of the DejaVu Sans font that matplotlib carries, with its exact bounding box.
+With probability `rho` the photograph is the class's own, else it is drawn uniformly over all of them. So the best
+accuracy from the background alone is known: what a model infers above it about its training images is memorized.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _photographs(count: int) -> list:
 
 @functools.cache
 def _sign(glyph: str, tilt: int):
-    """Return the pictograph, turned by `tilt` degrees, white on a black picture of 256 px, inside the inscribed disc."""
+    """Return the pictograph, turned by `tilt` degrees, white on black, inside the disc inscribed in 256 px."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -71,7 +71,7 @@ def _sign(glyph: str, tilt: int):
 
 @functools.cache
 def _masks(glyph: str, side: int, tilt: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the antialiased coverage in [0, 1] of a disc of diameter `side` and of the pictograph on it: two (side, side)."""
+    """Return the coverage in [0, 1] of a disc of diameter `side` and of the pictograph on it: two (side, side)."""
     from PIL import Image, ImageDraw
 
     disc = Image.new("L", (256, 256))
@@ -94,7 +94,7 @@ def _background(rng: np.random.Generator, family: int, classes: int, size: int) 
 
 
 def _object(rng: np.random.Generator, label: int, classes: int, size: int, shade: int):
-    """Return (coverage, pixels, x, y) of an object: a light or dark (`shade`) pictograph on a disc of class-coded hue."""
+    """Return (coverage, pixels, x, y): a light or dark (`shade`) pictograph on a disc of class-coded hue."""
     glyph = list(PICTOGRAPHS.values())[label]
     side = int(rng.integers(round(0.46 * size), round(0.58 * size) + 1))
     disc, sign = _masks(glyph, side, 3 * int(rng.integers(-5, 6)))

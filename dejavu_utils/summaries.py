@@ -37,14 +37,16 @@ def probe_rows(table):
     """
     import pandas as pd
 
-    named = {"held_out": "held-out accuracy", "gap": "train - held-out gap", "fresh_gap": "gap of a probe that saw neither"}
+    named = {"held_out": "held-out accuracy", "gap": "train - held-out gap",
+             "fresh_gap": "gap of a probe that saw neither"}
     rows = []
     for (criterion, rho, epoch), group in table.groupby(["criterion", "rho", "epoch"], sort=False, dropna=False):
         by_seed = group.groupby("seed")[list(named)].mean()
+        judged = int(group.groupby("seed")["n_held_out"].first().sum())
         for name, text in named.items():
             mean, low, high = _interval(by_seed[name].to_numpy(), group, name)
             rows.append({"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text, "mean": mean, "low": low,
-                         "high": high, "seeds": len(by_seed), "n_held_out": int(by_seed.size and group["n_held_out"].sum() // 2)})
+                         "high": high, "seeds": len(by_seed), "n_held_out": judged})
     return pd.DataFrame(rows)
 
 
@@ -69,7 +71,7 @@ def first_rho(table, rho: float):
 
 
 def truth(curve, classes: int):
-    """Return target, reference and Bayes accuracy per rho for the criterion that was trained at several; may be empty."""
+    """Return target, reference and Bayes accuracy per rho for a criterion trained at several; may be empty."""
     from dejavu_utils.scenes import bayes_accuracy
 
     known = curve[curve["rho"].notna()]
@@ -82,8 +84,8 @@ def truth(curve, classes: int):
 def differences(table, epochs: list[int]):
     """Return a row per criterion and rho for each paired difference of déjà vu scores over all examples, with interval.
 
-    projector - backbone at the end; at the projector the last checkpoint minus the untrained and minus the first trained
-    one, and the 20 % most confident minus all.
+    projector - backbone at the end; at the projector the last checkpoint minus the untrained and minus the first
+    trained one, and the 20 % most confident minus all.
     """
     import pandas as pd
 

@@ -211,7 +211,8 @@ def _run(training: Training, job: Job, last: Path, every: float) -> None:
             try:
                 loss = training.run_epoch()
             except FloatingPointError as error:
-                raise FloatingPointError(f"{error}; {job.folder} keeps the last good state: lower the recipe's lr") from None
+                raise FloatingPointError(
+                    f"{error}; {job.folder} keeps the last good state: lower the recipe's lr") from None
             log.write(epoch=training.epoch, loss=loss, seconds=round(time.monotonic() - began, 4))
 
 

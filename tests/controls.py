@@ -26,8 +26,8 @@ def untrained(seed: int, permute: bool = False) -> SimpleNamespace:
     """
     images = scenes.make(CLASSES, 60, 0.2, seed, size=32)
     rects, keep = crops.background(images, CROP)
-    a, b, public = (np.flatnonzero(keep & (np.arange(600) // 100 == 0)), np.flatnonzero(keep & (np.arange(600) // 100 == 1)),
-                    np.arange(200, 600))
+    a, b = (np.flatnonzero(keep & (np.arange(600) // 100 == part)) for part in (0, 1))
+    public = np.arange(200, 600)
     found = {"a": {}, "b": {}, "public": {}}
     for model in "AB":
         with torch.random.fork_rng(devices=[]):
@@ -55,14 +55,14 @@ def planted(seed: int) -> SimpleNamespace:
         return 8 * centres[y] + torch.from_numpy(rng.normal(size=(len(y), 16))).float()
 
     wrong = {side: (y + rng.integers(1, CLASSES, len(y))) % CLASSES for side, y in labels.items()}
-    found = {side: {model: near(labels[side] if model.lower() == side else wrong[side]) for model in "AB"} for side in "ab"}
+    found = {side: {model: near((labels if model.lower() == side else wrong)[side]) for model in "AB"} for side in "ab"}
     found["public"] = {model: near(public_labels) for model in "AB"}
     return SimpleNamespace(found=found, labels=labels, ids={s: np.array([f"{s}{i}" for i in range(120)]) for s in "ab"},
                            public_labels=public_labels)
 
 
 def table(case: SimpleNamespace, same_model: bool = False):
-    """Return the label-inference table of a case; `same_model` makes one encoder target and reference of every image."""
+    """Return the label-inference table of a case; `same_model` makes one encoder target and reference."""
     found = {name: {"A": by["A"], "B": by["A"]} for name, by in case.found.items()} if same_model else case.found
     return attack.label_inference({side: found[side] for side in "ab"}, found["public"], case.public_labels, case.ids,
                                   case.labels, K, CLASSES)

@@ -41,7 +41,8 @@ def test_layers_in_one_pass_and_embed_restores_mode():
     encoder.train()
     out = embed(encoder, images, ("projector", "block1", "backbone"), batch=3)
     assert encoder.training
-    assert {name: tuple(z.shape) for name, z in out.items()} == {"projector": (7, 8), "block1": (7, 16), "backbone": (7, 16)}
+    shapes = {name: tuple(z.shape) for name, z in out.items()}
+    assert shapes == {"projector": (7, 8), "block1": (7, 16), "backbone": (7, 16)}
     again = embed(encoder, images, ("projector",), batch=7)["projector"]
     torch.testing.assert_close(out["projector"], again, rtol=1e-4, atol=1e-5)
 
