@@ -63,7 +63,8 @@ def training_table() -> None:
     for values in itertools.product(*GRID.values()):
         row = training_row(**dict(zip(GRID, values, strict=True)))
         setting = "  ".join(f"{name}={value!s:5}" for name, value in zip(GRID, values, strict=True))
-        print(f"  {setting}  ours {row['images/s']:7.0f}  limit {row['limit']:7.0f}  {row['share']:.0%} of it", flush=True)
+        rates = f"ours {row['images/s']:6.0f}  limit {row['limit']:6.0f}  {row['share']:.0%} of it"
+        print(f"  {setting}  {rates}", flush=True)
     row = training_row(1, "auto", True, True, 50)
     print(f"  threads=1 torch.compile batch=50: {row['images/s']:.0f}")
     code = ("import sys; sys.path[:0] = ['.', 'tests']; import bench; "
