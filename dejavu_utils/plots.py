@@ -112,7 +112,9 @@ def over_epochs(scores, probes):
         axes[1, column].set(xlabel="epoch", ylim=(min(0, probes["low"].min()), 1))
     axes[0, 0].set_ylabel("déjà vu score")
     axes[1, 0].set_ylabel("linear probe (backbone)")
-    axes[0, 0].legend(frameon=False, loc="upper left")
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the bands
+    axes[0, 0].legend(frameon=False, loc="upper left", ncols=len(shades))
     figure.legend(*axes[1, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
                   ncols=1 if len(kinds) == 1 else 3, fontsize=8)
     return figure
@@ -189,7 +191,7 @@ def gallery(rows, neighbours: int = 4):
         for column, (axis, (picture, name)) in enumerate(zip(line, cells, strict=True)):
             axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
             right = column >= 2 and name == row["name"]
-            axis.set_title(name, fontsize=7.5, pad=2, color=BAYES if right else "black",
+            axis.set_title(name if len(name) < 13 else name[:11] + "…", fontsize=7.5, pad=2, color=BAYES if right else "black",
                            fontweight="bold" if right else None)
             axis.set(xticks=[], yticks=[])
             frame = "black" if column < 2 else TARGET if column < 2 + neighbours else REFERENCE

@@ -16,15 +16,18 @@ from dejavu_utils.models import Encoder, embed
 
 
 @functools.lru_cache(maxsize=4)
-def _parts(dataset: str, seed: int, rho: float, sizes: str) -> dict:
-    """Return {part: Images} of one data set, split; the arguments are plain so that a notebook makes it once."""
+def _parts(dataset: str, seed: int, rho: float, sizes: str) -> tuple[dict, dict]:
+    """Return {part: Images} of one data set, split, and how many images are attackable and why the others are not.
+
+    The arguments are plain, so that one notebook makes the same data set once.
+    """
     wanted = json.loads(sizes)
     if dataset == "scenes":
         each = 2 * wanted["attacked"] + sum(wanted[part] for part in ("shared", "public", "probe", "control"))
         images = data.read("scenes", classes=wanted["classes"], per_class=each, rho=rho, seed=seed)
     else:
         images = data.read(dataset, classes=wanted["classes"])
-    return data.parts(images, data.partition(images, wanted, seed))
+    return data.parts(images, data.partition(images, wanted, seed)), data.attackable(images)[1]
 
 
 def recipe(criterion: str, changes: dict) -> train.Recipe:
@@ -49,6 +52,7 @@ class Pair:
     jobs: dict         # {"A", "B"} -> train.Job
     setting: dict      # criterion, rho, seed: the columns that name this pair in every table
     crop: dict         # see crops.background
+    counts: dict       # how many images of the data set are attackable, and why the others are not
     folder: Path       # tables of this pair
 
     def encoder(self, model: str, epoch: int) -> Encoder:
@@ -65,7 +69,7 @@ def pair(params: dict, folder: Path, criterion: str, rho: float, seed: int, devi
     `params` are a notebook's parameters: dataset, sizes, recipe, epochs, crop. The folder of an encoder is named by the
     key of all that decides its weights: its pixels, recipe, epochs, seed and the code that trains.
     """
-    parts = _parts(params["dataset"], seed, rho, json.dumps(params["sizes"], sort_keys=True))
+    parts, counts = _parts(params["dataset"], seed, rho, json.dumps(params["sizes"], sort_keys=True))
     how = recipe(criterion, params["recipe"])
     jobs = {}
     for model in ("A", "B"):
@@ -80,7 +84,7 @@ def pair(params: dict, folder: Path, criterion: str, rho: float, seed: int, devi
         where = folder / "encoders" / f"{criterion}-{own}"
         jobs[model] = train.Job(str(source), str(where), how, list(params["epochs"]), start, device)
     setting = {"criterion": criterion, "rho": rho, "seed": seed}
-    return Pair(parts, jobs, setting, params["crop"], folder / "pairs")
+    return Pair(parts, jobs, setting, params["crop"], counts, folder / "pairs")
 
 
 def pairs(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:

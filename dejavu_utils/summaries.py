@@ -12,15 +12,16 @@ def _groups(table):
         yield dict(zip(SETTING, values, strict=True)) | {"seeds": group["seed"].nunique()}, group
 
 
-def scores(table, percents, rankings=("own", "paired"), resamples: int = 2000):
+def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples: int = 2000):
     """Return a row per setting, p and ranking: déjà vu score, interval, target and reference accuracy, n; seeds pooled.
 
-    `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted.
+    `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted. `top` 5 counts a guess
+    as right when the class is among the five with the most votes.
     """
     import pandas as pd
 
     return pd.DataFrame([setting | row for setting, group in _groups(table) for ranking in rankings
-                         for row in attack.curve(group, percents, ranking=ranking, resamples=resamples)])
+                         for row in attack.curve(group, percents, ranking=ranking, top=top, resamples=resamples)])
 
 
 def shares(table, resamples: int = 2000):
