@@ -16,21 +16,21 @@ SNAKEMAKE = $(PYTHON) -m snakemake --snakefile notebooks/Snakefile --rerun-trigg
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|gpu, P="rho=0.5 k=10", DRY=1, EXECUTOR=slurm
-	@keys=$$($(PYTHON) -m dejavu_utils.batch keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
+figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures, P="rhos=[0.5] k=10", DRY=1
+	@keys=$$($(PYTHON) notebooks/batch.py keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
 	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)"; }
 	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
-	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks
+	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
-	@$(PYTHON) -m ruff check dejavu_utils tests
+	@$(PYTHON) -m ruff check dejavu_utils tests notebooks/batch.py
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
-	@$(PYTHON) -m ruff check dejavu_utils tests
+	@$(PYTHON) -m ruff check dejavu_utils tests notebooks/batch.py
 	@$(PYTHON) -m pytest -q
 
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
@@ -41,7 +41,7 @@ controls: .venv/.installed  ## negative and positive controls, the cheap ones 10
 	@$(PYTHON) tests/controls.py
 
 bench: .venv/.installed  ## measure this machine: training and k-NN throughput
-	@$(PYTHON) -m dejavu_utils.bench
+	@$(PYTHON) tests/bench.py
 
 lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock
 	@$(UV) lock

@@ -122,17 +122,14 @@ def read(name: str, folder: str | Path | None = None, **options) -> Images:
     entry = fetch.manifest(name)
     if entry["layout"] == "scenes":
         from dejavu_utils import scenes
-
         return scenes.make(**options)
     from dejavu_utils import readers
-
     return readers.load(entry, fetch.locate(entry, folder), **options)
 
 
 def write_skipped(images: Images, path: str | Path) -> None:
     """Write the pictures that could not be read, and why, as a table (name, reason) to `path`, e.g. skipped.csv."""
     import pandas as pd
-
     store.write_table(path, pd.DataFrame(images.skipped, columns=["name", "reason"]))
 
 
@@ -227,7 +224,6 @@ def partition(images: Images, sizes: dict, seed: int, rule: str = "disjoint"):
     seed and ids. ValueError names the class that is too small. Paper §3; `rule` "paper" is its own ImageNet rule.
     """
     import pandas as pd
-
     sizes, (good, _), rows = _check_sizes(images, sizes, rule), attackable(images), []
     rank = [hashlib.sha256(f"{seed}/partition/{name}".encode()).digest() for name in images.ids]
     for label in range(sizes["classes"]):

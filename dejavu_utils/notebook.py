@@ -63,19 +63,15 @@ def _fields(module: str, name: str) -> dict[str, Any]:
     tree = ast.parse((store.PACKAGE / f"{module}.py").read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     values = {s.target.id: s.value for s in body if isinstance(s, ast.AnnAssign)}
-    for key, value in values.items():
-        if isinstance(value, ast.Call):  # field(default_factory=lambda: {...})
-            values[key] = value.keywords[0].value.body
-    return {key: ast.literal_eval(value) for key, value in values.items()}
+    # what field(default_factory=lambda: {...}) makes
+    made = {key: value.keywords[0].value.body for key, value in values.items() if isinstance(value, ast.Call)}
+    return {key: ast.literal_eval(value) for key, value in (values | made).items()}
 
 
-def _wrong(label: str, value: Any, default: Any) -> ParameterError:
-    hint = ""
-    if isinstance(value, str) and isinstance(default, (int, float)):
-        with_point = re.sub(r"^([+-]?\d+)(e)", r"\1.0\2", value, flags=re.IGNORECASE)
-        hint = f" YAML reads {value} as text: write {with_point}." if with_point != value else ""
-    return ParameterError(f"{label} = {value!r} is {type(value).__name__}, expected {type(default).__name__} "
-                          f"such as {default!r}.{hint}")
+def _recipe() -> dict[str, Any]:
+    """Return the fields of a recipe and their defaults, those of its views included."""
+    fields = _fields("train", "Recipe")
+    return fields | {"views": _fields("views", "Views") | fields["views"]}
 
 
 def _checked(label: str, value: Any, default: Any) -> Any:
@@ -90,7 +86,10 @@ def _checked(label: str, value: Any, default: Any) -> Any:
         return default | merged(value, default, label + ".")
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
         return [_checked(f"{label}[{i}]", item, default[0]) if default else item for i, item in enumerate(value)]
-    raise _wrong(label, value, default)
+    pointed = re.sub(r"^([+-]?\d+)(e[+-]?\d+)$", r"\1.0\2", value, flags=re.I) if isinstance(value, str) else value
+    hint = f" YAML reads {value} as text: write {pointed}." if pointed != value else ""
+    raise ParameterError(f"{label} = {value!r} is {type(value).__name__}, expected {type(default).__name__} "
+                         f"such as {default!r}.{hint}")
 
 
 def merged(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -104,14 +103,10 @@ def merged(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "
             near = difflib.get_close_matches(str(name), defaults, 1, 0.4)
             hint = f"did you mean {where.split(': ')[-1]}{near[0]}?" if near else f"there are: {', '.join(defaults)}."
             raise ParameterError(f"{where}{name} is not a parameter; {hint}")
-        default = defaults[name]
-        if name == "recipe" and default == {}:
-            default = _fields("train", "Recipe")
-            default["views"] = _fields("views", "Views") | default["views"]
-            filled = _checked(f"{where}{name}", value, default)
-            checked[name] = {key: item for key, item in filled.items() if key in value}  # Recipe fills in the rest
-            continue
-        checked[name] = _checked(f"{where}{name}", value, default)
+        recipe = name == "recipe" and defaults[name] == {}
+        checked[name] = _checked(f"{where}{name}", value, _recipe() if recipe else defaults[name])
+        if recipe:  # Recipe itself fills in the rest
+            checked[name] = {key: item for key, item in checked[name].items() if key in value}
     return checked
 
 
@@ -122,7 +117,7 @@ def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> set[str]
     cells of literals right after it; so a typo that was corrected and scratch cells do not count. Without IPython (an
     exported script) they are all plain literals of the namespace.
     """
-    if not callable(names.get("get_ipython")):
+    if "get_ipython" not in names:
         plain = (bool, int, float, str, list, tuple, dict, type(None))
         return {name for name, value in names.items() if not name.startswith("_") and type(value) in plain}
     history = [literals(source) for source in names["In"]]
@@ -159,10 +154,8 @@ class Progress:
         now = time.monotonic()
         if n < self.total and now - self.shown < (0.5 if self.live else 30):
             return
-        self.shown = now
-        left = (now - self.began) * (self.total - n) / max(n, 1)
-        ending = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
-        ending = f"{now - self.began:.0f} s" if n >= self.total else ending
+        self.shown, spent = now, now - self.began
+        ending = f"{spent:.0f} s" if n >= self.total else f"{spent * (self.total - n) / max(n, 1) / 60:.1f} min left"
         line = ", ".join(filter(None, [f"{self.label}: {n}/{self.total}", text, ending]))
         if status := os.environ.get("DEJAVU_PROGRESS"):  # the runner shows it in the terminal
             Path(status).write_text(line)
@@ -239,7 +232,7 @@ def start(stage: str, names: dict[str, Any]) -> Run:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries that draw from the global generator
     torch.manual_seed(seed)
-    recipe = _fields("train", "Recipe") | params["recipe"] if "recipe" in params else {}
+    recipe = _recipe() | params["recipe"] if "recipe" in params else {}
     if threads := params.get("threads") or recipe.get("threads"):
         torch.set_num_threads(threads)
     run = Run(stage, params.get("profile") or os.environ.get("DEJAVU_PROFILE", "laptop"), params,

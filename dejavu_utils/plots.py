@@ -191,8 +191,9 @@ def gallery(rows, neighbours: int = 4):
         for column, (axis, (picture, name)) in enumerate(zip(line, cells, strict=True)):
             axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
             right = column >= 2 and name == row["name"]
-            axis.set_title(name if len(name) < 13 else name[:11] + "…", fontsize=7.5, pad=2, color=BAYES if right else "black",
-                           fontweight="bold" if right else None)
+            short = name if len(name) < 13 else name[:11] + "…"
+            style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
+            axis.set_title(short, fontsize=7.5, pad=2, **style)
             axis.set(xticks=[], yticks=[])
             frame = "black" if column < 2 else TARGET if column < 2 + neighbours else REFERENCE
             for spine in axis.spines.values():

@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dejavu_utils import fetch
-from dejavu_utils.archives import Tree
 from dejavu_utils.data import Images, threads
+from dejavu_utils.fetch import Tree
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # pictures only: Pillow also opens programs (EPS) and documents
 LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
@@ -27,7 +26,7 @@ SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
 
 
 class Lazy(Sequence):
-    """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are checksums (or sizes) of the files."""
+    """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are the sizes of the files."""
 
     def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]):
         self.tree, self.names, self.stamps = tree, np.asarray(names, dtype=object), np.asarray(stamps, dtype=np.int64)
@@ -42,15 +41,14 @@ class Lazy(Sequence):
         try:
             return torch.from_numpy(decode(io.BytesIO(self.tree.read(self.names[i]))))
         except Exception as error:
-            raise ValueError(f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). Read the data set with "
-                             'check="decode": then such pictures are left out and listed in `skipped`.') from error
+            raise ValueError(f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). "
+                             "Repair or remove that picture and run the command again.") from error
 
 
 @contextlib.contextmanager
 def _picture(file):
     """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST` px."""
     from PIL import Image
-
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > LARGEST:
             raise ValueError(f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?")
@@ -94,34 +92,29 @@ def _tiny_box(text: list[str] | None):
 
     A box whose first and last column (or row) are the same is a degenerate annotation and keeps its zero area.
     """
-    box = np.array([text], np.float64).reshape(-1, 4) if text else np.zeros((0, 4))
-    if len(box) and (box[:, 2:] > box[:, :2]).all():
+    box = np.array([text] if text else [], np.float64).reshape(-1, 4)
+    if (box[:, 2:] > box[:, :2]).all():
         box[:, 2:] += 1
     return box, None
 
 
-def _tiny_imagenet(tree: Tree, entry: dict, choose: Callable, split: str):
-    """Return (items, class keys, class names) of Tiny-ImageNet: train/<wnid>/images, or val/images and its table."""
-    base = _find(tree, entry, "images").rpartition("train")[0]
-    keys, items = choose([line[0] for line in tree.lines(f"{base}wnids.txt")] or tree.names(f"{base}train")), []
-    table = tree.lines(f"{base}val/val_annotations.txt") if split == "val" else []
+def _tiny_imagenet(tree: Tree, entry: dict, choose: Callable):
+    """Return (items, class keys, class names) of Tiny-ImageNet: train/<wnid>/images and a table of boxes each."""
+    train = _find(tree, entry, "images")
+    base = train.rpartition("train")[0]
+    keys, items = choose([line[0] for line in tree.lines(f"{base}wnids.txt")] or tree.names(train)), []
     for key in keys:
-        if split == "val":
-            folder, boxes = f"{base}val/images", {line[0]: line[2:6] for line in table if line[1:2] == [key]}
-            names = sorted(boxes)
-        else:
-            folder = f"{base}train/{key}/images"
-            boxes = {line[0]: line[1:5] for line in tree.lines(f"{base}train/{key}/{key}_boxes.txt")}
-            names = _pictures(tree, folder)
-        items += [Item(_stem(name), key, f"{folder}/{name}", functools.partial(_tiny_box, boxes.get(name)))
-                  for name in names]
+        folder = f"{train}/{key}"
+        boxes = {line[0]: line[1:5] for line in tree.lines(f"{folder}/{key}_boxes.txt")}
+        items += [Item(_stem(name), key, f"{folder}/images/{name}", functools.partial(_tiny_box, boxes.get(name)))
+                  for name in _pictures(tree, f"{folder}/images")]
     words = {line[0]: line[1].split(",")[0] for line in tree.lines(f"{base}words.txt") if len(line) > 1}
     return items, keys, [words.get(key, key) for key in keys]
 
 
-def _xml_boxes(tree: Tree, name: str, grow: tuple[int, int]):
+def _xml_boxes(tree: Tree, name: str | None, grow: tuple[int, int]):
     """Return the boxes of a Pascal VOC file, their corners moved by `grow` to be half-open, and the annotated size."""
-    raw = tree.read(name)
+    raw = tree.read(name) if name else b"<annotation/>"
     if b"\0" in raw or re.search(rb"<!(?!--)", raw):
         raise ValueError("an annotation with a DOCTYPE or ENTITY is refused")
     root = ElementTree.fromstring(raw)
@@ -131,70 +124,70 @@ def _xml_boxes(tree: Tree, name: str, grow: tuple[int, int]):
     return boxes, size if min(size) > 0 else None
 
 
-def _xml_item(tree: Tree, path: str, key: str, identity: str, folder: str, known: set, grow: tuple[int, int]) -> Item:
-    """Return the item of a picture whose XML file, if there is one, lies in `folder` (its names: `known`)."""
-    xml = f"{_stem(path.rpartition('/')[2])}.xml"
-    boxes = functools.partial(_xml_boxes, tree, f"{folder}/{xml}", grow) if xml in known else _no_box
-    return Item(identity, key, path, boxes)
+def _xml_items(tree: Tree, folder: str, xmls: str | None, grow: tuple[int, int], key: str | None = None) -> list[Item]:
+    """Return the pictures in `folder`, each with its XML file in `xmls` if there is one.
+
+    The class is `key`, or else what the file name says before its last underscore.
+    """
+    known, items = set(tree.names(xmls)) if xmls else set(), []
+    for name in _pictures(tree, folder):
+        xml = f"{xmls}/{_stem(name)}.xml" if f"{_stem(name)}.xml" in known else None
+        boxes = functools.partial(_xml_boxes, tree, xml, grow)
+        items.append(Item(_stem(name), key or _stem(name).rpartition("_")[0], f"{folder}/{name}", boxes))
+    return items
 
 
-def _fail(reason: str):
-    raise ValueError(reason)
-
-
-def _no_box():
-    return np.zeros((0, 4)), None
-
-
-def _imagenet(tree: Tree, entry: dict, choose: Callable, split: str):
+def _imagenet(tree: Tree, entry: dict, choose: Callable):
     """Return (items, class keys, class names) of class folders and, in a parallel tree, one XML file per picture.
 
     Its boxes are read as 0-based with the last pixel included: that covers the object if they are edges, too.
     """
-    base, boxes = _find(tree, entry, "images"), tree.find(entry["annotations"])
+    base, xmls = _find(tree, entry, "images"), tree.find(entry["annotations"])
     keys, items = choose([name for name in tree.names(base) if tree.names(f"{base}/{name}")]), []
     for key in keys:
-        folder = f"{boxes}/{key}"
-        known = set(tree.names(folder)) if boxes else set()
-        items += [_xml_item(tree, f"{base}/{key}/{name}", key, _stem(name), folder, known, (0, 1))
-                  for name in _pictures(tree, f"{base}/{key}")]
+        items += _xml_items(tree, f"{base}/{key}", xmls and f"{xmls}/{key}", (0, 1), key)
     return items, keys, keys
 
 
-def _voc(tree: Tree, entry: dict, choose: Callable, split: str):
+def _voc(tree: Tree, entry: dict, choose: Callable):
     """Return (items, class keys, class names) of one folder of <class>_<number>.jpg. Boxes are 1-based, last pixel
     included."""
-    base, folder = _find(tree, entry, "images"), tree.find(entry["annotations"])
-    names, known = _pictures(tree, base), set(tree.names(folder)) if folder else set()
-    items = [_xml_item(tree, f"{base}/{name}", _stem(name).rpartition("_")[0], _stem(name), folder, known, (-1, 0))
-             for name in names]
+    items = _xml_items(tree, _find(tree, entry, "images"), tree.find(entry["annotations"]), (-1, 0))
     keys = choose({item.key for item in items})
     return items, keys, keys
 
 
-def _yolo(tree: Tree, entry: dict, choose: Callable, split: str):
+def _yolo_rows(tree: Tree, name: str, classes: int) -> tuple[np.ndarray, int]:
+    """Return the rows of a YOLO label file (class, centre, size) and the class of the largest box."""
+    rows = np.array(tree.lines(name), np.float64).reshape(-1, 5)
+    if not len(rows):
+        raise ValueError("no class: no label file, or no box in it")
+    key = int(rows[np.argmax(rows[:, 3] * rows[:, 4]), 0])
+    if not 0 <= key < classes:
+        raise ValueError(f"no class: {key} is not one of 0 to {classes - 1}")
+    return rows, key
+
+
+def _yolo_boxes(*label):
+    """Return corners as fractions of the picture: the annotated size is 1 x 1."""
+    rows, _ = _yolo_rows(*label)
+    centre, half = rows[:, 1:3], rows[:, 3:5] / 2
+    return np.c_[centre - half, centre + half], (1.0, 1.0)
+
+
+def _yolo(tree: Tree, entry: dict, choose: Callable):
     """Return (items, class keys, class names) of YOLO text boxes; the class of a picture is that of its largest box."""
     base, folder = _find(tree, entry, "images"), _find(tree, entry, "annotations")
     items = []
     for name in _pictures(tree, base):
+        label = (tree, f"{folder}/{_stem(name)}.txt", len(entry["names"]))
         try:
-            lines = tree.lines(f"{folder}/{_stem(name)}.txt") or _fail("no label file, or no box in it")
-            rows = np.array(lines, np.float64).reshape(-1, 5)
-            key = int(rows[np.argmax(rows[:, 3] * rows[:, 4]), 0])
-            if not 0 <= key < len(entry["names"]):
-                raise ValueError(f"class {key} of 0 to {len(entry['names']) - 1}")
-            boxes = functools.partial(_yolo_boxes, rows)
-        except ValueError as error:
-            key, boxes = None, functools.partial(_fail, f"no class: {error}")
-        items.append(Item(_stem(name), key, f"{base}/{name}", boxes))
+            key = _yolo_rows(*label)[1]
+        except ValueError:
+            key = None  # reading its boxes fails in the same way and gives the reason
+        items.append(Item(_stem(name), key, f"{base}/{name}", functools.partial(_yolo_boxes, *label)))
     keys = choose({item.key for item in items} - {None})
     return items, keys, [entry["names"][key] for key in keys]
-
-
-def _yolo_boxes(rows: np.ndarray):
-    """Return corners as fractions of the picture: the annotated size is 1 x 1."""
-    centre, half = rows[:, 1:3], rows[:, 3:5] / 2
-    return np.c_[centre - half, centre + half], (1.0, 1.0)
 
 
 LAYOUTS = {"tiny_imagenet": _tiny_imagenet, "imagenet": _imagenet, "voc": _voc, "yolo": _yolo}
@@ -210,41 +203,34 @@ def _choose(entry: dict, classes: int | None, keys) -> list:
     return keys[:classes]
 
 
-def _select(items: list[Item], keys: list, limit: int | None) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Return the items of these classes, at most `limit` each, sorted by id, and those left out as [(name, reason)]."""
-    chosen, skipped, count = {}, [], dict.fromkeys([*keys, None], 0)
+def _unique(items: list[Item], keys: list) -> tuple[list[Item], list[tuple[str, str]]]:
+    """Return the items of these classes (or of none), sorted by id, and those whose id is taken as (name, reason)."""
+    chosen, skipped = {}, []
     for item in sorted(items, key=lambda item: (item.id, item.name)):
         if item.id in chosen:
             skipped.append((item.name, f"has the id of {chosen[item.id].name}"))
-        elif item.key in count and (limit is None or count[item.key] < limit):
+        elif item.key is None or item.key in keys:
             chosen[item.id] = item
-            count[item.key] += 1
     return list(chosen.values()), skipped
 
 
-def _look(tree: Tree, name: str, check: str):
-    """Return (width, height), a stamp of the file, and its pixels if `check` is "decode" or the file looks cut off."""
-    if check == "decode":
-        raw = tree.read(name)
-        pixels = decode(io.BytesIO(raw))
-        return pixels.shape[:0:-1], zlib.crc32(raw), pixels
-    with tree.open(name) as file, _picture(file) as image:
-        size, whole, bytes_ = image.size, image.format != "JPEG", file.seek(0, os.SEEK_END)
-        file.seek(max(0, bytes_ - 2))
-        whole = whole or file.read() == b"\xff\xd9"  # the end marker
-    return size, bytes_, None if whole else decode(io.BytesIO(tree.read(name)))
+def _one(tree: Tree, item: Item, row: Tensor | None):
+    """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it cannot be read.
 
-
-def _one(tree: Tree, item: Item, check: str, row: Tensor | None):
-    """Return (boxes, size, stamp) of one picture, its pixels put into `row`; or, in words, why it cannot be read."""
+    Without `row`, a JPEG with an end marker is taken to be whole and not decoded: ImageNet would take half an hour.
+    """
     try:
-        size, stamp, pixels = _look(tree, item.name, check)
+        with tree.open(item.name) as file, _picture(file) as image:
+            size, length = image.size, file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - 2))
+            whole = image.format == "JPEG" and file.read() == b"\xff\xd9"
         boxes, annotated = item.boxes()
-        if row is not None and pixels.shape != row.shape:
+        if row is not None and size != (row.shape[2], row.shape[1]):
             raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
+        pixels = None if whole and row is None else decode(io.BytesIO(tree.read(item.name)))
         if row is not None:
             row.copy_(torch.from_numpy(pixels))
-        return _fit(boxes, annotated, size), size, stamp
+        return _fit(boxes, annotated, size), size, length
     except Exception as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
         return f"{type(error).__name__}: {error}"
 
@@ -259,26 +245,21 @@ def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
     return boxes.clip(0, limits).astype(np.float32)
 
 
-def load(entry: dict, path: Path, classes: int | None = None, limit: int | None = None, split: str = "train",
-         check: str | None = None) -> Images:
+def load(entry: dict, path: Path, classes: int | None = None) -> Images:
     """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
 
-    `classes` the first so many (sorted; None all), `limit` the first so many pictures of each class (sorted by id),
-    `split` "train" or (Tiny-ImageNet) "val", `check` "decode" reads every picture in full, "header" only its size and
-    end. Pictures of one size (`image_size`) are held decoded. Broken ones are in `skipped`, each with its reason.
+    `classes`: the first so many (sorted; None all). Pictures of one size (`image_size`) are held decoded, others are
+    decoded when asked for. Broken ones are in `skipped`, each with its reason.
     """
-    check = "decode" if entry.get("image_size") else check or entry.get("check", "decode")
-    if split not in ("train", "val") or split == "val" and entry["layout"] != "tiny_imagenet":
-        raise ValueError(f"data set {entry['name']}: split {split!r}; expected \"train\" (or \"val\": Tiny-ImageNet).")
     if path.is_file() and path.name == entry.get("file") and entry.get("sha256"):
         fetch.verify(entry, path)
     tree = Tree(path)
-    items, keys, names = LAYOUTS[entry["layout"]](tree, entry, functools.partial(_choose, entry, classes), split)
-    items, skipped = _select(items, keys, limit)
+    items, keys, names = LAYOUTS[entry["layout"]](tree, entry, functools.partial(_choose, entry, classes))
+    items, skipped = _unique(items, keys)
     width, height = entry.get("image_size") or (0, 0)
     pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8)
     rows = range(len(items))
-    found = threads(lambda i: _one(tree, items[i], check, pixels[i] if width else None), rows)
+    found = threads(lambda i: _one(tree, items[i], pixels[i] if width else None), rows)
     skipped += [(items[i].name, found[i]) for i in rows if isinstance(found[i], str)]
     good = [i for i in rows if not isinstance(found[i], str)]
     if not good:

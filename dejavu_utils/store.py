@@ -47,23 +47,24 @@ def runs(profile: str) -> Path:
 
 def _plain(value: Any, exact: bool = True) -> Any:
     """Return `value` as plain JSON types; `exact` (keys) makes 1.0 equal 1 and refuses NaN, else it becomes null."""
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (int, float)):
-        if not math.isfinite(value) and exact:
-            raise StoreError(f"a key cannot hold {value}: pass a finite number or None.")
-        whole = isinstance(value, int) or exact and value.is_integer()
-        return int(value) if whole else float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        value = value.tolist()
+    if hasattr(value, "__dataclass_fields__"):
+        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
     if isinstance(value, Mapping):
         return {str(name): _plain(item, exact) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, exact) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        if exact:
+            raise StoreError(f"a key cannot hold {value}: pass a finite number or None.")
+        return None
+    if isinstance(value, float) and exact and value.is_integer():
+        return int(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name), exact) for name in value.__dataclass_fields__}
-    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
-        return _plain(value.tolist(), exact)
     raise StoreError(f"cannot store a {type(value).__name__} ({value!r}): pass numbers, text, lists, dicts or None.")
 
 
@@ -77,7 +78,8 @@ def key(**parts: Any) -> str:
 def code_version(*modules: str) -> str:
     """Return 12 hex characters for the code of `modules` of this package (all, if none is named).
 
-    Comments, docstrings and layout do not count. The first call of a process holds: edits need a new one.
+    Comments, docstrings and layout do not count. The first call of a process holds: edits need a new one. A name may
+    be a path relative to the package, without its .py.
     """
     digest = hashlib.sha256()
     for name in sorted(modules) or sorted(path.stem for path in PACKAGE.glob("*.py")):
@@ -133,7 +135,8 @@ def _text(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(_plain(content, exact=False), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -156,7 +159,7 @@ def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
     device = "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
     with atomic(path) as temporary:
         yield temporary
-        entry = {"sha256": _digest(temporary), "bytes": temporary.stat().st_size, "parameters": {}, "seed": None,
+        entry = {"sha256": digest(temporary), "bytes": temporary.stat().st_size, "parameters": {}, "seed": None,
                  "versions": versions(), "device": device, "code": code_version(),
                  "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **(meta or {})}
         try:
@@ -176,11 +179,9 @@ def verify(path: str | Path) -> dict:
     try:
         entry = json.loads(sidecar(path).read_text())
         by_digest = {item["sha256"]: item for item in (entry, entry.get("previous", entry))}
-    except FileNotFoundError:
-        raise StoreError(f"{path} has no sidecar {path.name}.json, so it cannot be checked. {_AGAIN}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{sidecar(path)} is not a sidecar: {path.name} cannot be checked. {_AGAIN}") from error
-    found = _digest(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path}: its sidecar {path.name}.json is missing or damaged. {_AGAIN}") from error
+    found = digest(path)
     if found not in by_digest:
         raise StoreError(f"{path} is damaged: sha256 {found[:12]}… ({path.stat().st_size} bytes), its sidecar says "
                          f"{entry['sha256'][:12]}… ({entry.get('bytes')} bytes). {_AGAIN}")
@@ -225,14 +226,8 @@ def read_table(path: str | Path) -> Any:
 def write_tensors(path: str | Path, tensors: Mapping[str, Any], meta: Mapping | None = None) -> None:
     """Write named tensors as safetensors, with a sidecar that carries `meta`."""
     from safetensors.torch import save_file
-    plain, storages = {}, set()
-    for name, tensor in tensors.items():
-        plain[name] = tensor.detach().cpu().contiguous()
-        if plain[name].untyped_storage().data_ptr() in storages:  # safetensors refuses tensors that share memory
-            plain[name] = plain[name].clone()
-        storages.add(plain[name].untyped_storage().data_ptr())
-    with artifact(path, meta) as temporary:
-        save_file(plain, temporary)
+    with artifact(path, meta) as temporary:  # copies: safetensors refuses tensors that share memory
+        save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:
@@ -266,7 +261,4 @@ def lock(path: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+        yield

@@ -20,8 +20,9 @@ def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples:
     """
     import pandas as pd
 
-    return pd.DataFrame([setting | row for setting, group in _groups(table) for ranking in rankings
-                         for row in attack.curve(group, percents, ranking=ranking, top=top, resamples=resamples)])
+    rows = [setting | row for setting, group in _groups(table) for ranking in rankings
+            for row in attack.curve(group, percents, ranking, top, resamples)]
+    return pd.DataFrame(rows)
 
 
 def shares(table, resamples: int = 2000):

@@ -1,8 +1,11 @@
 """Shared by all tests: a repository in a temporary folder, with notebooks made on the fly."""
 
+import importlib.util
 import json
 
 import pytest
+
+from dejavu_utils import store
 
 PARAMETERS = 'profile = "laptop"  # name\nseed = 0  # integer\nrho = 0.5  # share\nk = 10  # neighbours\n'
 START = 'import dejavu_utils.notebook as nb\nrun = nb.start("{stage}", globals())'
@@ -31,6 +34,15 @@ class Repository:
         path = self.root / "notebooks" / f"{stage}.ipynb"
         path.write_text(json.dumps(notebook(parameters, self.start.format(stage=stage), *bodies)))
         return path
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """The runner beside the notebooks, as a module: it is no part of the package."""
+    spec = importlib.util.spec_from_file_location("batch", store.PACKAGE.parent / "notebooks" / "batch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -63,9 +63,7 @@ def tiny(tmp_path):
             write(folder / f"train/n0{c}/images/n0{c}_{i}.JPEG", picture(64, 64, 10 * c + i, mode, "JPEG"))
         lines = [f"n0{c}_0.JPEG\t0\t10\t63\t58", f"n0{c}_1.JPEG\t0\t0\t63\t63", f"n0{c}_2.JPEG\t5\t9\t5\t30"]
         write(folder / f"train/n0{c}/n0{c}_boxes.txt", "\n".join(lines) + "\n")
-    for i in (3, 7):
-        write(folder / f"val/images/val_{i}.JPEG", picture(64, 64, 90 + i, kind="JPEG"))
-    write(folder / "val/val_annotations.txt", "val_7.JPEG\tn01\t1\t2\t3\t4\nval_3.JPEG\tn02\t0\t0\t9\t9\n")
+    write(folder / "val/images/val_3.JPEG", picture(64, 64, 93, kind="JPEG"))  # not looked at
     return folder
 
 
@@ -118,13 +116,10 @@ def test_folder_and_zip_in_any_order_are_the_same(tiny, tmp_path, monkeypatch):
 
 def test_only_the_classes_and_pictures_asked_for_are_read(tiny):
     shutil.rmtree(tiny / "train/n03/images")
-    images = data.read("tiny_imagenet", tiny, classes=2, limit=3)
-    assert images.ids.tolist() == ["n01_0", "n01_1", "n01_2", "n02_0", "n02_1", "n02_2"]
+    images = data.read("tiny_imagenet", tiny, classes=2)
+    assert images.ids.tolist() == [f"n0{c}_{i}" for c in (1, 2) for i in range(4)]
     with pytest.raises(ValueError, match="classes = 4, but 3 are there"):
         data.read("tiny_imagenet", tiny, classes=4)
-    val = data.read("tiny_imagenet", tiny, split="val")
-    assert val.ids.tolist() == ["val_3", "val_7"] and val.labels.tolist() == [1, 0]
-    assert val.boxes[1].tolist() == [[1, 2, 4, 5]]
 
 
 def test_a_manifest_that_lists_its_classes_reads_only_those(tiny):
@@ -159,15 +154,15 @@ def bomb_png(side):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-@pytest.mark.parametrize("check", ["decode", "header"])
-def test_imagenet_boxes_are_rescaled_clamped_and_bad_files_skipped(imagenet, check):
+def test_imagenet_boxes_are_rescaled_clamped_and_bad_files_skipped(imagenet):
     write(imagenet / "boxes/n01/n01_1.xml", BOMB)
     write(imagenet / "train/n01/n01_6.JPEG", bomb_png(12_000))
     write(imagenet / "train/n01/n01_7.JPEG", bomb_png(40_000))
     whole = (imagenet / "train/n01/n01_4.JPEG").read_bytes()
     write(imagenet / "train/n01/n01_4.JPEG", whole[:-900])
     write(imagenet / "train/n01/n01_8.JPEG", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    images = data.read("imagenet", imagenet.parent, check=check)
+    write(imagenet / "train/n01/n01_9.png", picture(80, 60)[:-900])
+    images = data.read("imagenet", imagenet.parent)
     boxes = dict(zip(images.ids.tolist(), images.boxes, strict=True))
     assert images.classes == ("n01", "n02")
     assert list(boxes) == ["n01_0", "n01_2", "n01_3", "n02_0", "n02_1", "n02_2", "n02_3", "n02_4"]
@@ -178,7 +173,8 @@ def test_imagenet_boxes_are_rescaled_clamped_and_bad_files_skipped(imagenet, che
     reasons = {Path(name).stem: reason for name, reason in images.skipped}
     assert "DOCTYPE" in reasons["n01_1"] and "truncated" in reasons["n01_4"] and "cannot identify" in reasons["n01_8"]
     assert "bomb" in reasons["n01_6"] and "bomb" in reasons["n01_7"] and "cannot identify" in reasons["n02_5"]
-    assert len(reasons) == 6
+    assert "truncated" in reasons["n01_9"]
+    assert len(reasons) == 7
     assert images.pixels[1].shape == (3, 60, 82) and images.pixels[1].dtype == torch.uint8
     assert data.attackable(images)[0].tolist() == [True, False, False, True, True, True, True, False]
 
@@ -186,7 +182,7 @@ def test_imagenet_boxes_are_rescaled_clamped_and_bad_files_skipped(imagenet, che
 def test_a_lazy_picture_that_breaks_later_says_which(imagenet):
     images = data.read("imagenet", imagenet)
     (imagenet / "train/n01/n01_3.JPEG").write_text("gone")
-    with pytest.raises(ValueError, match=r"n01_3.JPEG cannot be decoded .* check=\"decode\""):
+    with pytest.raises(ValueError, match=r"n01_3.JPEG cannot be decoded .*Repair or remove"):
         images.pixels[3]
 
 
@@ -314,9 +310,9 @@ def test_scenes_are_dispatched():
 
 @real("tiny-imagenet-50.zip")
 def test_real_tiny_imagenet():
-    train, val = (data.read("tiny_imagenet_50", classes=4, split=split) for split in ("train", "val"))
-    assert (len(train), len(val)) == (2000, 200) and train.skipped == [] == val.skipped
-    assert train.classes == ("goldfish", "American alligator", "black widow", "koala") == val.classes
+    train = data.read("tiny_imagenet_50", classes=4)
+    assert len(train) == 2000 and train.skipped == []
+    assert train.classes == ("goldfish", "American alligator", "black widow", "koala")
     assert train.boxes[0].tolist() == [[0, 10, 64, 59]] and train.ids[0] == "n01443537_0"
 
 

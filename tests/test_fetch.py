@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dejavu_utils import archives, fetch
+from dejavu_utils import fetch
 
 FIELDS = {"title", "source", "url", "how", "licence", "file", "sha256", "bytes", "verified", "places", "layout",
           "classes", "image_size", "min_side", "split"}
@@ -152,7 +152,7 @@ def test_command_line(repository, tmp_path):
 def test_members_that_lead_outside_are_refused(tmp_path, make, name):
     path = make(tmp_path / "x.archive", GOOD | {name: b"evil"})
     with pytest.raises(ValueError, match="leads outside"):
-        archives.unpack(path, tmp_path / "in/out")
+        fetch.unpack(path, tmp_path / "in/out")
     assert not list((tmp_path / "in").iterdir()) and not list(tmp_path.rglob("*evil*"))
 
 
@@ -160,7 +160,7 @@ def test_members_that_lead_outside_are_refused(tmp_path, make, name):
 def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
     path = make_tar(tmp_path / "x.tar.gz", {"link": b""}, kind, "/etc/passwd")
     with pytest.raises(ValueError, match="link or a device"):
-        archives.unpack(path, tmp_path / "out")
+        fetch.unpack(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -169,28 +169,28 @@ def test_links_in_a_zip_are_refused(tmp_path):
     info.external_attr = 0o120777 << 16
     path = make_zip(tmp_path / "x.zip", {info: "/etc/passwd"})
     with pytest.raises(ValueError, match="link or a device"):
-        archives.unpack(path, tmp_path / "out")
+        fetch.unpack(path, tmp_path / "out")
 
 
 def test_bombs_duplicates_and_damage_are_refused(tmp_path):
     bomb = make_zip(tmp_path / "bomb.zip", {"a": bytes(3_000_000)})
     with pytest.raises(ValueError, match="more than 1000000 bytes"):
-        archives.unpack(bomb, tmp_path / "out", cap=1_000_000)
+        fetch.unpack(bomb, tmp_path / "out", cap=1_000_000)
     twice = make_tar(tmp_path / "twice.tar.gz", {"a": b"1"})
     with tarfile.open(tmp_path / "twice.tar", "w") as out:
         for _ in range(2):
             out.addfile(tarfile.TarInfo("a"))
     with pytest.raises(ValueError, match="not unpacked"):
-        archives.unpack(tmp_path / "twice.tar", tmp_path / "out")
+        fetch.unpack(tmp_path / "twice.tar", tmp_path / "out")
     for path in (make_zip(tmp_path / "cut.zip", GOOD), twice):
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match="was not unpacked"):
-            archives.unpack(path, tmp_path / "out")
+            fetch.unpack(path, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_unpack_drops_a_single_top_folder_only(tmp_path):
-    one = archives.unpack(make_tar(tmp_path / "x.tar.gz", GOOD), tmp_path / "one")
+    one = fetch.unpack(make_tar(tmp_path / "x.tar.gz", GOOD), tmp_path / "one")
     assert sorted(p.name for p in one.iterdir()) == ["train", "wnids.txt"]
-    two = archives.unpack(make_zip(tmp_path / "x.zip", {"a/b": b"1", "c": b"2"}), tmp_path / "two")
+    two = fetch.unpack(make_zip(tmp_path / "x.zip", {"a/b": b"1", "c": b"2"}), tmp_path / "two")
     assert sorted(p.relative_to(two).as_posix() for p in two.rglob("*")) == ["a", "a/b", "c"]

@@ -63,7 +63,8 @@ def clone(repository):
     repository.start = "import dejavu_utils.notebook as nb\nparams = nb.parameters('{stage}', globals())"
     root = repository.root
     shutil.copy(HERE / "Makefile", root)
-    shutil.copy(HERE / "notebooks" / "Snakefile", root / "notebooks")
+    for name in ("Snakefile", "batch.py"):
+        shutil.copy(HERE / "notebooks" / name, root / "notebooks")
     shutil.copytree(store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__"))
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

@@ -65,8 +65,7 @@ def test_notebook_is_clean(path):
 
 @pytest.mark.parametrize("profile", sorted((store.PACKAGE.parent / "notebooks" / "profiles").glob("*.yaml")),
                          ids=lambda path: path.stem)
-def test_profile_fits_the_notebooks(profile, monkeypatch):
-    from dejavu_utils import batch
+def test_profile_fits_the_notebooks(profile, monkeypatch, batch):
     monkeypatch.delenv("DEJAVU_ROOT", raising=False)
     assert batch.given(profile.stem, {}).keys() == {path.stem for path in NOTEBOOKS}
 

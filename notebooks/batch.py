@@ -1,6 +1,6 @@
 """The runner behind `make figures`: which notebooks are out of date, and executing one so that success is certain.
 
-`python -m dejavu_utils.batch keys|run --help`. Nothing here imports torch: an unchanged batch ends in seconds.
+`.venv/bin/python notebooks/batch.py keys|run --help`. Nothing here imports torch: an unchanged batch ends in seconds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import store
 from dejavu_utils.notebook import ParameterError, cells, declared, merged, stages
+
+RUNNER = "../notebooks/batch"  # this file, as a module of the package: a change of it makes every notebook run again
 
 
 def _profile(name: str) -> dict[str, dict]:
@@ -84,7 +87,7 @@ def _data(params: Mapping[str, Any]) -> list:
 def _key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
     params = declared(stage) | values
     return store.key(stage=stage, profile=profile, parameters=params, source=cells(stage), data=_data(params),
-                     code=store.code_version(), versions=store.versions())
+                     code=store.code_version(), runner=store.code_version(RUNNER), versions=store.versions())
 
 
 def _done(profile: str, stage: str) -> Path:
@@ -247,7 +250,7 @@ def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status of `keys` (which notebooks are out of date) or `run` (execute one)."""
-    parser = argparse.ArgumentParser(prog="python -m dejavu_utils.batch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="notebooks/batch.py", description=__doc__)
     parser.add_argument("command", choices=("keys", "run"))
     parser.add_argument("stage", nargs="?", help="the notebook to run, such as 02_attack")
     parser.add_argument("--profile", default="laptop")

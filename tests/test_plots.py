@@ -1,0 +1,86 @@
+"""Figures: each draws what its table holds, with its interval, and says what is on its axes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dejavu_utils import plots
+
+
+@pytest.fixture
+def scores():
+    rows = [{"criterion": c, "layer": layer, "epoch": e, "p": p, "score": s, "low": s - 0.1, "high": s + 0.1}
+            for c in ("vicreg", "simclr") for layer in ("projector", "backbone") for p in (20, 100)
+            for e, s in ((0, 0.0), (10, 0.1), (20, 0.3))]
+    return pd.DataFrame(rows)
+
+
+def _curve(x, values):
+    rows = [{x: v, "target": 0.3 + 0.1 * i, "reference": 0.2} for i, v in enumerate(values)]
+    frame = pd.DataFrame(rows).assign(criterion="vicreg", chance=0.1)
+    for role in ("target", "reference"):
+        frame[f"{role}_low"], frame[f"{role}_high"] = frame[role] - 0.05, frame[role] + 0.05
+    return frame
+
+
+def _drawn(axis, label):
+    return next(line for line in axis.lines if line.get_label() == label).get_xydata()
+
+
+def test_over_epochs_draws_scores_above_probes(scores):
+    probes = pd.DataFrame([{"criterion": c, "epoch": e, "quantity": q, "mean": 0.5, "low": 0.4, "high": 0.6}
+                           for c in ("vicreg", "simclr") for e in (0, 10, 20)
+                           for q in ("held-out accuracy", "train - held-out gap", "gap of a probe that saw neither")])
+    figure = plots.over_epochs(scores[scores["layer"] == "projector"], probes)
+    assert len(figure.axes) == 4 and [axis.get_title() for axis in figure.axes[:2]] == ["VICReg", "SimCLR"]
+    np.testing.assert_allclose(_drawn(figure.axes[0], "p = 100 %"), [[0, 0], [10, 0.1], [20, 0.3]])
+    assert len(figure.axes[0].collections) == 2, "a band for each p"
+
+
+def test_over_p_sorts_and_bounds():
+    figure = plots.over_p(_curve("p", [100, 20, 50]).assign(rho=0.2))
+    assert list(_drawn(figure.axes[0], "target")[:, 0]) == [20, 50, 100]
+    assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_title() == "VICReg, ρ = 0.2"
+
+
+def test_real_pictures_have_no_rho_in_the_title():
+    assert plots.over_p(_curve("p", [20, 100]).assign(rho=float("nan"))).axes[0].get_title() == "VICReg"
+
+
+def test_over_rho_has_the_bayes_line():
+    figure = plots.over_rho(_curve("rho", [0.5, 0.0]).assign(bayes=[0.55, 0.1]))
+    line = _drawn(figure.axes[0], "Bayes: all that the background tells")
+    np.testing.assert_allclose(line, [[0, 0.1], [0.5, 0.55]])
+
+
+def test_split_stacks_to_the_share_that_anybody_gets_right():
+    row = {"criterion": "vicreg", "memorized": 0.2, "correlated": 0.1, "misrepresented": 0.05, "memorized_low": 0.15,
+           "memorized_high": 0.25}
+    shares = pd.DataFrame([row | {"epoch": e} for e in (0, 10)])
+    bars = plots.split(shares).axes[0].patches
+    assert max(bar.get_y() + bar.get_height() for bar in bars) == pytest.approx(0.35)
+
+
+def test_layers_and_losses(scores):
+    figure = plots.layers(scores[(scores["epoch"] == 20) & (scores["p"] == 100)])
+    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([0.3] * 4)
+    log = pd.DataFrame({"criterion": "vicreg", "epoch": [1, 2], "loss": [3.0, 2.0], "name": "a"})
+    np.testing.assert_allclose(plots.losses(log).axes[0].lines[0].get_xydata(), [[1, 3], [2, 2]])
+
+
+def test_examples_outline_box_and_crop():
+    pictures = [np.zeros((3, 20, 30), np.uint8)] * 2
+    outlines = [(np.array([[1, 2, 8, 9]], float), (10, 0, 30, 20))] * 2
+    figure = plots.examples(pictures, outlines, ["cat", "dog"])
+    assert len(figure.axes) == 4 and len(figure.axes[0].patches) == 2
+    assert figure.axes[2].images[0].get_array().shape[:2] == (20, 20), "below: the crop itself"
+
+
+def test_gallery_marks_right_neighbours_and_shortens_names():
+    picture = np.zeros((3, 8, 8), np.uint8)
+    near = [(picture, "German shepherd"), (picture, "cat")]
+    row = {"crop": picture, "image": picture, "name": "cat", "target": near, "reference": near}
+    figure = plots.gallery([row], neighbours=2)
+    titles = [axis.title for axis in figure.axes]
+    assert [title.get_text() for title in titles] == ["crop", "cat", "German shep…", "cat", "German shep…", "cat"]
+    assert [title.get_color() for title in titles[2:4]] == ["black", plots.BAYES]
