@@ -15,8 +15,8 @@ def _groups(table):
 def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples: int = 2000):
     """Return a row per setting, p and ranking: déjà vu score, interval, target and reference accuracy, n; seeds pooled.
 
-    `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted. `top` 5 counts a guess
-    as right when the class is among the five with the most votes.
+    `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted. `top` 5 counts a
+    guess as right when the class is among the five with the most votes.
     """
     import pandas as pd
 
