@@ -10,7 +10,7 @@ they disagree with results/. Figures that contain real pictures are never copied
 from __future__ import annotations
 
 import json
-import math
+import os
 import platform
 import shutil
 import subprocess
@@ -35,7 +35,8 @@ def copy(profile: str) -> None:
     for name in TABLES:
         store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
     meta = json.loads((source / "notebooks" / "02_attack.ipynb.json").read_text())
-    training = json.loads((source / "notebooks" / "01_training.ipynb.json").read_text())
+    busy = store.read_table(source / "tables" / "losses.csv")["seconds"].sum()  # of all encoders, whenever trained
+    jobs = len(os.sched_getaffinity(0))
     ours = meta["parameters"]["dataset"] == "scenes"
     for figure in sorted((source / "figures").glob("*.png")):
         if ours or figure.name.startswith("fig"):
@@ -47,7 +48,8 @@ def copy(profile: str) -> None:
              "encoders_trained_with": sorted({item["code"] for item in encoders}), "seeds": meta["parameters"]["seeds"],
              "parameters": meta["parameters"], "device": f"{meta['device']}, {_processor()}",
              "versions": meta["versions"],
-             "minutes": round((meta["seconds"] + training["seconds"]) / 60, 1), "made": meta["created"]}
+             "training_minutes": round(busy / 60 / jobs, 1), "training_jobs_side_by_side": jobs,
+             "attack_minutes": round(meta["seconds"] / 60, 1), "made": meta["created"]}
     (target / "provenance.json").write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -57,11 +59,8 @@ def _processor() -> str:
     return f"{sum(line.startswith('processor') for line in lines)} cores, {model}"
 
 
-def _number(value: float, low: float, high: float, digits: int = 3) -> str:
-    if math.isinf(value):
-        return f"∞ [{low:.2f}, ∞]"
-    sign = "+" if digits == 3 else ""
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+def _number(value: float, low: float, high: float, form: str = "+.3f") -> str:
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _verdict(low: float, high: float, null: float = 0.0) -> str:
@@ -82,7 +81,7 @@ def rows(name: str) -> list[list[str]]:
             out.append([text, NAMES[row.criterion], value, row.n, _verdict(row.low, row.high)])
     shares = table["shares"]
     for row in shares[(shares["epoch"] == last) & ((shares["rho"] == first) | shares["rho"].isna())].itertuples():
-        value = _number(row.ratio, row.ratio_low, row.ratio_high, 2)
+        value = _number(row.ratio, row.ratio_low, row.ratio_high, ".2f")
         verdict = _verdict(row.ratio_low, row.ratio_high, 1)
         out.append(["memorized / misrepresented", NAMES[row.criterion], value, row.n, verdict])
     for name, text in (("last - untrained", "grows: last checkpoint − untrained"),
@@ -99,7 +98,8 @@ def _probe_rows(probe) -> list[list[str]]:
     out = []
     for (criterion, quantity), group in probe.groupby(["criterion", "quantity"], sort=False):
         group = group.sort_values("epoch")
-        ends = [f"{_number(row.mean, row.low, row.high)}" for row in (group.iloc[0], group.iloc[-1])]
+        form = ".3f" if "accuracy" in quantity else "+.3f"
+        ends = [_number(row["mean"], row["low"], row["high"], form) for row in (group.iloc[0], group.iloc[-1])]
         out.append([f"linear probe, {quantity}: untrained → end", NAMES[criterion], " → ".join(ends),
                     int(group["n_held_out"].iloc[0]), "reported"])
     return out
@@ -108,7 +108,7 @@ def _probe_rows(probe) -> list[list[str]]:
 def _truth_rows(truth) -> list[list[str]]:
     out = []
     for row in truth.sort_values("rho").itertuples():
-        value = _number(row.target, row.target_low, row.target_high)
+        value = _number(row.target, row.target_low, row.target_high, ".3f")
         verdict = _verdict(row.target_low, row.target_high, row.chance)
         text = f"ρ = {row.rho:g}: target above chance {row.chance:g}"
         out.append([text, NAMES[row.criterion], value, row.n, verdict])
@@ -119,7 +119,7 @@ def _truth_rows(truth) -> list[list[str]]:
             above, below = row.reference_low > row.chance, row.reference_low <= row.bayes
             verdict = "supported" if above and below else "contradicted" if not below else "undecided"
             text = f"ρ = {row.rho:g}: reference above chance {row.chance:g}, at most Bayes {row.bayes:.2f}"
-        value = _number(row.reference, row.reference_low, row.reference_high)
+        value = _number(row.reference, row.reference_low, row.reference_high, ".3f")
         out.append([text, NAMES[row.criterion], value, row.n, verdict])
     return out
 
@@ -136,7 +136,8 @@ def block(name: str) -> str:
               f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "
               f"{sizes['attacked']} attacked images a class in each of A and B, {sizes['public']} public; "
-              f"{entry['device']}; {entry['minutes']} min (training and attack); code {entry['code']}; "
+              f"{entry['device']}; {entry['training_minutes']} min of training ({entry['training_jobs_side_by_side']} "
+              f"encoders side by side), {entry['attack_minutes']} min of attack; code {entry['code']}; "
               f"torch {entry['versions']['torch']}. "
               f"Tables and figures: [`results/{name}/`](results/{name}/)."]
     return "\n".join(lines)
