@@ -67,7 +67,7 @@ def clone(repository):
         shutil.copy(HERE / "notebooks" / name, root / "notebooks")
     shutil.copytree(store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__"))
     (root / ".venv" / "bin").mkdir(parents=True)
-    (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (root / ".venv" / "bin" / "python").chmod(0o755)
     (root / "requirements.lock").touch()
     (root / ".venv" / ".installed").touch()
