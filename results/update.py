@@ -151,8 +151,8 @@ def controls_block() -> str:
     for row in table.itertuples(index=False, name=None):
         name, truth, mean, _, repeats, n, missed, most, _ = row
         lines.append(f"| {name} | {truth:g} | {repeats} | {n} | {mean:+.4f} | {missed} | {most} |")
-    return "\n".join([*lines, "", "`make controls`, seeds 1000 and up, 95 % intervals; allowed: the 99.9 % range of a rate "
-                      "of 5 %. [`results/controls.csv`](results/controls.csv)."])
+    return "\n".join([*lines, "", "`make controls`, seeds 1000 and up, 95 % intervals; allowed: the 99.9 % range of "
+                      "a rate of 5 %. [`results/controls.csv`](results/controls.csv)."])
 
 
 def readme(text: str) -> str:
