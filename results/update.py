@@ -136,8 +136,9 @@ def block(name: str) -> str:
               f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "
               f"{sizes['attacked']} attacked images a class in each of A and B, {sizes['public']} public; "
-              f"{entry['device']}; at most {entry['training_minutes']} min of training ({entry['training_jobs_side_by_side']} "
-              f"encoders side by side), {entry['attack_minutes']} min of attack; code {entry['code']}; "
+              f"{entry['device']}; at most {entry['training_minutes']} min of training "
+              f"({entry['training_jobs_side_by_side']} encoders side by side), {entry['attack_minutes']} min of attack; "
+              f"code {entry['code']}; "
               f"torch {entry['versions']['torch']}. "
               f"Tables and figures: [`results/{name}/`](results/{name}/)."]
     return "\n".join(lines)
