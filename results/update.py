@@ -137,8 +137,8 @@ def block(name: str) -> str:
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "
               f"{sizes['attacked']} attacked images a class in each of A and B, {sizes['public']} public; "
               f"{entry['device']}; at most {entry['training_minutes']} min of training "
-              f"({entry['training_jobs_side_by_side']} encoders side by side), {entry['attack_minutes']} min of attack; "
-              f"code {entry['code']}; "
+              f"({entry['training_jobs_side_by_side']} encoders side by side), "
+              f"{entry['attack_minutes']} min of attack; code {entry['code']}; "
               f"torch {entry['versions']['torch']}. "
               f"Tables and figures: [`results/{name}/`](results/{name}/)."]
     return "\n".join(lines)
