@@ -45,6 +45,11 @@ def runs(profile: str) -> Path:
     return Path(os.environ.get("DEJAVU_RUNS") or root() / "runs").resolve() / profile
 
 
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+
+
 def _plain(value: Any, exact: bool = True) -> Any:
     """Return `value` as plain JSON types; `exact` (keys) makes 1.0 equal 1 and refuses NaN, else it becomes null."""
     if hasattr(value, "tolist"):  # numpy and torch scalars and arrays

@@ -195,7 +195,7 @@ def fit(job: Job, every: float = 30.0) -> None:
 
 def _run(training: Training, job: Job, last: Path, every: float) -> None:
     parent, saved = os.getppid(), time.monotonic()
-    with _Log(Path(job.folder) / "log.jsonl", training.epoch) as log:
+    with _open_log(Path(job.folder) / "log.jsonl", training.epoch) as log:
         while True:
             if training.epoch in job.epochs and not job.checkpoint(training.epoch).exists():
                 checkpoints.save(job.checkpoint(training.epoch), training.encoder, job.recipe, epoch=training.epoch,
@@ -213,27 +213,16 @@ def _run(training: Training, job: Job, last: Path, every: float) -> None:
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"{error}; {job.folder} keeps the last good state: lower the recipe's lr") from None
-            log.write(epoch=training.epoch, loss=loss, seconds=round(time.monotonic() - began, 4))
+            line = {"epoch": training.epoch, "loss": loss, "seconds": round(time.monotonic() - began, 4)}
+            log.write(json.dumps(line) + "\n")
 
 
-class _Log:
-    """A file of JSON lines, cut back to `epoch` when a run resumes."""
-
-    def __init__(self, path: Path, epoch: int):
-        self.path, self.epoch = path, epoch
-
-    def __enter__(self):
-        kept = [line for line in read_log(self.path) if line["epoch"] <= self.epoch]
-        with store.atomic(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = self.path.open("a", buffering=1)
-        return self
-
-    def write(self, **line) -> None:
-        self.file.write(json.dumps(line) + "\n")
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
+def _open_log(path: Path, epoch: int):
+    """Return the log, cut back to `epoch` (a resumed run writes the later lines again), open for appending by lines."""
+    kept = [line for line in read_log(path) if line["epoch"] <= epoch]
+    with store.atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a", buffering=1)
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -252,24 +241,25 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
     todo = [job for job in jobs if not job.done()]
     if not todo:
         return
-    workers = workers or max(1, len(os.sched_getaffinity(0)) // todo[0].recipe.threads)
+    workers = workers or max(1, store.cores() // todo[0].recipe.threads)
     if workers == 1 or len(todo) == 1:
         for job in todo:
             fit(job)
         return
     running = [_Worker(todo[i::workers]) for i in range(min(workers, len(todo)))]
     try:
-        while any(worker.poll() is None for worker in running):
+        while True:
             time.sleep(0.5)
+            codes = [worker.process.poll() for worker in running]
             if progress:
                 progress(*_state(todo))
-            if failed := [worker for worker in running if worker.poll()]:
+            if failed := [worker for worker, code in zip(running, codes, strict=True) if code]:
                 raise RuntimeError(f"training failed: {failed[0].last_words()}")
+            if None not in codes:
+                return
     finally:
         for worker in running:
             worker.stop()
-    if failed := [worker for worker in running if worker.poll()]:
-        raise RuntimeError(f"training failed: {failed[0].last_words()}")
 
 
 def _state(jobs: list[Job]) -> tuple[int, int, str]:
@@ -291,9 +281,6 @@ class _Worker:
             cwd=store.PACKAGE.parent, env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
         self.process.stdin.write(json.dumps([dataclasses.asdict(job) for job in jobs]).encode())
         self.process.stdin.close()
-
-    def poll(self) -> int | None:
-        return self.process.poll()
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -10,7 +10,6 @@ they disagree with results/. Figures that contain real pictures are never copied
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -36,7 +35,7 @@ def copy(profile: str) -> None:
         store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
     meta = json.loads((source / "notebooks" / "02_attack.ipynb.json").read_text())
     busy = store.read_table(source / "tables" / "losses.csv")["seconds"].sum()  # of all encoders, whenever trained
-    jobs = len(os.sched_getaffinity(0))
+    jobs = store.cores()
     ours = meta["parameters"]["dataset"] == "scenes"
     for figure in sorted((source / "figures").glob("*.png")):
         if ours or figure.name.startswith("fig"):

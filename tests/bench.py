@@ -80,9 +80,9 @@ def search_table(queries: int = 2000, bank: int = 20000, width: int = 512, k: in
     import torch
     from sklearn.neighbors import NearestNeighbors
 
-    from dejavu_utils import knn
+    from dejavu_utils import knn, store
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(store.cores())
     q, x = torch.randn(queries, width), torch.randn(bank, width)
 
     def batches_of_64():
