@@ -186,7 +186,7 @@ class Run:
     @property
     def meta(self) -> dict[str, Any]:
         """Return what the sidecar of every result says about this notebook."""
-        return {"stage": self.stage, "parameters": self.params, "seed": self.params.get("seed"), "device": self.device}
+        return {"stage": self.stage, "parameters": self.params, "seed": _seed(self.params), "device": self.device}
 
     def progress(self, total: int, label: str) -> Progress:
         """Return a progress line for `total` steps."""
@@ -217,6 +217,11 @@ class Run:
         return store.read_table(path)
 
 
+def _seed(params: Mapping[str, Any]) -> Any:
+    """Return what a notebook declares as `seed` or `seeds`, else 0."""
+    return params.get("seed", params.get("seeds", 0))
+
+
 def start(stage: str, names: dict[str, Any]) -> Run:
     """Return the `Run` of a notebook: parameters checked, generators seeded from (seed, stage), threads set.
 
@@ -228,7 +233,7 @@ def start(stage: str, names: dict[str, Any]) -> Run:
 
     import numpy as np
     import torch
-    seed = int.from_bytes(hashlib.sha256(f"{params.get('seed', 0)}/{stage}".encode()).digest()[:4], "little")
+    seed = int.from_bytes(hashlib.sha256(f"{_seed(params)}/{stage}".encode()).digest()[:4], "little")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries that draw from the global generator
     torch.manual_seed(seed)
@@ -238,7 +243,7 @@ def start(stage: str, names: dict[str, Any]) -> Run:
     run = Run(stage, params.get("profile") or os.environ.get("DEJAVU_PROFILE", "laptop"), params,
               "cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if run.device == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-    print(f"{stage} · profile {run.profile} · seed {params.get('seed', 0)} · {where} · precision "
+    print(f"{stage} · profile {run.profile} · seed {_seed(params)} · {where} · precision "
           f"{params.get('precision') or recipe.get('precision', 'fp32')}")
     print(*(f"{name} {version} ·" for name, version in store.versions().items()), f"code {store.code_version()}")
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import json
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Pair:
 
 
 def pair(params: dict, folder: Path, criterion: str, rho: float, seed: int, device: str = "cpu") -> Pair:
-    """Return the pair of one setting; nothing is trained yet (`train.fit_all(jobs_of(pairs))` does).
+    """Return the pair of one setting; nothing is trained yet (`train.fit_all(jobs(pairs))` does).
 
     `params` are a notebook's parameters: dataset, sizes, recipe, epochs, crop. The folder of an encoder is named by the
     key of all that decides its weights: its pixels, recipe, epochs, seed and the code that trains.
@@ -74,7 +75,7 @@ def pair(params: dict, folder: Path, criterion: str, rho: float, seed: int, devi
     jobs = {}
     for model in ("A", "B"):
         pixels = _training_pixels(parts, model, how)
-        name = store.key(pixels=_hash(pixels))
+        name = store.key(pixels=hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
         source = folder / "pixels" / f"{name}.safetensors"
         if not source.exists():
             store.write_tensors(source, {"pixels": pixels}, {"seed": seed})
@@ -99,18 +100,18 @@ def pairs(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
 
 
 def _training_pixels(parts: dict, model: str, how: train.Recipe):
-    """Return what encoder A (B) is trained on: set A (B) and the shared part, uint8 (n, 3, H, W), in id order."""
+    """Return what encoder A (B) is trained on: set A (B) and the shared part, uint8 (n, 3, H, W), in id order.
+
+    Native pixels where all pictures of both sets have one size, else squares a little larger than the views: the choice
+    is made for both sets at once, so that A and B never differ in it.
+    """
     import torch
 
-    own, shared = parts[model.lower()], parts["shared"]
-    used, larger = [images for images in (own, shared) if len(images)], round(how.size * 8 / 7)
-    return torch.cat([p.squares(larger) if p.stacked is None else p.stacked for p in used])
-
-
-def _hash(pixels) -> str:
-    import hashlib
-
-    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    sizes = np.concatenate([parts[part].sizes for part in ("a", "b", "shared")])
+    used = [images for images in (parts[model.lower()], parts["shared"]) if len(images)]
+    if (sizes == sizes[0]).all():
+        return torch.cat([images.stacked for images in used])
+    return torch.cat([images.squares(round(how.size * 8 / 7)) for images in used])
 
 
 def jobs(every: list[Pair]) -> list[train.Job]:

@@ -199,7 +199,7 @@ def _run(training: Training, job: Job, last: Path, every: float) -> None:
         while True:
             if training.epoch in job.epochs and not job.checkpoint(training.epoch).exists():
                 checkpoints.save(job.checkpoint(training.epoch), training.encoder, job.recipe, epoch=training.epoch,
-                                 seed=job.seed)
+                                 seed=job.seed, precision=str(training.dtype))
             if training.epoch >= training.epochs:
                 return
             if time.monotonic() - saved > every:

@@ -1,5 +1,6 @@
 """The two-model test end to end on tiny scenes: sets stay apart, tables pair up, the gallery is honest."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_encoders_share_the_shared_part_and_nothing_else(pairs):
     a, b = (references._training_pixels(pairs[0].parts, model, pairs[0].jobs["A"].recipe) for model in "AB")
     rows = [{tuple(image.flatten().tolist()) for image in pixels} for pixels in (a, b)]
     assert len(rows[0] & rows[1]) == 16 and len(a) == len(b) == 64
+
+
+def test_both_sets_are_trained_on_the_same_kind_of_pixels(pairs):
+    """One picture of another size in B, and A must not keep its native pixels while B gets squares."""
+    parts, recipe = dict(pairs[0].parts), pairs[0].jobs["A"].recipe
+    sizes = parts["b"].sizes.copy()
+    sizes[0] = 47
+    parts["b"] = dataclasses.replace(parts["b"], sizes=sizes)
+    a, b = (references._training_pixels(parts, model, recipe) for model in "AB")
+    assert a.shape[-1] == b.shape[-1] == round(32 * 8 / 7)
 
 
 def test_a_pair_differs_in_seed_and_images_only(pairs):

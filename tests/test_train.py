@@ -157,7 +157,7 @@ def test_checkpoint_is_strict(tmp_path):
     job = _job(tmp_path, epochs=(0,))
     train.fit(job)
     encoder = checkpoints.load(job.checkpoint(0))
-    assert not encoder.training
+    assert not encoder.training and store.verify(job.checkpoint(0))["precision"] == "torch.float32"
     tensors = encoder.state_dict()
     tensors["trunk.extra"] = torch.zeros(1)
     del tensors["projector.2.weight"]
