@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from dejavu_utils import attack, references, summaries, train
+from dejavu_utils import pairs as build
 
 PARAMS = {
     "seeds": [0], "dataset": "scenes", "rhos": [0.2, 0.0], "criteria": ["vicreg", "simclr"], "epochs": [0, 1, 2],
@@ -19,8 +20,8 @@ PARAMS = {
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    made = references.pairs(PARAMS, tmp_path_factory.mktemp("runs"))
-    train.fit_all(references.jobs(made), workers=1)
+    made = build.make(PARAMS, tmp_path_factory.mktemp("runs"))
+    train.fit_all(build.jobs(made), workers=1)
     return made
 
 
@@ -40,7 +41,7 @@ def test_no_id_is_in_two_parts(pairs):
 
 
 def test_encoders_share_the_shared_part_and_nothing_else(pairs):
-    a, b = (references._training_pixels(pairs[0].parts, model, pairs[0].jobs["A"].recipe) for model in "AB")
+    a, b = (build._training_pixels(pairs[0].parts, model, pairs[0].jobs["A"].recipe) for model in "AB")
     rows = [{tuple(image.flatten().tolist()) for image in pixels} for pixels in (a, b)]
     assert len(rows[0] & rows[1]) == 16 and len(a) == len(b) == 64
 
@@ -51,7 +52,7 @@ def test_both_sets_are_trained_on_the_same_kind_of_pixels(pairs):
     sizes = parts["b"].sizes.copy()
     sizes[0] = 47
     parts["b"] = dataclasses.replace(parts["b"], sizes=sizes)
-    a, b = (references._training_pixels(parts, model, recipe) for model in "AB")
+    a, b = (build._training_pixels(parts, model, recipe) for model in "AB")
     assert a.shape[-1] == b.shape[-1] == round(32 * 8 / 7)
 
 
@@ -93,13 +94,13 @@ def test_differences_and_truth(tables):
 
 
 def test_probes_never_use_the_public_set(pairs, monkeypatch):
-    seen, squares = set(), references.data.Images.squares
+    seen, squares = set(), build.data.Images.squares
 
     def watched(images, *arguments):
         seen.update(images.ids)
         return squares(images, *arguments)
 
-    monkeypatch.setattr(references.data.Images, "squares", watched)
+    monkeypatch.setattr(build.data.Images, "squares", watched)
     row = references._probes(pairs[0], 2, "backbone", "cpu")
     assert seen and not seen & set(pairs[0].parts["public"].ids)
     assert row[["train", "held_out", "member", "non_member", "knn"]].stack().between(0, 1).all()
@@ -125,12 +126,12 @@ def test_gallery_rows(pairs, tables):
 
 def test_recipe_gives_each_criterion_its_own_constants():
     changes = {"constants": {"temperature": 0.5, "invariance": 10.0}}
-    assert references.recipe("simclr", changes).constants == {"temperature": 0.5}
-    assert references.recipe("vicreg", changes).constants == {"invariance": 10.0}
+    assert build.recipe("simclr", changes).constants == {"temperature": 0.5}
+    assert build.recipe("vicreg", changes).constants == {"invariance": 10.0}
     with pytest.raises(ValueError, match="temprature belongs to no criterion"):
-        references.recipe("simclr", {"constants": {"temprature": 1.0}})
+        build.recipe("simclr", {"constants": {"temprature": 1.0}})
     with pytest.raises(ValueError, match='criterion "simclear" is not known'):
-        references.recipe("simclear", {})
+        build.recipe("simclear", {})
 
 
 def test_probe_rows_interval_over_seeds_and_over_images():
