@@ -81,6 +81,12 @@ class Encoder(nn.Module):
             width = self.trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
         self.trunk.train(was_training)
         self.projector = projector(width, projector_spec)
+        self.classifier: nn.Module | None = None
+
+    def add_classifier(self, classes: int) -> None:
+        """Put BatchNorm, ReLU and a linear layer over the projector: the supervised baseline, with a layer "logits"."""
+        width = self.projector[-1].out_features
+        self.classifier = nn.Sequential(nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, classes))
 
     def layers(self, x: Tensor) -> dict[str, Tensor]:
         """Return {"backbone", "block1", …, "projector"} -> (n, d), from one forward pass."""
@@ -89,6 +95,8 @@ class Encoder(nn.Module):
         for i, block in enumerate(self.projector, 1):
             z = block(z)
             out["projector" if i == len(self.projector) else f"block{i}"] = z
+        if self.classifier is not None:
+            out["logits"] = self.classifier(z)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
