@@ -35,7 +35,7 @@ test-all: .venv/.installed  ## every test, also the slow ones
 
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
 	@test -n "$(NAME)" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
-	@$(PYTHON) -m dejavu_utils.fetch "$(NAME)"
+	@$(PYTHON) data_manifests/fetch.py "$(NAME)"
 
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
 	@$(PYTHON) tests/controls.py

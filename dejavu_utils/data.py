@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu_utils import crops, fetch, store
+from dejavu_utils import crops, manifests, store
 
 PARTS = ("a", "b", "shared", "public", "probe", "control")
 WORKERS = min(8, os.cpu_count() or 1)
@@ -119,12 +119,12 @@ def read(name: str, folder: str | Path | None = None, **options) -> Images:
     data/), which may also be the data set itself, and read with the options of `readers.load`. FileNotFoundError says
     how to get a data set that is missing.
     """
-    entry = fetch.manifest(name)
+    entry = manifests.read(name)
     if entry["layout"] == "scenes":
         from dejavu_utils import scenes
         return scenes.make(**options)
     from dejavu_utils import readers
-    return readers.load(entry, fetch.locate(entry, folder), **options)
+    return readers.load(entry, manifests.locate(entry, folder), **options)
 
 
 def write_skipped(images: Images, path: str | Path) -> None:

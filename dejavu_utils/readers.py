@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu_utils import fetch
+from dejavu_utils import manifests
 from dejavu_utils.data import Images, threads
-from dejavu_utils.fetch import Tree
+from dejavu_utils.manifests import Tree
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # pictures only: Pillow also opens programs (EPS) and documents
 LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
 
 
 class Lazy(Sequence):
@@ -39,7 +38,7 @@ class Lazy(Sequence):
 
     def __getitem__(self, i: int) -> Tensor:
         try:
-            return torch.from_numpy(decode(io.BytesIO(self.tree.read(self.names[i]))))
+            return decode(self.tree.read(self.names[i]))
         except Exception as error:
             raise ValueError(f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). "
                              "Repair or remove that picture and run the command again.") from error
@@ -55,27 +54,22 @@ def _picture(file):
         yield image
 
 
-def decode(file) -> np.ndarray:
+def decode(raw: bytes) -> Tensor:
     """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not one, or not whole."""
-    with _picture(file) as image:
-        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+    with _picture(io.BytesIO(raw)) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 class Item(NamedTuple):
     """One picture still on disk: `boxes()` returns (boxes (m, 4), annotated (width, height) or None)."""
 
-    id: str
-    key: str | int | None
     name: str
+    key: str | int | None
     boxes: Callable
 
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _pictures(tree: Tree, folder: str) -> list[str]:
-    return [name for name in tree.names(folder) if name.lower().endswith(SUFFIXES)]
+    @property
+    def id(self) -> str:
+        return PurePosixPath(self.name).stem
 
 
 def _find(tree: Tree, entry: dict, what: str) -> str:
@@ -87,12 +81,12 @@ def _find(tree: Tree, entry: dict, what: str) -> str:
     return found
 
 
-def _tiny_box(text: list[str] | None):
+def _tiny_box(text: list[str]):
     """Return the box of one Tiny-ImageNet picture: whole pixels, the last one included, made half-open.
 
     A box whose first and last column (or row) are the same is a degenerate annotation and keeps its zero area.
     """
-    box = np.array([text] if text else [], np.float64).reshape(-1, 4)
+    box = np.array(text, np.float64).reshape(-1, 4)
     if (box[:, 2:] > box[:, :2]).all():
         box[:, 2:] += 1
     return box, None
@@ -104,10 +98,9 @@ def _tiny_imagenet(tree: Tree, entry: dict, choose: Callable):
     base = train.rpartition("train")[0]
     keys, items = choose([line[0] for line in tree.lines(f"{base}wnids.txt")] or tree.names(train)), []
     for key in keys:
-        folder = f"{train}/{key}"
-        boxes = {line[0]: line[1:5] for line in tree.lines(f"{folder}/{key}_boxes.txt")}
-        items += [Item(_stem(name), key, f"{folder}/images/{name}", functools.partial(_tiny_box, boxes.get(name)))
-                  for name in _pictures(tree, f"{folder}/images")]
+        boxes = {line[0]: line[1:5] for line in tree.lines(f"{train}/{key}/{key}_boxes.txt")}
+        items += [Item(name, key, functools.partial(_tiny_box, boxes.get(PurePosixPath(name).name, [])))
+                  for name in tree.pictures(f"{train}/{key}/images")]
     words = {line[0]: line[1].split(",")[0] for line in tree.lines(f"{base}words.txt") if len(line) > 1}
     return items, keys, [words.get(key, key) for key in keys]
 
@@ -130,10 +123,10 @@ def _xml_items(tree: Tree, folder: str, xmls: str | None, grow: tuple[int, int],
     The class is `key`, or else what the file name says before its last underscore.
     """
     known, items = set(tree.names(xmls)) if xmls else set(), []
-    for name in _pictures(tree, folder):
-        xml = f"{xmls}/{_stem(name)}.xml" if f"{_stem(name)}.xml" in known else None
-        boxes = functools.partial(_xml_boxes, tree, xml, grow)
-        items.append(Item(_stem(name), key or _stem(name).rpartition("_")[0], f"{folder}/{name}", boxes))
+    for name in tree.pictures(folder):
+        stem = PurePosixPath(name).stem
+        xml = f"{xmls}/{stem}.xml" if f"{stem}.xml" in known else None
+        items.append(Item(name, key or stem.rpartition("_")[0], functools.partial(_xml_boxes, tree, xml, grow)))
     return items
 
 
@@ -177,15 +170,14 @@ def _yolo_boxes(*label):
 
 def _yolo(tree: Tree, entry: dict, choose: Callable):
     """Return (items, class keys, class names) of YOLO text boxes; the class of a picture is that of its largest box."""
-    base, folder = _find(tree, entry, "images"), _find(tree, entry, "annotations")
-    items = []
-    for name in _pictures(tree, base):
-        label = (tree, f"{folder}/{_stem(name)}.txt", len(entry["names"]))
+    folder, items = _find(tree, entry, "annotations"), []
+    for name in tree.pictures(_find(tree, entry, "images")):
+        label = (tree, f"{folder}/{PurePosixPath(name).stem}.txt", len(entry["names"]))
         try:
             key = _yolo_rows(*label)[1]
         except ValueError:
             key = None  # reading its boxes fails in the same way and gives the reason
-        items.append(Item(_stem(name), key, f"{base}/{name}", functools.partial(_yolo_boxes, *label)))
+        items.append(Item(name, key, functools.partial(_yolo_boxes, *label)))
     keys = choose({item.key for item in items} - {None})
     return items, keys, [entry["names"][key] for key in keys]
 
@@ -214,27 +206,6 @@ def _unique(items: list[Item], keys: list) -> tuple[list[Item], list[tuple[str, 
     return list(chosen.values()), skipped
 
 
-def _one(tree: Tree, item: Item, row: Tensor | None):
-    """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it cannot be read.
-
-    Without `row`, a JPEG with an end marker is taken to be whole and not decoded: ImageNet would take half an hour.
-    """
-    try:
-        with tree.open(item.name) as file, _picture(file) as image:
-            size, length = image.size, file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - 2))
-            whole = image.format == "JPEG" and file.read() == b"\xff\xd9"
-        boxes, annotated = item.boxes()
-        if row is not None and size != (row.shape[2], row.shape[1]):
-            raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
-        pixels = None if whole and row is None else decode(io.BytesIO(tree.read(item.name)))
-        if row is not None:
-            row.copy_(torch.from_numpy(pixels))
-        return _fit(boxes, annotated, size), size, length
-    except Exception as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
-        return f"{type(error).__name__}: {error}"
-
-
 def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
     """Return boxes scaled from the annotated size to the picture's, and clamped to it: float32 (m, 4)."""
     limits = np.array([*size, *size], np.float64)
@@ -245,6 +216,27 @@ def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
     return boxes.clip(0, limits).astype(np.float32)
 
 
+def _one(tree: Tree, item: Item, row: Tensor | None):
+    """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it cannot be read.
+
+    Without `row`, a JPEG with an end marker is taken to be whole and not decoded: ImageNet would take half an hour.
+    """
+    try:
+        with tree.open(item.name) as file, _picture(file) as image:
+            size, length = image.size, file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - 2))
+            whole = image.format == "JPEG" and file.read() == b"\xff\xd9"
+        boxes = _fit(*item.boxes(), size)
+        if row is not None and size != (row.shape[2], row.shape[1]):
+            raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
+        pixels = None if whole and row is None else decode(tree.read(item.name))
+        if row is not None:
+            row.copy_(pixels)
+        return boxes, size, length
+    except Exception as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
+        return f"{type(error).__name__}: {error}"
+
+
 def load(entry: dict, path: Path, classes: int | None = None) -> Images:
     """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
 
@@ -252,26 +244,25 @@ def load(entry: dict, path: Path, classes: int | None = None) -> Images:
     decoded when asked for. Broken ones are in `skipped`, each with its reason.
     """
     if path.is_file() and path.name == entry.get("file") and entry.get("sha256"):
-        fetch.verify(entry, path)
+        manifests.verify(entry, path)
     tree = Tree(path)
     items, keys, names = LAYOUTS[entry["layout"]](tree, entry, functools.partial(_choose, entry, classes))
     items, skipped = _unique(items, keys)
     width, height = entry.get("image_size") or (0, 0)
     pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8)
-    rows = range(len(items))
-    found = threads(lambda i: _one(tree, items[i], pixels[i] if width else None), rows)
-    skipped += [(items[i].name, found[i]) for i in rows if isinstance(found[i], str)]
-    good = [i for i in rows if not isinstance(found[i], str)]
+    found = threads(lambda i: _one(tree, items[i], pixels[i] if width else None), range(len(items)))
+    skipped += [(item.name, one) for item, one in zip(items, found, strict=True) if isinstance(one, str)]
+    good = [i for i, one in enumerate(found) if not isinstance(one, str)]
     if not good:
         raise ValueError(f"{path}: none of {len(items)} pictures could be read. {(skipped or [''])[0]}")
     boxes, sizes, stamps = zip(*(found[i] for i in good), strict=True)
-    pixels = pixels if len(good) == len(items) else pixels[good]
+    pixels, items = pixels if len(good) == len(items) else pixels[good], [items[i] for i in good]
     return Images(
-        ids=np.array([items[i].id for i in good]),
-        labels=np.array([keys.index(items[i].key) for i in good], np.int64),
+        ids=np.array([item.id for item in items]),
+        labels=np.array([keys.index(item.key) for item in items], np.int64),
         boxes=list(boxes),
         classes=tuple(n if names.count(n) == 1 else f"{n} ({key})" for n, key in zip(names, keys, strict=True)),
         sizes=np.array(sizes),
-        pixels=pixels if width else Lazy(tree, [items[i].name for i in good], stamps),
+        pixels=pixels if width else Lazy(tree, [item.name for item in items], stamps),
         skipped=sorted(skipped),
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dejavu_utils import data, fetch, readers, store
+from dejavu_utils import data, manifests, readers, store
 
 REAL = Path(os.environ.get("DEJAVU_DATA", "-"))
 BOMB = ('<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>'
@@ -123,7 +123,7 @@ def test_only_the_classes_and_pictures_asked_for_are_read(tiny):
 
 
 def test_a_manifest_that_lists_its_classes_reads_only_those(tiny):
-    entry = fetch.manifest("tiny_imagenet") | {"classes": ["n03", "n01", "n77"]}
+    entry = manifests.read("tiny_imagenet") | {"classes": ["n03", "n01", "n77"]}
     assert set(readers.load(entry, tiny).ids) == {f"n0{c}_{i}" for c in (1, 3) for i in range(4)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dejavu_utils import data, fetch, scenes
+from dejavu_utils import data, manifests, scenes
 
 REAL = Path(os.environ.get("DEJAVU_DATA", "-"))
 SIZES = {"classes": 3, "attacked": 4, "shared": 3, "public": 6, "probe": 2, "control": 2}
@@ -112,7 +112,7 @@ def test_errors_name_the_class_found_and_needed():
 
 
 def check_golden(name, images):
-    split = fetch.manifest(name)["split"]
+    split = manifests.read(name)["split"]
     frame = data.partition(images, split["sizes"], split["seed"], split["rule"])
     assert data.partition_hash(frame) == split["hash"]
 

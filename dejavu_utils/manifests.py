@@ -1,0 +1,112 @@
+"""Data sets by manifest: what data_manifests/<name>.yaml says, where the data is, whether it is whole, what is in it.
+
+`make data NAME=…` (data_manifests/fetch.py) downloads them; `data.read` reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dejavu_utils import store
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
+
+
+def names() -> list[str]:
+    """Return the names of all manifests, sorted."""
+    return sorted(path.stem for path in (store.root() / "data_manifests").glob("*.yaml"))
+
+
+def read(name: str) -> dict:
+    """Return what data_manifests/<name>.yaml says, with its `name`; ValueError lists the names there are."""
+    if name not in names():
+        raise ValueError(f"no data set is called {name!r}: expected one of {', '.join(names())} "
+                         "(a data set of your own needs a file in data_manifests/).")
+    import yaml
+    return yaml.safe_load((store.root() / "data_manifests" / f"{name}.yaml").read_text()) | {"name": name}
+
+
+def home(folder: str | Path | None = None) -> Path:
+    """Return the folder of all data sets: `folder`, else $DEJAVU_DATA, else data/ in the repository."""
+    return Path(folder or os.environ.get("DEJAVU_DATA") or store.root() / "data")
+
+
+def locate(entry: dict, folder: str | Path | None = None) -> Path:
+    """Return where a data set is: the first of its `places` in `folder`, or `folder` itself if it was given."""
+    base = home(folder)
+    found = [base / place for place in entry["places"] if (base / place).exists()]
+    if folder is not None and (base.is_file() or any((base / images).is_dir() for images in entry["images"])):
+        found.append(base)
+    if not found:
+        raise FileNotFoundError(f"data set {entry['name']} is not in {base}: looked for {', '.join(entry['places'])}. "
+                                + by_hand(entry, base))
+    return found[0]
+
+
+def by_hand(entry: dict, folder: Path) -> str:
+    """Return what a person has to do to get a data set."""
+    automatic = f"`make data NAME={entry['name']}` fetches it, or by hand: " if entry.get("url") else ""
+    return (f"{automatic}{entry['how'].strip()} Put it into {folder} (or set DEJAVU_DATA to the folder that holds it). "
+            f"Source: {entry['source']}. Licence: {entry['licence']}")
+
+
+def verify(entry: dict, path: Path, what: str = "") -> None:
+    """Raise ValueError if the archive at `path` (called `what` in the message) has not the manifest's checksum."""
+    found = store.digest(path)
+    if not entry.get("sha256"):
+        print(f"{what or path}: not verified, the manifest has no checksum; sha256 {found}", flush=True)
+    elif found != entry["sha256"]:
+        raise ValueError(f"{what or path} has the wrong checksum: sha256 {found} ({path.stat().st_size} bytes), "
+                         f"expected {entry['sha256']} ({entry.get('bytes')} bytes). Delete it and get it again. "
+                         + by_hand(entry, path.parent))
+
+
+class Tree:
+    """A folder or a zip file, read by relative name, from any number of threads."""
+
+    def __init__(self, path: Path):
+        self.path, self.zip, self.children = path, None, {}
+        if not path.is_file():
+            return
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): expected the "
+                             "archive as published. Delete it and fetch it again (`make data NAME=…`).") from error
+        for name in self.zip.namelist():
+            while name:
+                folder, _, leaf = name.rstrip("/").rpartition("/")
+                self.children.setdefault(folder, set()).add(leaf)
+                name = folder
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return what `folder` holds, sorted; nothing if it is not there."""
+        if self.zip:
+            return sorted(self.children.get(folder, ()))
+        return sorted(os.listdir(self.path / folder)) if (self.path / folder).is_dir() else []
+
+    def pictures(self, folder: str) -> list[str]:
+        """Return the pictures in `folder`, as names that `open` and `read` take."""
+        return [f"{folder}/{name}" for name in self.names(folder) if name.lower().endswith(SUFFIXES)]
+
+    def find(self, candidates: Sequence[str]) -> str | None:
+        """Return the first of these folders that has content, here or one level below (archives often have a top)."""
+        tops = ["", *(f"{name}/" for name in self.names())]
+        return next((top + name for top in tops for name in candidates if self.names(top + name)), None)
+
+    def open(self, name: str):
+        return self.zip.open(name) if self.zip else (self.path / name).open("rb")
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def lines(self, name: str) -> list[list[str]]:
+        """Return the tab- or space-separated fields of each line of a text file; nothing if it is not there."""
+        folder, _, leaf = name.rpartition("/")
+        text = self.read(name).decode() if leaf in self.names(folder) else ""
+        return [re.split(r"\t" if "\t" in line else r"\s+", line.strip()) for line in text.splitlines() if line.strip()]
