@@ -33,7 +33,7 @@ class Stratum(NamedTuple):
     stream: int
 
 
-def infer(queries, bank, bank_labels, k: int, classes: int, backend: str = "auto") -> dict[str, np.ndarray]:
+def infer(queries, bank, bank_labels, k: int, classes: int) -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k), distances (q, k).
 
     `queries` (q, d) and `bank` (n, d) are embeddings, `bank_labels` (n,) ints; `neighbours` are rows of `bank`. The
@@ -45,20 +45,14 @@ def infer(queries, bank, bank_labels, k: int, classes: int, backend: str = "auto
         raise ValueError(f"attack.infer: {len(bank)} public embeddings, {len(labels)} labels; expected one each.")
     order = torch.argsort(labels, stable=True)
     in_order = torch.equal(order, torch.arange(len(order)))  # then the bank, which may be large, is not copied
-    distances, columns = knn.search(queries, bank if in_order else bank[order.to(bank.device)], k, backend)
+    distances, columns = knn.search(queries, bank if in_order else bank[order.to(bank.device)], k)
     columns = order.to(columns.device)[columns]
     blocks = zip(labels.to(columns.device)[columns].split(8192), distances.split(8192), strict=True)
     votes = [knn.vote(*block, classes) for block in blocks]
     ranking, confidence = (torch.cat([getattr(vote, name) for vote in votes]) for name in ("ranking", "confidence"))
-    found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": confidence, "neighbours": columns}
-    return {name: values.cpu().numpy() for name, values in {**found, "distances": distances}.items()}
-
-
-def _checked(queries, ids, labels, classes: int, place: str) -> None:
-    """Raise ValueError unless every embedding has one id and one label from 0 to classes - 1."""
-    if not len(queries) == len(ids) == len(labels) > 0 or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"attack.label_inference: {place}: {len(queries)} embeddings, {len(ids)} ids, {len(labels)} "
-                         f"labels; expected one each, at least one, and labels from 0 to {classes - 1}.")
+    found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": confidence, "neighbours": columns,
+             "distances": distances}
+    return {name: values.cpu().numpy() for name, values in found.items()}
 
 
 def label_inference(crops: dict, public: dict, public_labels, ids: dict, labels: dict, k: int, classes: int):
@@ -77,8 +71,12 @@ def label_inference(crops: dict, public: dict, public_labels, ids: dict, labels:
     for direction, target in TARGETS.items():
         name, truth = np.asarray(ids[direction]), np.asarray(labels[direction]).astype(np.int64)
         for role, model in (("target", target), ("reference", "B" if target == "A" else "A")):
-            _checked(crops[direction][model], name, truth, classes, f"set {direction}, model {model}")
-            found = infer(crops[direction][model], public[model], public_labels, k, classes)
+            queries = crops[direction][model]
+            if not len(queries) == len(name) == len(truth) > 0 or truth.min() < 0 or truth.max() >= classes:
+                raise ValueError(f"attack.label_inference: set {direction}, model {model}: {len(queries)} embeddings, "
+                                 f"{len(name)} ids, {len(truth)} labels; expected one each, at least one, and labels "
+                                 f"from 0 to {classes - 1}.")
+            found = infer(queries, public[model], public_labels, k, classes)
             rows = {"id": name, "label": truth, "direction": direction, "role": role, "prediction": found["prediction"],
                     "correct": found["prediction"] == truth, "correct5": (found["top5"] == truth[:, None]).any(1),
                     "confidence": found["confidence"]}
@@ -95,22 +93,22 @@ def _strata(table, top: int, ranking: str) -> list[Stratum]:
     if repeated or not len(table):
         raise ValueError(f"attack: {repeated} of {len(table)} rows repeat an image; expected one row per image, role, "
                          "direction and seed. Select one criterion, epoch, layer and crop first.")
+    if not np.isfinite(table["confidence"].to_numpy(float)).all():
+        raise ValueError("attack: a confidence is NaN or infinite; expected nats.")
+    wide = table.set_index([*keys, "id", "label", "role"])[[value, "confidence"]].unstack("role")  # sorted by id
+    if len(table) != 2 * len(wide):
+        raise ValueError(f"attack: {(table['role'] == 'target').sum()} target and "
+                         f"{(table['role'] == 'reference').sum()} reference rows of {len(wide)} images, ids not the "
+                         "same; expected every image under both models.")
     clustered, strata = table["label"].nunique() >= CLUSTER_FROM, []
-    for name, part in table.groupby(keys, sort=True):
-        sides = [part[part["role"] == role].sort_values("id", kind="stable") for role in ("target", "reference")]
-        if len(sides[0]) != len(sides[1]) or not (sides[0]["id"].to_numpy() == sides[1]["id"].to_numpy()).all():
-            raise ValueError(f"attack: direction and seed {name}: {len(sides[0])} target and {len(sides[1])} reference "
-                             "rows, ids not the same; expected every image under both models.")
-        confidence = np.stack([side["confidence"].to_numpy(float) for side in sides])
-        if not np.isfinite(confidence).all():
-            raise ValueError(f"attack: direction and seed {name}: a confidence is NaN or infinite; expected nats.")
+    for name, part in wide.groupby(level=keys):
+        hits, confidence = (part[column][["target", "reference"]].to_numpy(float).T for column in (value, "confidence"))
         if ranking == "paired":
             confidence = np.repeat(confidence.sum(0, keepdims=True), 2, 0)
-        cluster = sides[0]["label"].to_numpy() if clustered else np.arange(len(sides[0]))
+        cluster = part.index.get_level_values("label") if clustered else np.arange(len(part))
         # The stream depends on the images and the seed, not on the name "a" or "b": swapping names changes nothing.
-        text = "\n".join(map(str, [*sides[0]["id"], *name[1:]]))
+        text = "\n".join(map(str, [*part.index.get_level_values("id"), *name[1:]]))
         stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        hits = np.stack([side[value].to_numpy(float) for side in sides])
         strata.append(Stratum(hits, confidence, np.unique(cluster, return_inverse=True)[1], stream))
     return strata
 
@@ -155,34 +153,20 @@ def _ranked(hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, share
     return np.stack(accuracies)
 
 
-def accuracy_at(correct, confidence, p: float) -> float:
-    """Return the accuracy on the p % most confident: ceil(p n / 100) examples, ties at the boundary counted in part.
-
-    `correct` (n,) bool, `confidence` (n,). Independent of the order of the examples. Paper section 4: top-p % accuracy.
-    """
-    hits, ranks = np.asarray(correct, dtype=float), np.asarray(confidence, dtype=float)
-    if hits.shape != ranks.shape or hits.ndim != 1 or not len(hits) or not np.isfinite(ranks).all():
-        raise ValueError(f"attack.accuracy_at: correct {hits.shape}, confidence {ranks.shape}; expected finite (n,).")
-    return float(_ranked(hits, ranks, np.ones((1, len(hits)), dtype=np.int64), [p])[0, 0])
-
-
 def _accuracies(strata: list[Stratum], shares, resamples: int, seed: int) -> np.ndarray:
     """Return the mean over strata of target and reference accuracy (shares, 2, 1 + resamples); column 0 is the data."""
-    total = np.zeros((len(shares), 2, 1 + resamples))
+    total = 0
     for stratum in strata:
-        column = 0
-        for weights in _weights(stratum, resamples, seed):
-            for role in (0, 1):
-                found = _ranked(stratum.hits[role], stratum.confidence[role], weights, shares)
-                total[:, role, column : column + len(weights)] += found
-            column += len(weights)
+        chunks = [[_ranked(hits, confidence, weights, shares) for hits, confidence in zip(*stratum[:2], strict=True)]
+                  for weights in _weights(stratum, resamples, seed)]
+        total = total + np.concatenate([np.stack(roles, 1) for roles in chunks], 2)
     return total / len(strata)
 
 
-def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the percentile interval of bootstrap values; NaN bounds without any."""
-    bounds = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2]) if len(samples) else (math.nan, math.nan)
-    return float(bounds[0]), float(bounds[1])
+def _bounded(values: np.ndarray, level: float) -> tuple[float, float, float]:
+    """Return the value of the data itself, values[0], and the percentile interval of the resamples; NaN without any."""
+    bounds = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if len(values) > 1 else (math.nan, math.nan)
+    return float(values[0]), float(bounds[0]), float(bounds[1])
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -198,7 +182,8 @@ def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
     for hits, confidence, *_ in strata:
         last = np.sort(confidence[0])[::-1][int(_count(len(confidence[0]), p)) - 1]
         signs.append((hits[0] - hits[1])[(confidence[0] >= last) | (p == 100)])
-    return sum(int((sign > 0).sum()) for sign in signs), sum(int((sign < 0).sum()) for sign in signs)
+    sign = np.concatenate(signs)
+    return int((sign > 0).sum()), int((sign < 0).sum())
 
 
 def curve(table, shares, ranking: str = "own", top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95):
@@ -210,8 +195,7 @@ def curve(table, shares, ranking: str = "own", top: int = 1, resamples: int = 20
         row = {"p": p, "n": n, "ranking": ranking, "top": top, "level": level, "resamples": resamples}
         for name, values in (("score", target - reference), ("target", target), ("reference", reference)):
             prefix = "" if name == "score" else name + "_"
-            row[name] = float(values[0])
-            row[prefix + "low"], row[prefix + "high"] = _interval(values[1:], level)
+            row[name], row[prefix + "low"], row[prefix + "high"] = _bounded(values, level)
         one_subset = ranking == "paired" or p == 100
         rows.append({**row, "mcnemar": mcnemar(*_discordant(strata, p)) if one_subset else math.nan})
     return rows
@@ -247,11 +231,11 @@ def four_way(table, top: int = 1, resamples: int = 2000, seed: int = 0, level: f
         shares += found / found.sum(0) / len(strata)
     row = {"n": sum(len(stratum.cluster) for stratum in strata), "top": top, "level": level, "resamples": resamples}
     for name, values in zip(CELLS, shares, strict=True):
-        row[name], (row[name + "_low"], row[name + "_high"]) = float(values[0]), _interval(values[1:], level)
+        row[name], row[name + "_low"], row[name + "_high"] = _bounded(values, level)
     row["memorized_count"], row["misrepresented_count"] = pair = int(counts[0, 0]), int(counts[2, 0])
     row["ratio"], row["ratio_low"], row["ratio_high"] = odds(*pair, level)
     if table["label"].nunique() >= CLUSTER_FROM:
-        row["ratio_low"], row["ratio_high"] = _interval((counts[0, 1:] + 0.5) / (counts[2, 1:] + 0.5), level)
+        row["ratio_low"], row["ratio_high"] = _bounded((counts[0] + 0.5) / (counts[2] + 0.5), level)[1:]
     return row
 
 
@@ -282,9 +266,9 @@ def difference(one, two, p: float | tuple[float, float] = 100, ranking: str = "o
         raise ValueError("attack.difference: the tables do not hold the same images and seeds. Attack the same sets.")
     left, right = (np.subtract(*_accuracies(strata, [share], resamples, seed)[0])
                    for strata, share in zip(sides, shares, strict=True))
-    low, high = _interval((left - right)[1:], level)
-    return {"difference": float(left[0] - right[0]), "low": low, "high": high, "one": float(left[0]),
-            "two": float(right[0]), "n": sum(len(stratum.cluster) for stratum in sides[0])}
+    value, low, high = _bounded(left - right, level)
+    return {"difference": value, "low": low, "high": high, "one": float(left[0]), "two": float(right[0]),
+            "n": sum(len(stratum.cluster) for stratum in sides[0])}
 
 
 def over_seeds(values, level: float = 0.95) -> dict:

@@ -25,6 +25,12 @@ def naive_accuracy_at(correct, confidence, p):
     return hits / wanted
 
 
+def accuracy_at(correct, confidence, p):
+    """Return what the attack computes for one sample in which every image stands once."""
+    hits, ranks = np.asarray(correct, dtype=float), np.asarray(confidence, dtype=float)
+    return attack._ranked(hits, ranks, np.ones((1, len(hits)), dtype=np.int64), [p])[0, 0]
+
+
 def naive_score(rows, p, ranking):
     """Return the score of a list of dicts with id, direction, role, correct, confidence."""
     scores = []
@@ -217,9 +223,9 @@ def test_any_number_of_classes_and_one_query(classes, n):
 
 def test_fractional_credit_at_the_boundary():
     # The top 40 % are 2 of 5: one certain, and one of the two tied at 0.5, of which half are right.
-    assert attack.accuracy_at([1, 1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1, 0.1], 40) == 0.75
-    assert attack.accuracy_at([True], [0.0], 1) == 1
-    assert attack.accuracy_at([1, 0, 0], [0.0, 0.0, 0.0], 1) == pytest.approx(1 / 3)
+    assert accuracy_at([1, 1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1, 0.1], 40) == 0.75
+    assert accuracy_at([True], [0.0], 1) == 1
+    assert accuracy_at([1, 0, 0], [0.0, 0.0, 0.0], 1) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("p", [0.1, 1, 5, 20, 33.3, 50, 99.9, 100])
@@ -227,9 +233,9 @@ def test_accuracy_equals_the_twin_and_ignores_order(p):
     random = np.random.default_rng(int(p))
     for n in (1, 2, 7, 100, 1000):
         correct, confidence = random.random(n) < 0.4, random.normal(size=n).round(1)
-        found, order = attack.accuracy_at(correct, confidence, p), random.permutation(n)
+        found, order = accuracy_at(correct, confidence, p), random.permutation(n)
         assert found == pytest.approx(naive_accuracy_at(correct, confidence, p), abs=1e-13)
-        assert found == attack.accuracy_at(correct[order], confidence[order], p)
+        assert found == accuracy_at(correct[order], confidence[order], p)
 
 
 def test_twenty_percent_of_a_round_number_is_not_rounded_up():
