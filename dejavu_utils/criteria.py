@@ -1,7 +1,7 @@
 """Training criteria of the paper, each as its equation: tensors in, a scalar out.
 
-All of them are means over the whole batch. Over several processes `methods` gathers the batch first, so that W processes
-compute what one would.
+All of them are means over the whole batch. Over several processes `methods` gathers the batch first, so that W
+processes compute what one would.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 2
 def barlow_twins(z1: Tensor, z2: Tensor, redundancy: float = 0.0051) -> Tensor:
     """Return Barlow Twins' loss of two views' projections (n, d): Zbontar et al. 2021, eq. 1.
 
-    sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2, where C (d, d) is the views' cross-correlation over the batch.
-    Each view is standardised by its own mean and deviation, as in the authors' code.
+    sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2, where C (d, d) is the views' cross-correlation over the
+    batch, each view standardised by its own mean and deviation.
     """
     z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
     correlation = z1.T @ z2 / len(z1)

@@ -21,6 +21,11 @@ def start(device: str) -> tuple[int, int, str]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def rank() -> int:
+    """Return this process's number in its group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def alone() -> bool:
     """Return whether there is no other process."""
     return not dist.is_initialized() or dist.get_world_size() == 1
@@ -29,8 +34,8 @@ def alone() -> bool:
 def gather(part: Tensor) -> Tensor:
     """Return the joint batch of all processes, in the order of their ranks; gradients flow back to each part.
 
-    Every process computes the same loss L of the joint batch. The backward pass of the gathering sums W equal gradients,
-    and averaging over W processes (DistributedDataParallel) makes that dL again.
+    Every process computes the same loss L of the joint batch. The backward pass of the gathering sums W equal
+    gradients, and averaging over W processes (DistributedDataParallel) makes that dL again.
     """
     if alone():
         return part

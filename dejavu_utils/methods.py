@@ -22,14 +22,23 @@ from dejavu_utils.distributed import gather
 class TwoViews(nn.Module):
     """VICReg, Barlow Twins, SimCLR: one function of the two views' projections."""
 
-    views = 2
+    views = 2     # large ones
+    bf16 = False  # the networks compute in bfloat16; a loss never does
 
     def __init__(self, encoder: models.Encoder, classes: int, criterion: str, **constants: float):
         super().__init__()
         self.encoder, self.criterion, self.constants = encoder, getattr(criteria, criterion), constants
 
+    def run(self, network, views: list[Tensor]) -> list[Tensor]:
+        """Return `network`'s output for each view, of the joint batch of all processes; views share one pass."""
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.bf16):
+            out = network(torch.cat(views))
+        out = out.float() if out.dtype == torch.bfloat16 else out
+        return [gather(part) for part in out.chunk(len(views))]
+
     def forward(self, views: list[Tensor], labels: Tensor, share: float) -> Tensor:
-        z1, z2 = _encode(self.encoder, views)
+        """Return the loss of the joint batch: views each (n, 3, s, s), labels (n,), `share` of the training done."""
+        z1, z2 = self.run(self.encoder, views)
         return self.criterion(z1, z2, **self.constants)
 
     def after_step(self, share: float) -> None:
@@ -43,14 +52,14 @@ class BYOL(TwoViews):
         super().__init__(encoder, classes, "byol")
         width = encoder.projector[-1].out_features
         inner = encoder.projector[0][0].out_features  # the paper's predictor has the projector's widths
-        self.predictor = nn.Sequential(nn.Linear(width, inner), nn.BatchNorm1d(inner), nn.ReLU(), nn.Linear(inner, width))
+        hidden = nn.Linear(width, inner), nn.BatchNorm1d(inner), nn.ReLU()
+        self.predictor = nn.Sequential(*hidden, nn.Linear(inner, width))
         self.target, self.momentum = _frozen_copy(encoder), momentum
 
     def forward(self, views: list[Tensor], labels: Tensor, share: float) -> Tensor:
         with torch.no_grad():
-            targets = _encode(self.target, views)
-        z = self.encoder(torch.cat(views))
-        predicted = [gather(p.float()) for p in self.predictor(z).chunk(len(views))]
+            targets = self.run(self.target, views)
+        predicted = self.run(lambda x: self.predictor(self.encoder(x)), views)
         return criteria.byol(*predicted, *targets)
 
     def after_step(self, share: float) -> None:
@@ -73,9 +82,9 @@ class DINO(TwoViews):
     def forward(self, views: list[Tensor], labels: Tensor, share: float) -> Tensor:
         large, small = views[:self.views], views[self.views:]
         with torch.no_grad():
-            teacher = torch.stack(_encode(lambda x: self.teacher_head(self.teacher(x)), large))
-        given = _encode(lambda x: self.head(self.encoder(x)), large)
-        given += _encode(lambda x: self.head(self.encoder(x)), small) if small else []
+            teacher = torch.stack(self.run(lambda x: self.teacher_head(self.teacher(x)), large))
+        given = self.run(lambda x: self.head(self.encoder(x)), large)
+        given += self.run(lambda x: self.head(self.encoder(x)), small) if small else []
         start, end, warmup = self.warm
         temperature = start + (end - start) * min(1.0, share / max(warmup, 1e-9))
         loss = criteria.dino(torch.stack(given), teacher, self.centre.clone(), self.student_temperature, temperature)
@@ -110,7 +119,7 @@ class Supervised(TwoViews):
         encoder.add_classifier(classes)
 
     def forward(self, views: list[Tensor], labels: Tensor, share: float) -> Tensor:
-        (scores,) = _encode(lambda x: self.encoder.classifier(self.encoder(x)), views)
+        (scores,) = self.run(lambda x: self.encoder.classifier(self.encoder(x)), views)
         return criteria.supervised(scores, gather(labels), **self.constants)
 
 
@@ -140,11 +149,6 @@ def build(criterion: str, encoder: models.Encoder, classes: int, given: dict) ->
 def cosine(start: float, end: float, share: float) -> float:
     """Return a value on the half cosine from `start` to `end` after a share in [0, 1] of the training."""
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def _encode(network, views: list[Tensor]) -> list[Tensor]:
-    """Return float32 outputs of each view, of the joint batch of all processes; views of one size share one pass."""
-    return [gather(z.float() if z.dtype != torch.float64 else z) for z in network(torch.cat(views)).chunk(len(views))]
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:

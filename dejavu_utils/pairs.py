@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from dejavu_utils import checkpoints, data, store, train
-from dejavu_utils.criteria import CRITERIA
+from dejavu_utils import checkpoints, data, feed, methods, store, train
 from dejavu_utils.models import Encoder
+
+# What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 to 2.
+TUNED: dict[str, dict] = {}
 
 
 @functools.lru_cache(maxsize=4)
@@ -32,17 +34,25 @@ def _parts(dataset: str, seed: int, rho: float, sizes: str) -> tuple[dict, dict]
 
 
 def recipe(criterion: str, changes: dict) -> train.Recipe:
-    """Return the recipe of one criterion: the defaults with `changes`; of the constants, those this criterion knows."""
-    if criterion not in CRITERIA:
-        raise ValueError(f'criterion "{criterion}" is not known: expected one of {", ".join(CRITERIA)}')
-    known = {name: set(inspect.signature(loss).parameters) - {"z1", "z2"} for name, loss in CRITERIA.items()}
+    """Return the recipe of one criterion: the defaults, then TUNED's, then `changes`.
+
+    A key of `changes` that is a criterion's name holds changes for that criterion alone. Of the constants each
+    criterion takes its own. ValueError names a constant or a criterion that nobody knows.
+    """
+    known = {name: methods.constants(name) for name in methods.METHODS}
+    methods.constants(criterion)  # raises: no such criterion
+    common = {name: value for name, value in changes.items() if name not in known}
+    layers = [TUNED.get(criterion, {}), common, changes.get(criterion, {})]
     default = train.Recipe()
-    constants = default.constants | changes.get("constants", {})
-    if unknown := set(constants) - set().union(*known.values()):
-        raise ValueError(f"recipe constants: {', '.join(sorted(unknown))} belongs to no criterion: expected of {known}")
-    own = {name: value for name, value in constants.items() if name in known[criterion]}
-    views = default.views | changes.get("views", {})
-    return train.Recipe(**{**changes, "criterion": criterion, "constants": own, "views": views})
+    merged = {key: dict(getattr(default, key)) for key in ("constants", "views")}
+    for layer in layers:
+        for key, value in layer.items():
+            merged[key] = merged[key] | value if key in ("constants", "views") else value
+    if unknown := set(merged["constants"]) - set().union(*known.values()):
+        raise ValueError(f"recipe constants: {', '.join(sorted(unknown))} belongs to no criterion: expected of "
+                         f"{ {name: list(values) for name, values in known.items()} }")
+    merged["constants"] = {name: value for name, value in merged["constants"].items() if name in known[criterion]}
+    return train.Recipe(**merged | {"criterion": criterion})
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Pair:
 
     def encoder(self, model: str, epoch: int) -> Encoder:
         """Return encoder "A" or "B" as it was after `epoch` epochs."""
-        return checkpoints.load(self.jobs[model].checkpoint(epoch))
+        return checkpoints.read(self.jobs[model].checkpoint(epoch))
 
     def size(self) -> int:
         return self.jobs["A"].recipe.size
@@ -74,16 +84,13 @@ def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, devic
     how = recipe(criterion, params["recipe"])
     jobs = {}
     for model in ("A", "B"):
-        pixels = _training_pixels(parts, model, how)
-        name = store.key(pixels=hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
-        source = folder / "pixels" / f"{name}.safetensors"
-        if not source.exists():
-            store.write_tensors(source, {"pixels": pixels}, {"seed": seed})
-        code = store.code_version("train", "views", "models", "criteria", "crops")
+        source = _training_set(parts, model, how, folder / "pixels", seed)
+        code = store.code_version("train", "feed", "views", "models", "methods", "criteria", "crops")
         start = f"{seed}/{model}"
-        own = store.key(pixels=name, recipe=how, epochs=params["epochs"], seed=start, code=code)
+        own = store.key(pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code)
         where = folder / "encoders" / f"{criterion}-{own}"
-        jobs[model] = train.Job(str(source), str(where), how, list(params["epochs"]), start, device)
+        jobs[model] = train.Job(str(source), str(where), how, list(params["epochs"]), start, device,
+                                len(parts["public"].classes))
     setting = {"criterion": criterion, "rho": rho, "seed": seed}
     return Pair(parts, jobs, setting, params["crop"], counts, folder / "pairs")
 
@@ -99,19 +106,32 @@ def make(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
     return [one(params, folder, *setting, device) for setting in settings]
 
 
-def _training_pixels(parts: dict, model: str, how: train.Recipe):
-    """Return what encoder A (B) is trained on: set A (B) and the shared part, uint8 (n, 3, H, W), in id order.
+def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:
+    """Return the file of what encoder A (B) is trained on: set A (B) and the shared part, named by its content.
 
-    Native pixels where all pictures of both sets have one size, else squares a little larger than the views: the choice
-    is made for both sets at once, so that A and B never differ in it.
+    Pixels and labels where they fit into the recipe's `resident` memory, else the list of the pictures on disk.
     """
-    import torch
+    both = {name: [parts[name.lower()], parts["shared"]] for name in ("A", "B")}
+    used = [images for images in both[model] if len(images)]
+    native, area = _native(parts), max(sum(images.sizes.prod(1).sum() for images in each) for each in both.values())
+    side = round(how.size * 8 / 7)  # of the squares that pictures of mixed sizes become: a little more than the views
+    if not native:
+        area = max(sum(map(len, each)) for each in both.values()) * side**2
+    if 3 * area > how.resident * 2**30 and not isinstance(used[0].pixels, torch.Tensor):
+        return feed.write_list(folder, used, {"seed": seed})
+    pixels = torch.cat([images.stacked if native else images.squares(side) for images in used])
+    labels = torch.from_numpy(np.concatenate([images.labels for images in used]))
+    name = store.key(pixels=hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), labels=labels.tolist())
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        store.write_tensors(path, {"pixels": pixels, "labels": labels}, {"seed": seed})
+    return path
 
+
+def _native(parts: dict) -> bool:
+    """Return whether all pictures of both sets have one size: decided for A and B at once, never for one alone."""
     sizes = np.concatenate([parts[part].sizes for part in ("a", "b", "shared")])
-    used = [images for images in (parts[model.lower()], parts["shared"]) if len(images)]
-    if (sizes == sizes[0]).all():
-        return torch.cat([images.stacked for images in used])
-    return torch.cat([images.squares(round(how.size * 8 / 7)) for images in used])
+    return bool((sizes == sizes[0]).all())
 
 
 def jobs(every: list[Pair]) -> list[train.Job]:

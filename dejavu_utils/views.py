@@ -1,9 +1,14 @@
-"""The SSL views of the paper (its appendix; FFCV-SSL's pipeline), for a whole batch at once, on the batch's device."""
+"""The SSL views of the paper (its appendix; FFCV-SSL's pipeline), for a whole batch at once, on the batch's device.
+
+`draw` decides everything that is random about a batch of views, `finish` applies it to crops, `view` does both to
+whole pictures. Apart, so that crops can be cut elsewhere (in workers that decode) and a batch can be split.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +17,7 @@ from dejavu_utils.crops import resample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
+SIGMA = 2.0  # px at 224 px, of the strongest blur
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,25 @@ class Views:
     grey: float = 0.2
     blur: float = 1.0         # of a Gaussian blur of view 1, sigma .1-2 px at 224 px
     solarize: float = 0.2     # of view 2
+    local: int = 0            # small views beside the two large ones (DINO); 0 is none
+    local_side: float = 0.43  # side of a local view, share of the large one's, rounded to 8 px
+    local_scale: float = 0.4  # with local views: they cover scale_min to this, the large ones this to scale_max
+
+
+class Draw(NamedTuple):
+    """All that is random about one view of n images; `rects` (n, 4) in px of the picture, everything else (n, ...)."""
+
+    rects: Tensor
+    flip: Tensor
+    gain: Tensor
+    contrast: Tensor
+    matrix: Tensor
+    sigma: Tensor | None     # of the blur, px; None: not blurred
+    solarize: Tensor | None  # None: not solarized
+
+    def part(self, rows: slice) -> Draw:
+        """Return the draw of some of the images."""
+        return Draw(*(None if values is None else values[rows] for values in self))
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -39,12 +64,16 @@ def _uniform(n: int, low: float, high: float, rng: torch.Generator) -> Tensor:
     return torch.rand(n, generator=rng, device=rng.device) * (high - low) + low
 
 
-def crop_rects(n: int, width: int, height: int, views: Views, rng: torch.Generator) -> Tensor:
-    """Return (n, 4) random-resized-crop rectangles: area uniform in the scale range, log aspect in [3/4, 4/3]."""
-    area = _uniform(n, views.scale_min, views.scale_max, rng) * width * height
+def crop_rects(sizes: Tensor, scale: tuple[float, float], rng: torch.Generator) -> Tensor:
+    """Return (n, 4) random-resized-crop rectangles: area uniform in the scale range, log aspect in [3/4, 4/3].
+
+    `sizes` (n, 2): width and height of each picture, in px.
+    """
+    n, (width, height) = len(sizes), sizes.to(rng.device).float().unbind(1)
+    area = _uniform(n, *scale, rng) * width * height
     aspect = torch.exp(_uniform(n, math.log(3 / 4), math.log(4 / 3), rng))
-    w = torch.sqrt(area * aspect).round().clamp(1, width)
-    h = torch.sqrt(area / aspect).round().clamp(1, height)
+    w = torch.sqrt(area * aspect).round().clamp(min=1).minimum(width)
+    h = torch.sqrt(area / aspect).round().clamp(min=1).minimum(height)
     x = (_uniform(n, 0, 1, rng) * (width - w + 1)).floor()
     y = (_uniform(n, 0, 1, rng) * (height - h + 1)).floor()
     return torch.stack([x, y, x + w, y + h], 1)
@@ -73,9 +102,8 @@ def _colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor
     return gain, contrast, torch.where(grey, luma @ matrix, matrix)
 
 
-def _jitter(images: Tensor, views: Views, rng: torch.Generator) -> Tensor:
+def _jitter(images: Tensor, gain: Tensor, contrast: Tensor, matrix: Tensor) -> Tensor:
     """Return colour-jittered images, in [0, 255]."""
-    gain, contrast, matrix = _colour_matrices(len(images), views, rng)
     luma = torch.tensor(LUMA, device=images.device)
     mean = (images.mean((2, 3)) * luma).sum(1) * gain
     flat = matrix @ (images.flatten(2) * (gain * contrast)[:, None, None])
@@ -83,9 +111,8 @@ def _jitter(images: Tensor, views: Views, rng: torch.Generator) -> Tensor:
     return (flat + offset[..., None]).clamp(0, 255).view_as(images)
 
 
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Return images blurred by a Gaussian of one `sigma` (px) an image, edges replicated."""
-    radius = max(1, math.ceil(2 * float(sigma.max())))
+def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Return images blurred by a Gaussian of one `sigma` (px) an image, cut off at `radius` px, edges replicated."""
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
@@ -97,20 +124,41 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     return images
 
 
-def view(pixels: Tensor, size: int, views: Views, rng: torch.Generator, second: bool = False) -> Tensor:
-    """Return one view of each image: normalized float32 (n, 3, size, size).
+def plan(views: Views, size: int, large: int = 2) -> list[tuple[int, str]]:
+    """Return (side in px, kind) of each view of an image: the `large` ones ("first", "second"), then the "local" ones.
 
-    `pixels` (n, 3, H, W) uint8 on the device of `rng`. The first view is blurred, the second solarized (§2.2 of the
-    paper's code). Every draw comes from `rng`, so the same state gives the same views.
+    The first view is blurred, the second solarized (§2.2 of the paper's code); local ones are blurred half as often.
     """
-    n, _, height, width = pixels.shape
+    side = max(8, 8 * round(size * views.local_side / 8))
+    return [(size, kind) for kind in ("first", "second")[:large]] + [(side, "local")] * views.local
+
+
+def draw(kind: str, sizes: Tensor, views: Views, size: int, rng: torch.Generator) -> Draw:
+    """Return what is random about one view of n pictures of `sizes` (n, 2), px; every number comes from `rng`."""
+    n, split = len(sizes), views.local_scale if views.local else views.scale_min
+    scale = (views.scale_min, split) if kind == "local" else (split, views.scale_max)
     flip = _uniform(n, 0, 1, rng) < views.flip
-    images = resample(pixels, crop_rects(n, width, height, views, rng), size, flip)
-    images = _jitter(images, views, rng)
-    if second:
-        solarize = (_uniform(n, 0, 1, rng) < views.solarize)[:, None, None, None]
-        images = torch.where(solarize & (images >= 128), 255 - images, images)
-    elif views.blur > 0:
-        sigma = _uniform(n, 0.1, 2.0, rng) * (_uniform(n, 0, 1, rng) < views.blur) * size / 224
-        images = _blur(images, sigma)
+    rects = crop_rects(sizes, scale, rng)
+    colours = _colour_matrices(n, views, rng)
+    blurred = {"first": views.blur, "second": 0.0, "local": views.blur / 2}[kind]
+    sigma = solarize = None
+    if blurred > 0:
+        sigma = _uniform(n, 0.1, SIGMA, rng) * (_uniform(n, 0, 1, rng) < blurred) * size / 224
+    if kind == "second" and views.solarize > 0:
+        solarize = _uniform(n, 0, 1, rng) < views.solarize
+    return Draw(rects, flip, *colours, sigma, solarize)
+
+
+def finish(crops: Tensor, drawn: Draw) -> Tensor:
+    """Return views, normalized float32: crops (n, 3, s, s) in [0, 255], already flipped, with colours and blur."""
+    images = _jitter(crops.float(), drawn.gain, drawn.contrast, drawn.matrix)
+    if drawn.solarize is not None:
+        images = torch.where(drawn.solarize[:, None, None, None] & (images >= 128), 255 - images, images)
+    if drawn.sigma is not None:
+        images = _blur(images, drawn.sigma, math.ceil(2 * SIGMA * images.shape[-1] / 224))
     return normalize(images)
+
+
+def view(pixels: Tensor, size: int, drawn: Draw) -> Tensor:
+    """Return one view of each image: normalized float32 (n, 3, size, size) of `pixels` (n, 3, H, W) uint8."""
+    return finish(resample(pixels, drawn.rects, size, drawn.flip), drawn)

@@ -5,6 +5,8 @@ import torch
 
 from dejavu_utils import criteria
 
+JOINT = {name: getattr(criteria, name) for name in ("vicreg", "barlow_twins", "simclr")}
+
 
 @pytest.fixture(params=[(16, 32), (64, 8), (2, 5)], ids=str)
 def views(request):
@@ -40,10 +42,59 @@ def test_simclr_equals_lightly(views, temperature):
     _same(lambda a, b: criteria.simclr(a, b, temperature), NTXentLoss(temperature), views)
 
 
-@pytest.mark.parametrize("loss", criteria.CRITERIA.values(), ids=criteria.CRITERIA.keys())
+@pytest.mark.parametrize("redundancy", [0.0051, 0.1])
+def test_barlow_twins_equals_lightly(views, redundancy):
+    from lightly.loss import BarlowTwinsLoss
+
+    _same(lambda a, b: criteria.barlow_twins(a, b, redundancy), BarlowTwinsLoss(redundancy), views)
+
+
+def test_byol_equals_lightly(views):
+    from lightly.loss import NegativeCosineSimilarity
+
+    peer, (t1, t2) = NegativeCosineSimilarity(), [view.detach().flip(0).cos() for view in views]
+    _same(lambda a, b: criteria.byol(a, b, t1, t2), lambda a, b: 4 + 2 * peer(a, t2) + 2 * peer(b, t1), views)
+
+
+@pytest.mark.parametrize("locals_", [0, 3])
+def test_dino_equals_lightly(views, locals_):
+    from lightly.loss import DINOLoss
+
+    n, c = views[0].shape
+    rng = torch.Generator().manual_seed(n)
+    teacher, small = torch.randn(2 + locals_, n, c, generator=rng, dtype=torch.float64).split([2, locals_])
+    peer = DINOLoss(c, student_temp=0.25).double()
+    centre = torch.randn(c, generator=rng, dtype=torch.float64)
+    peer.center.data[:] = centre
+    # temperatures that float32 holds exactly: lightly makes the teacher's one
+    _same(lambda a, b: criteria.dino(torch.stack([a, b, *small]), teacher, centre, 0.25, 0.0625),
+          lambda a, b: peer(list(teacher), [a, b, *small], teacher_temp=0.0625), views)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_supervised_is_the_mean_negative_log_probability(views, smoothing):
+    scores = views[0].detach()
+    labels = torch.arange(len(scores)) % scores.shape[1]
+    log = scores - scores.exp().sum(1, keepdim=True).log()
+    by_hand = -((1 - smoothing) * log[range(len(scores)), labels] + smoothing * log.mean(1)).mean()
+    torch.testing.assert_close(criteria.supervised(scores, labels, smoothing), by_hand)
+
+
+@pytest.mark.parametrize("loss", JOINT.values(), ids=JOINT.keys())
 def test_order_of_images_does_not_matter(loss, views):
     order = torch.randperm(len(views[0]))
     torch.testing.assert_close(loss(*views), loss(views[0][order], views[1][order]))
+
+
+@pytest.mark.parametrize("loss", JOINT.values(), ids=JOINT.keys())
+def test_views_are_interchangeable(loss, views):
+    torch.testing.assert_close(loss(*views), loss(*views[::-1]))
+
+
+def test_byol_of_perfect_predictions_is_zero_and_of_opposite_ones_eight(views):
+    z1, z2 = (view.detach() for view in views)
+    assert criteria.byol(z1, z2, 3 * z2, 2 * z1).item() == pytest.approx(0, abs=1e-12)
+    assert criteria.byol(z1, z2, -z2, -z1).item() == pytest.approx(8)
 
 
 def test_vicreg_of_a_collapsed_batch_is_the_variance_term():

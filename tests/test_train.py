@@ -1,6 +1,7 @@
 """Training: schedule, exact resume, SIGKILL, streams, and the errors a user can meet."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import time
 import pytest
 import torch
 
-from dejavu_utils import checkpoints, store, train
+from dejavu_utils import checkpoints, launch, methods, store, train
 
 TINY = train.Recipe(encoder="small4", projector="16-16-16", batch=8, precision="fp32", constants={})
 
@@ -20,8 +21,8 @@ def _job(tmp_path, name="run", recipe=TINY, epochs=(0, 2, 5), seed="0/A"):
     source = tmp_path / "pixels.safetensors"
     if not source.exists():
         pixels = torch.randint(0, 256, (32, 3, 48, 48), dtype=torch.uint8, generator=train.stream(0, "pixels"))
-        store.write_tensors(source, {"pixels": pixels})
-    return train.Job(str(source), str(tmp_path / name), recipe, list(epochs), seed)
+        store.write_tensors(source, {"pixels": pixels, "labels": torch.arange(32) % 4})
+    return train.Job(str(source), str(tmp_path / name), recipe, list(epochs), seed, classes=4)
 
 
 def _weights(job, epoch):
@@ -54,16 +55,18 @@ def test_rate_grows_with_the_batch():
     assert two == pytest.approx(2 * one)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-@pytest.mark.parametrize("criterion", ["vicreg", "simclr"])
+@pytest.mark.parametrize("criterion, optimizer", [*((name, "adamw") for name in methods.METHODS), ("vicreg", "lars")])
 def test_loss_falls(tmp_path, optimizer, criterion):
     rate = {"adamw": 0.05, "lars": 3.0}[optimizer]
-    recipe = dataclasses.replace(TINY, optimizer=optimizer, criterion=criterion, lr=rate)
-    job = _job(tmp_path, recipe=recipe, epochs=(0, 12))
+    views = {"local": 2} if criterion == "dino" else {}
+    constants = {"prototypes": 32} if criterion == "dino" else {}
+    recipe = dataclasses.replace(TINY, optimizer=optimizer, criterion=criterion, lr=rate, views=views, batch=16,
+                                 constants=constants)
+    job = _job(tmp_path, recipe=recipe, epochs=(0, 16))
     train.fit(job)
     log = train.read_log(tmp_path / "run" / "log.jsonl")
-    assert [line["epoch"] for line in log] == list(range(1, 13))
-    assert sum(line["loss"] for line in log[-3:]) < sum(line["loss"] for line in log[:3])
+    assert [line["epoch"] for line in log] == list(range(1, 17))
+    assert sum(line["loss"] for line in log[-4:]) < sum(line["loss"] for line in log[:4])
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
@@ -74,14 +77,16 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
     assert _equal(one, same) and not _equal(one, other)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_resume_at_every_epoch_ends_with_the_same_bits(tmp_path, optimizer):
-    job = _job(tmp_path, recipe=dataclasses.replace(TINY, optimizer=optimizer))
+@pytest.mark.parametrize("criterion, optimizer", [*((name, "adamw") for name in methods.METHODS), ("vicreg", "lars")])
+def test_resume_at_every_epoch_ends_with_the_same_bits(tmp_path, criterion, optimizer):
+    job = _job(tmp_path, recipe=dataclasses.replace(TINY, criterion=criterion, optimizer=optimizer))
     train.fit(job)
-    pixels = store.read_tensors(job.pixels)[0]["pixels"]
-    whole = train.Training(pixels, job.recipe, 5, job.seed)
+
+    def fresh():
+        return train.Training(recipe=job.recipe, epochs=5, seed=job.seed, classes=4, **job.read())
+    whole = fresh()
     for epoch in range(5):
-        part = train.Training(pixels, job.recipe, 5, job.seed)
+        part = fresh()
         store.write_tensors(tmp_path / "state.safetensors", whole.tensors())
         part.restore(store.read_tensors(tmp_path / "state.safetensors")[0], epoch, "state")
         while part.epoch < 5:
@@ -98,7 +103,8 @@ def _kill_at_random_until_done(job, times, seed):
         if child == 0:
             try:
                 torch.set_num_threads(1)
-                train.fit(job, every=0.0)
+                if not job.done():
+                    train.fit(job, every=0.0)
                 os._exit(0)
             except BaseException:
                 os._exit(1)
@@ -127,7 +133,7 @@ def test_workers_give_the_bits_of_one_process(tmp_path):
     alone, together = _job(tmp_path, "alone", epochs=(0, 1)), [_job(tmp_path, f"w{i}", epochs=(0, 1)) for i in range(2)]
     train.fit(alone)
     seen = []
-    train.fit_all(together, workers=2, progress=lambda done, total, text: seen.append((done, total)))
+    launch.fit_all(together, workers=2, progress=lambda done, total, text: seen.append((done, total)))
     assert all(_equal(_weights(alone, 1), _weights(job, 1)) for job in together)
     assert all(total == 2 for _, total in seen)
 
@@ -135,7 +141,7 @@ def test_workers_give_the_bits_of_one_process(tmp_path):
 def test_worker_failure_is_reported(tmp_path):
     bad = dataclasses.replace(TINY, batch=64)
     with pytest.raises(RuntimeError, match="a batch of 64 needs as many images, found 32"):
-        train.fit_all([_job(tmp_path, f"w{i}", recipe=bad) for i in range(2)], workers=2)
+        launch.fit_all([_job(tmp_path, f"w{i}", recipe=bad) for i in range(2)], workers=2)
 
 
 def test_nan_stops_with_the_epoch_and_keeps_the_last_state(tmp_path, monkeypatch):
@@ -146,11 +152,41 @@ def test_nan_stops_with_the_epoch_and_keeps_the_last_state(tmp_path, monkeypatch
         calls.append(1)
         return (z1 - z2).pow(2).mean() * (float("nan") if len(calls) > 9 else 1)
 
-    monkeypatch.setitem(train.criteria.CRITERIA, "vicreg", broken)
-    with pytest.raises(FloatingPointError, match="nan in epoch 3.*last good state"):
+    monkeypatch.setattr(methods.criteria, "vicreg", broken)
+    with pytest.raises(FloatingPointError, match="nan in epoch 3, step 2 of 4.*last good state"):
         train.fit(job, every=0.0)
     assert store.read_tensors(tmp_path / "run" / "last.safetensors")[1]["epoch"] == 2
     assert job.checkpoint(2).exists() and not job.checkpoint(5).exists()
+
+
+def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
+    job, calls = _job(tmp_path), []
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith("last.safetensors"):
+            calls.append(1)
+            if len(calls) > 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(Exception, match="[Nn]o space"):
+        train.fit(job, every=0.0)
+    last = tmp_path / "run" / "last.safetensors"
+    assert store.read_tensors(last)[1]["epoch"] == 1 and not list(last.parent.glob("*.tmp*"))
+    monkeypatch.undo()
+    train.fit(job)
+    whole = _job(tmp_path, "whole")
+    train.fit(whole)
+    assert _equal(_weights(job, 5), _weights(whole, 5))
+
+
+def test_supervised_checkpoint_keeps_its_classifier(tmp_path):
+    job = _job(tmp_path, recipe=dataclasses.replace(TINY, criterion="supervised"), epochs=(0, 1))
+    train.fit(job)
+    found = checkpoints.load(job.checkpoint(1)).layers(torch.zeros(1, 3, 32, 32))
+    assert found["logits"].shape == (1, 4)
 
 
 def test_checkpoint_is_strict(tmp_path):

@@ -1,0 +1,127 @@
+"""Starts trainings: jobs side by side in processes of their own, one job over several devices, VISSL's engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dejavu_utils import store, train
+from dejavu_utils.train import Job
+
+
+def fit(job: Job) -> None:
+    """Train one job to its end, with the engine and the number of processes that its recipe names; one at a time."""
+    with store.lock(Path(job.folder) / "training"):
+        if job.done():
+            return
+        if job.recipe.engine == "vissl":
+            from dejavu_utils import engine_vissl
+
+            engine_vissl.fit(job)
+        elif job.recipe.processes * job.recipe.nodes > 1:
+            _run_torchrun(job)
+        else:
+            train.fit(job)
+
+
+def torchrun(job: Job, entry: Path) -> list[str]:
+    """Return the command that trains one job over its recipe's processes, on its nodes (in a SLURM allocation)."""
+    recipe = job.recipe
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(recipe.processes)]
+    if recipe.nodes == 1:
+        command += ["--standalone"]
+    else:  # the first node of the allocation is where they meet
+        head = os.environ.get("SLURMD_NODENAME") or os.environ.get("HOSTNAME", "localhost")
+        command = ["srun", "--nodes", str(recipe.nodes), "--ntasks-per-node", "1", *command, "--nnodes",
+                   str(recipe.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head}:29500",
+                   "--rdzv-id", os.environ.get("SLURM_JOB_ID", "dejavu")]
+    return [*command, "-m", "dejavu_utils.train", str(entry)]
+
+
+def _run_torchrun(job: Job) -> None:
+    entry, log = Path(job.folder) / "run.json", Path(job.folder) / "torchrun.log"
+    with store.atomic(entry) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(job)))
+    with log.open("wb") as output:
+        code = subprocess.run(torchrun(job, entry), stdout=output, stderr=output, cwd=store.PACKAGE.parent,
+                              env=os.environ | _threads(job)).returncode
+    if code:
+        raise RuntimeError(f"training over {job.recipe.processes} processes failed, {log}:\n{_last_words(log, 15)}")
+
+
+def _threads(job: Job) -> dict[str, str]:
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.recipe.threads))
+
+
+def _last_words(log: Path, lines: int = 5) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
+
+
+def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
+    """Train all jobs, `workers` at a time, each worker a process of its own; those that are done cost nothing.
+
+    `workers` defaults to the cores divided by a job's threads; on GPUs to one. `progress(done, total, text)` is called
+    about once a second, in epochs. RuntimeError carries the last lines of a worker that failed; the others' work is
+    kept.
+    """
+    todo = [job for job in jobs if not job.done()]
+    if not todo:
+        return
+    recipe = todo[0].recipe
+    whole = not todo[0].device.startswith("cpu") or recipe.processes > 1 or recipe.engine == "vissl"
+    workers = workers or (1 if whole else max(1, store.cores() // recipe.threads))
+    if workers == 1 or len(todo) == 1:
+        for i, job in enumerate(todo):
+            if progress:
+                progress(i, len(todo), job.recipe.criterion)
+            fit(job)
+        return
+    running = [_Worker(todo[i::workers]) for i in range(min(workers, len(todo)))]
+    try:
+        while True:
+            time.sleep(0.5)
+            codes = [worker.process.poll() for worker in running]
+            if progress:
+                progress(*_state(todo))
+            if failed := [worker for worker, code in zip(running, codes, strict=True) if code]:
+                raise RuntimeError(f"training failed: {_last_words(failed[0].log)}")
+            if None not in codes:
+                return
+    finally:
+        for worker in running:
+            worker.stop()
+
+
+def _state(jobs: list[Job]) -> tuple[int, int, str]:
+    logs = [train.read_log(Path(job.folder) / "log.jsonl") for job in jobs]
+    done = sum(log[-1]["epoch"] if log else 0 for log in logs)
+    losses = [f"{log[-1]['loss']:.2f}" for log, job in zip(logs, jobs, strict=True) if log and not job.done()]
+    return done, sum(max(job.epochs) for job in jobs), "loss " + " ".join(losses) if losses else ""
+
+
+class _Worker:
+    """A process that trains a list of jobs, one after the other."""
+
+    def __init__(self, jobs: list[Job]):
+        self.log = Path(jobs[0].folder) / "worker.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dejavu_utils.launch"], stdin=subprocess.PIPE, stderr=self.log.open("wb"),
+            cwd=store.PACKAGE.parent, env=os.environ | _threads(jobs[0]))
+        self.process.stdin.write(json.dumps([dataclasses.asdict(job) for job in jobs]).encode())
+        self.process.stdin.close()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait()
+
+
+if __name__ == "__main__":
+    for each in json.load(sys.stdin):
+        fit(train.load_job(each))
