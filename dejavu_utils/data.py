@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,38 +134,38 @@ def write_skipped(images: Images, path: str | Path) -> None:
     store.write_table(path, pd.DataFrame(images.skipped, columns=["name", "reason"]))
 
 
+def _unusable(boxes: np.ndarray, size: np.ndarray) -> str:
+    """Return why a picture with these boxes cannot be attacked; empty if it can."""
+    if len(boxes) == 0:
+        return "no box"
+    if (boxes[:, 2:] <= boxes[:, :2]).any():
+        return "zero area"
+    return "whole image" if ((boxes[:, :2] <= 0) & (boxes[:, 2:] >= size)).all(1).any() else ""
+
+
 def attackable(images: Images) -> tuple[np.ndarray, dict[str, int]]:
     """Return which pictures can be attacked, bool (n,), and how many cannot by reason.
 
     Out are pictures with no box, with a box of zero area, and with a box that covers all of the picture: there is then
     no background to infer from, or no telling where it is. Paper §3; whether a crop is large enough is up to `crops`.
     """
-    good, counts = np.zeros(len(images), bool), {"no box": 0, "zero area": 0, "whole image": 0}
-    for i, (boxes, size) in enumerate(zip(images.boxes, images.sizes, strict=True)):
-        if len(boxes) == 0:
-            counts["no box"] += 1
-        elif (boxes[:, 2:] <= boxes[:, :2]).any():
-            counts["zero area"] += 1
-        elif ((boxes[:, :2] <= 0) & (boxes[:, 2:] >= size)).all(1).any():
-            counts["whole image"] += 1
-        else:
-            good[i] = True
-    return good, counts
+    reasons = [_unusable(boxes, size) for boxes, size in zip(images.boxes, images.sizes, strict=True)]
+    good = np.array([not reason for reason in reasons], bool)
+    return good, {reason: reasons.count(reason) for reason in ("no box", "zero area", "whole image")}
 
 
 def _check_sizes(images: Images, sizes: dict, rule: str) -> dict[str, int]:
-    known = ("classes", "attacked", *PARTS[2:])
-    unknown = set(sizes) - set(known)
-    bad = [name for name, value in sizes.items() if type(value) is not int or value < 0]
-    if unknown or bad or rule not in RULES:
+    """Return all sizes, those not given as 0 and `classes` as a number; ValueError if they make no sense."""
+    known = dict.fromkeys(("classes", "attacked", *PARTS[2:]), 0)
+    bad = [name for name, value in sizes.items() if name not in known or type(value) is not int or value < 0]
+    if bad or rule not in RULES:
         raise ValueError(f"partition: sizes {sizes}, rule {rule!r}; expected whole numbers >= 0 for "
                          f"{', '.join(known)}, and a rule of {', '.join(RULES)}.")
-    full = dict.fromkeys(known, 0) | sizes
-    full["classes"] = full["classes"] or len(images.classes)
-    if full["classes"] > len(images.classes):
-        raise ValueError(f"partition: {full['classes']} classes wanted, the data set has {len(images.classes)}. "
+    there = len(images.classes)
+    if sizes.get("classes", 0) > there:
+        raise ValueError(f"partition: {sizes['classes']} classes wanted, the data set has {there}. "
                          "Lower sizes.classes or read more classes.")
-    return full
+    return known | sizes | {"classes": sizes.get("classes") or there}
 
 
 def _enough(found: int, needed: int, name: str, what: str, why: str) -> None:
@@ -183,13 +184,12 @@ def _disjoint(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dic
     boxed = [i for i in order if good[i]]
     _enough(len(boxed), 2 * n + control, name, "attackable images (usable box)", "2 x attacked + control")
     parts = {"a": boxed[0:2 * n:2], "b": boxed[1:2 * n:2], "control": boxed[len(boxed) - control:]}
-    taken = {i for part in parts.values() for i in part}
+    taken = set().union(*parts.values())
     rest = [i for i in reversed(order) if i not in taken]
     others = ("public", "probe", "shared")
     _enough(len(rest), sum(sizes[part] for part in others), name, "images left", "public + probe + shared")
-    for part in others:
-        parts[part], rest = rest[:sizes[part]], rest[sizes[part]:]
-    return parts
+    left = iter(rest)
+    return parts | {part: list(itertools.islice(left, sizes[part])) for part in others}
 
 
 def _paper(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dict[str, list[int]]:
@@ -201,15 +201,14 @@ def _paper(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dict[s
     n, control = sizes["attacked"] + sizes["shared"], sizes["control"]
     boxed, plain = [i for i in order if good[i]], [i for i in order if not good[i]]
     _enough(len(boxed), min(n, 1) * 2 + control, name, "attackable images (usable box)", "2 + control")
-    parts = {"control": boxed[len(boxed) - control:]}
-    boxed = boxed[:len(boxed) - control]
-    h = min(len(boxed) // 2, n)
+    end = len(boxed) - control
+    h = min(end // 2, n)
     _enough(len(plain), n - h, name, "images without a usable box", f"attacked + shared - {h} boxed")
-    parts |= {"a": boxed[:h], "b": boxed[h:2 * h], "shared": plain[:n - h]}
-    rest = sorted(boxed[2 * h:] + plain[n - h:], key=order.index)
+    rest = sorted(boxed[2 * h:end] + plain[n - h:], key=order.index)
     _enough(len(rest), sizes["public"] + sizes["probe"], name, "images left", "public + probe")
-    end = sizes["probe"] + (sizes["public"] or len(rest))
-    return parts | {"probe": rest[:sizes["probe"]], "public": rest[sizes["probe"]:end]}
+    probe, rest = rest[:sizes["probe"]], rest[sizes["probe"]:]
+    return {"a": boxed[:h], "b": boxed[h:2 * h], "shared": plain[:n - h], "control": boxed[end:], "probe": probe,
+            "public": rest[:sizes["public"] or len(rest)]}
 
 
 RULES = {"disjoint": _disjoint, "paper": _paper}

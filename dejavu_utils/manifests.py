@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 import zipfile
@@ -12,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dejavu_utils import store
-
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
 
 
 def names() -> list[str]:
@@ -66,37 +65,30 @@ def verify(entry: dict, path: Path, what: str = "") -> None:
 
 
 class Tree:
-    """A folder or a zip file, read by relative name, from any number of threads."""
+    """A folder or a zip file: `files`, their relative names sorted, and what is in them, from any number of threads."""
 
     def __init__(self, path: Path):
-        self.path, self.zip, self.children = path, None, {}
-        if not path.is_file():
-            return
+        self.path = path
         try:
-            self.zip = zipfile.ZipFile(path)
+            self.zip = zipfile.ZipFile(path) if path.is_file() else None
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): expected the "
                              "archive as published. Delete it and fetch it again (`make data NAME=…`).") from error
-        for name in self.zip.namelist():
-            while name:
-                folder, _, leaf = name.rstrip("/").rpartition("/")
-                self.children.setdefault(folder, set()).add(leaf)
-                name = folder
-
-    def names(self, folder: str = "") -> list[str]:
-        """Return what `folder` holds, sorted; nothing if it is not there."""
         if self.zip:
-            return sorted(self.children.get(folder, ()))
-        return sorted(os.listdir(self.path / folder)) if (self.path / folder).is_dir() else []
+            self.files = sorted(name for name in self.zip.namelist() if not name.endswith("/"))
+        else:
+            walk = os.walk(path, followlinks=True)
+            self.files = sorted(f"{folder}/{name}"[len(f"{path}/"):] for folder, _, names in walk for name in names)
 
-    def pictures(self, folder: str) -> list[str]:
-        """Return the pictures in `folder`, as names that `open` and `read` take."""
-        return [f"{folder}/{name}" for name in self.names(folder) if name.lower().endswith(SUFFIXES)]
+    def below(self, folder: str) -> list[str]:
+        """Return the files in `folder` and in the folders inside it."""
+        start, end = (bisect.bisect_left(self.files, folder + after) for after in "/0")  # "0" comes right after "/"
+        return self.files[start:end]
 
     def find(self, candidates: Sequence[str]) -> str | None:
         """Return the first of these folders that has content, here or one level below (archives often have a top)."""
-        tops = ["", *(f"{name}/" for name in self.names())]
-        return next((top + name for top in tops for name in candidates if self.names(top + name)), None)
+        tops = ["", *sorted({name[:name.index("/") + 1] for name in self.files if "/" in name})]
+        return next((top + name for top in tops for name in candidates if self.below(top + name)), None)
 
     def open(self, name: str):
         return self.zip.open(name) if self.zip else (self.path / name).open("rb")
@@ -107,6 +99,9 @@ class Tree:
 
     def lines(self, name: str) -> list[list[str]]:
         """Return the tab- or space-separated fields of each line of a text file; nothing if it is not there."""
-        folder, _, leaf = name.rpartition("/")
-        text = self.read(name).decode() if leaf in self.names(folder) else ""
+        text = self.read(name).decode() if name in self else ""
         return [re.split(r"\t" if "\t" in line else r"\s+", line.strip()) for line in text.splitlines() if line.strip()]
+
+    def __contains__(self, name: str) -> bool:
+        at = bisect.bisect_left(self.files, name)
+        return self.files[at:at + 1] == [name]
