@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dejavu_utils import manifests
@@ -48,7 +49,6 @@ class Lazy(Sequence):
 @contextlib.contextmanager
 def _picture(file):
     """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST` px."""
-    from PIL import Image
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > LARGEST:
             raise ValueError(f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?")

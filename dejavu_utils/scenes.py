@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from dejavu_utils.data import Images
 
@@ -40,23 +41,16 @@ def bayes_accuracy(rho: float, classes: int) -> float:
 def _photographs(count: int) -> list:
     """Return the first `count` background photographs as RGB pictures, the shorter side at most 512 px."""
     import skimage
-    from PIL import Image
 
     folder = Path(skimage.__file__).parent / "data"
-    photos = []
-    for name in FAMILIES[:count]:
-        photo = Image.open(folder / name).convert("RGB")
-        if min(photo.size) > 512:
-            photo = photo.reduce(min(photo.size) // 512 + 1)
-        photos.append(photo)
-    return photos
+    photos = [Image.open(folder / name).convert("RGB") for name in FAMILIES[:count]]
+    return [photo.reduce(min(photo.size) // 512 + 1) if min(photo.size) > 512 else photo for photo in photos]
 
 
 @functools.cache
 def _sign(glyph: str, tilt: int):
     """Return the pictograph, turned by `tilt` degrees, white on black, inside the disc inscribed in 256 px."""
     import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     sign, canvas = Image.new("L", (256, 256)), Image.new("L", (256, 256))
@@ -72,8 +66,6 @@ def _sign(glyph: str, tilt: int):
 @functools.cache
 def _masks(glyph: str, side: int, tilt: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the coverage in [0, 1] of a disc of diameter `side` and of the pictograph on it: two (side, side)."""
-    from PIL import Image, ImageDraw
-
     disc = Image.new("L", (256, 256))
     ImageDraw.Draw(disc).ellipse((0, 0, 255, 255), fill=255)
     small = (image.resize((side, side), Image.Resampling.BOX) for image in (disc, _sign(glyph, tilt)))
@@ -82,8 +74,6 @@ def _masks(glyph: str, side: int, tilt: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _background(rng: np.random.Generator, family: int, classes: int, size: int) -> np.ndarray:
     """Return a random window of the family's photograph, turned, mirrored and tinted: float (size, size, 3)."""
-    from PIL import Image
-
     photo = _photographs(classes)[family]
     side = rng.uniform(0.25, 0.6) * min(photo.size)
     x, y = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
@@ -95,9 +85,8 @@ def _background(rng: np.random.Generator, family: int, classes: int, size: int) 
 
 def _object(rng: np.random.Generator, label: int, classes: int, size: int, shade: int):
     """Return (coverage, pixels, x, y): a light or dark (`shade`) pictograph on a disc of class-coded hue."""
-    glyph = list(PICTOGRAPHS.values())[label]
     side = int(rng.integers(round(0.46 * size), round(0.58 * size) + 1))
-    disc, sign = _masks(glyph, side, 3 * int(rng.integers(-5, 6)))
+    disc, sign = _masks(list(PICTOGRAPHS.values())[label], side, 3 * int(rng.integers(-5, 6)))
     hue = label / classes + rng.normal(0, 0.2 / classes)
     colour = 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1.0), rng.uniform(0.65, 0.9)), np.float32)
     ink = rng.uniform(215, 255) if shade else rng.uniform(0, 40)
