@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 import re
 import zipfile
@@ -65,7 +66,7 @@ def verify(entry: dict, path: Path, what: str = "") -> None:
 
 
 class Tree:
-    """A folder or a zip file: `files`, their relative names sorted, and what is in them, from any number of threads."""
+    """A folder or a zip file, read by relative name, from any number of threads."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -74,11 +75,17 @@ class Tree:
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): expected the "
                              "archive as published. Delete it and fetch it again (`make data NAME=…`).") from error
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """The names of all files, sorted."""
         if self.zip:
-            self.files = sorted(name for name in self.zip.namelist() if not name.endswith("/"))
-        else:
-            walk = os.walk(path, followlinks=True)
-            self.files = sorted(f"{folder}/{name}"[len(f"{path}/"):] for folder, _, names in walk for name in names)
+            return sorted(name for name in self.zip.namelist() if not name.endswith("/"))
+
+        def stop(error: OSError):
+            raise error  # else a folder that may not be read would count as empty
+        walk = os.walk(self.path, onerror=stop, followlinks=True)
+        return sorted(f"{folder}/{name}"[len(f"{self.path}/"):] for folder, _, names in walk for name in names)
 
     def below(self, folder: str) -> list[str]:
         """Return the files in `folder` and in the folders inside it."""
