@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import re
 from collections.abc import Sequence
@@ -40,7 +39,8 @@ class Lazy(Sequence):
 
     def __getitem__(self, i: int) -> Tensor:
         try:
-            return decode(self.tree.read(self.names[i]))
+            with self.tree.open(self.names[i]) as file, _picture(file) as image:
+                return _pixels(image)
         except Exception as error:
             raise ValueError(f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). "
                              "Repair or remove that picture and run the command again.") from error
@@ -55,10 +55,9 @@ def _picture(file):
         yield image
 
 
-def decode(raw: bytes) -> Tensor:
-    """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not one, or not whole."""
-    with _picture(io.BytesIO(raw)) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+def _pixels(image) -> Tensor:
+    """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not whole."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 class Source(NamedTuple):
@@ -201,15 +200,15 @@ def _one(source: Source, name: str, row: Tensor | None):
     """
     try:
         with source.tree.open(name) as file, _picture(file) as image:
-            size, length = image.size, file.seek(0, os.SEEK_END)
+            size, boxes = image.size, _fit(*LAYOUTS[source.entry["layout"]][1](source, name), image.size)
+            if row is not None and size != (row.shape[2], row.shape[1]):
+                raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
+            if row is not None:
+                row.copy_(_pixels(image))
+            length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - 2))
-            whole = image.format == "JPEG" and file.read() == b"\xff\xd9"
-        boxes = _fit(*LAYOUTS[source.entry["layout"]][1](source, name), size)
-        if row is not None and size != (row.shape[2], row.shape[1]):
-            raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
-        pixels = None if whole and row is None else decode(source.tree.read(name))
-        if row is not None:
-            row.copy_(pixels)
+            if row is None and (image.format != "JPEG" or file.read() != b"\xff\xd9"):
+                image.load()
         return boxes, size, length
     except Exception as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
         return f"{type(error).__name__}: {error}"
