@@ -111,7 +111,8 @@ def _tiny_boxes(source: Source, name: str):
 
     A box whose first and last column (or row) are the same is a degenerate annotation and keeps its zero area.
     """
-    table = _table(source.tree, f"{source.images}/{{0}}/{{0}}_boxes.txt".format(_folder(source, name)))
+    key = _folder(source, name)
+    table = _table(source.tree, f"{source.images}/{key}/{key}_boxes.txt")
     box = np.array(table.get(PurePosixPath(name).name, []), np.float64).reshape(-1, 4)
     if (box[:, 2:] > box[:, :2]).all():
         box[:, 2:] += 1
