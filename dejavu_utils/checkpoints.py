@@ -79,11 +79,14 @@ def read(path: str | Path, layout: str = "auto", which: str | None = None, encod
     between the head's layers, where it is not the layout's usual one; `blocks` is how many blocks of the head are read
     (0: the trunk only). The file is safetensors, or torch's with weights only. StoreError says what is wrong with it:
     a damaged or compressed file, one that would have to be unpickled, an unknown layout, or the names and shapes that
-    do not fit.
+    do not fit; FileNotFoundError that there is none.
     """
     path = Path(path)
     known = store.sidecar(path).is_file()
     if layout == "own" or layout == "auto" and known and path.suffix == ".safetensors":
+        if (which, encoder, activation, blocks) != (None, None, None, None):
+            raise store.StoreError(f"{path} is in our own format, whose sidecar says all that there is to say: leave "
+                                   "out which, encoder, activation and blocks.")
         own = load(path)
         found = Foreign(own.trunk, own.projector, "own", "student", [], [], store.digest(path))
         found.classifier = own.classifier
@@ -101,7 +104,9 @@ def read(path: str | Path, layout: str = "auto", which: str | None = None, encod
 def _rebuilt(tree: dict, path: Path, layout: str, which: str | None, encoder: str | None, activation: str | None,
              blocks: int | None) -> Foreign:
     parts = foreign.recognise(tree, layout, which, encoder)
-    _check(parts.trunk | {f"head {name}": value for name, value in parts.head.items()}, path.stat().st_size)
+    own = {f"head {name}": value for name, value in parts.head.items()}
+    own |= {f"classifier {name}": value for name, value in parts.scores.items()}
+    _check(parts.trunk | own, path.stat().st_size)
     advice = "Nothing was loaded: is the file whole, and the layout right? encoder=… names another trunk"
     trunk, notes, size = rebuild.trunk(parts.trunk, parts.padding, encoder)
     fill(trunk, _floats(parts.trunk, trunk), path, f"its trunk, read as {parts.layout}", advice, assign=True)
@@ -110,13 +115,17 @@ def _rebuilt(tree: dict, path: Path, layout: str, which: str | None, encoder: st
     fill(head, _floats(named, head), path, f"its head, read as {parts.layout}", advice, assign=True)
     parts.ignored += [f"head {name}" for name in left]
     notes = _notes(parts, notes, head)
-    return Foreign(trunk, head, parts.layout, parts.which, notes, parts.ignored, store.digest(path))
+    found = Foreign(trunk, head, parts.layout, parts.which, notes, parts.ignored, store.digest(path))
+    if parts.scores and blocks is None:
+        found.add_classifier(len(parts.scores["2.weight"]))
+        fill(found.classifier, _floats(parts.scores, found.classifier), path, "its classifier", advice)
+    return found
 
 
 def _floats(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in float32, with the counters of batch normalisation, which old files lack, as zeros."""
     counters = {name for name in module.state_dict() if name.endswith("num_batches_tracked")}
-    added = {} if counters & tensors.keys() else dict.fromkeys(counters, torch.zeros((), dtype=torch.long))
+    added = {} if counters & tensors.keys() else {name: torch.zeros((), dtype=torch.long) for name in counters}
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()} | added
 
 
@@ -144,8 +153,13 @@ def _notes(parts: foreign.Parts, trunk: list[str], head: nn.ModuleList) -> list[
     else:
         widths = "-".join(str(block[0].out_features) for block in head)
         between = [type(layer).__name__ for block in head for layer in block if type(layer) in ACTIVATIONS]
-        notes.append(f"projector: {widths}, {between[0] if between else 'no activation'} between the layers and "
+        bare = [str(i) for i, block in enumerate(head, 1) if block[0].bias is None]
+        unbiased = f", no bias in layer {', '.join(bare)}" if bare else ""
+        notes.append(f"projector: {widths}{unbiased}, from the shapes; "
+                     f"{between[0] if between else 'no activation'} between the layers and "
                      f"{between[-1] if parts.ends_active else 'nothing'} after the last (assumed: they have no names)")
+    if any(re.search(r"last_layer\.|prototypes", name) for name in parts.ignored):
+        notes.append("after the projector come an L2 normalisation and prototypes in the original: not applied here")
     notes.append("input normalisation: not in the file; models.embed uses ImageNet's mean and deviation")
     groups = list(dict.fromkeys(name.split(".")[0] if " " not in name else name for name in parts.ignored))
     return notes + [f"ignored: {', '.join(groups)}"] if groups else notes
@@ -158,7 +172,7 @@ def contents(path: Path) -> dict:
     what it expands to), or would have to be unpickled.
     """
     if not path.is_file():
-        raise store.StoreError(f"{path} is not a file: expected a checkpoint (.safetensors, .pt, .pth, .ckpt).")
+        raise FileNotFoundError(f"{path} is not a file: expected a checkpoint (.safetensors, .pt, .pth, .ckpt).")
     with path.open("rb") as file:
         first = file.read(9)
     if first[:4] == b"PK\x03\x04":
@@ -186,8 +200,17 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
+            _check_entries(path, entries)
+            for entry in entries:
+                if entry.CRC:  # torch.load does not look at it; 0: torch was told to write none
+                    _drain(archive, entry)
+    except store.StoreError:
+        raise
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise store.StoreError(f"{path} is truncated or damaged: {error}. Fetch it again.") from error
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     names = [entry.filename for entry in entries]
     if any(name.endswith("/constants.pkl") for name in names):
         raise store.StoreError(f"{path} is a TorchScript program, not weights: where you trust it, load it with "
@@ -199,6 +222,13 @@ def _check_zip(path: Path) -> None:
     if tricks or len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise store.StoreError(f"{path}: its entries overlap, repeat or leave their folder ({', '.join(tricks[:1])}): "
                                "torch.save did not write this file. Nothing was loaded.")
+
+
+def _drain(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Read an entry to its end, where zipfile compares its checksum."""
+    with archive.open(entry) as part:
+        while part.read(1 << 22):
+            pass
 
 
 def _torch(path: Path) -> dict:

@@ -31,6 +31,7 @@ class Parts:
     ends_active: bool = False     # whether an activation follows the head's last layer
     padding: int | None = 1       # of a 3x3 stem; None: the file does not tell which project wrote it
     layout: str = ""
+    scores: dict[str, Tensor] = field(default_factory=dict)  # of a classifier on the head, as Encoder.add_classifier's
 
 
 @dataclass
@@ -55,7 +56,7 @@ def under(tensors: dict, prefix: str) -> dict:
 
 def clean(state: dict) -> dict[str, Tensor]:
     """Return the tensors of a state dict without the wrappers' marks: torch.compile's and DataParallel's."""
-    tensors = {name.replace("_orig_mod.", ""): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name).replace("_orig_mod.", ""): v for name, v in state.items() if isinstance(v, Tensor)}
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = under(tensors, "module.")
     return tensors
@@ -63,6 +64,7 @@ def clean(state: dict) -> dict[str, Tensor]:
 
 def unwrap(tree: dict, encoder: str | None = None) -> File:
     """Return the content of a file, with the state dict that lies under one of the usual keys, or is the whole file."""
+    tree = {str(name): value for name, value in tree.items()}
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(tree.get(wrapper), dict):
             return File(tree, clean(tree[wrapper]), [name for name in tree if name != wrapper], wrapper, encoder)
@@ -117,7 +119,10 @@ def dino(file: File, which: str | None) -> Parts:
 
 
 def dejavu(file: File, which: str | None) -> Parts:
-    """Return the parts of the paper's reference code: `net`, and `projector`, a Sequential of blocks (paper §2.2)."""
+    """Return the parts of the paper's reference code: `net`, and `projector`, a Sequential of blocks (paper §2.2).
+
+    Its supervised baseline has a classifier on the projector, whose scores are attacked too: BatchNorm, ReLU, Linear.
+    """
     parts = _parts(file, _choose(which, ["student"]), "net.", "projector.")
     nested = {}
     for name, value in parts.head.items():  # "1.0.weight" is the second block's Linear, "2.weight" a bare last Linear
@@ -128,6 +133,9 @@ def dejavu(file: File, which: str | None) -> Parts:
     last = max((int(name[0]) for name in blocks if name[0].isdigit()), default=0)
     parts.ends_active = any(name[0] == str(last) and len(name) == 3 for name in blocks)  # a Sequential: with a ReLU
     parts.head = nested
+    if file.has(r"fc\.2\.weight"):
+        parts.scores = under(file.tensors, "fc.")
+        parts.ignored = [name for name in parts.ignored if not name.startswith("fc.")]
     return parts
 
 
@@ -258,7 +266,7 @@ def recognise(tree: dict, layout: str = "auto", which: str | None = None, encode
         raise StoreError(f'layout "{layout}" is not known: expected "auto", "own" or one of {", ".join(LAYOUTS)}')
     file = unwrap(tree, encoder)
     name = _guess(file) if layout == "auto" else layout
-    seen = ", ".join([*file.tensors][:4] or [*map(str, tree)][:4]) or "nothing"
+    seen = ", ".join([*file.tensors][:4] or [*file.tree][:4]) or "nothing"
     if name is None:
         raise StoreError(f"its names ({seen}, …) are those of no known layout ({', '.join(LAYOUTS)}). "
                          'Pass layout="timm" and encoder=… for another timm model')

@@ -146,9 +146,9 @@ def width_of(trunk: nn.Module, image_size: int) -> int:
 
 
 class Encoder(nn.Module):
-    """Trunk and projector. `layers(x)` gives every representation, `forward(x)` the last one.
+    """Trunk and projector. `layers(x)` gives every representation, `forward(x)` the projector's output.
 
-    That is the projector's output, or the backbone's where there is no projector (`projector_spec` is "").
+    Without a projector (`projector_spec` is "") that is the backbone's.
     """
 
     def __init__(self, encoder: str = "small48", projector_spec: str = "512-512-512", image_size: int = 32):
@@ -159,7 +159,10 @@ class Encoder(nn.Module):
 
     def add_classifier(self, classes: int) -> None:
         """Put BatchNorm, ReLU and a linear layer on the projector: the supervised baseline, with a layer "logits"."""
-        width = self.projector[-1].out_features
+        if len(self.projector) == 0:
+            raise ValueError('the supervised baseline classifies the projector\'s output: projector is "", '
+                             'expected widths such as "512-512-512"')
+        width = list(self.projector.parameters())[-1].shape[0]
         self.classifier = nn.Sequential(nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, classes))
 
     def layers(self, x: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,12 @@
 """Other people's checkpoints: every layout by its published names, the same features as its source, and refusals."""
 
 import argparse
+import copy
+import functools
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -26,6 +30,7 @@ def randomise(module, seed=0):
     return module.eval()
 
 
+@functools.cache
 def resnet(name="resnet18", padding=None, seed=0):
     """Return a torchvision ResNet without its classifier; `padding` gives it a 3x3 stem."""
     net = torchvision.models.get_model(name, weights=None)
@@ -35,6 +40,7 @@ def resnet(name="resnet18", padding=None, seed=0):
     return randomise(net, seed)
 
 
+@functools.cache
 def vit(size=64, seed=0, **more):
     import timm
     return randomise(timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=0, **more), seed)
@@ -77,16 +83,16 @@ def agrees(found, backbone, head=None, size=64):
     """Assert that an encoder that was read computes what its source does, in every layer that the source has."""
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     layers = found.layers(x)
-    expected = {"backbone": backbone(x)}
-    torch.testing.assert_close(layers["backbone"], expected["backbone"], rtol=1e-6, atol=1e-6)
+    features = backbone(x)
+    torch.testing.assert_close(layers["backbone"], features, rtol=1e-6, atol=1e-6)
     if head is None:
         assert list(layers) == ["backbone"]
     else:
-        torch.testing.assert_close(layers["projector"], head(expected["backbone"].flatten(1)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layers["projector"], head(features), rtol=1e-6, atol=1e-6)
     assert not found.training
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnext50_32x4d"])
 def test_torchvision(save, name):
     source = resnet(name)
     found = checkpoints.read(save(source.state_dict() | {"fc.weight": torch.zeros(1000, 1)}))
@@ -96,7 +102,7 @@ def test_torchvision(save, name):
 
 
 def test_safetensors_half_precision_and_wrappers(save):
-    source = resnet().half()
+    source = copy.deepcopy(resnet()).half()
     state = {f"module._orig_mod.{name}": value for name, value in source.state_dict().items()}
     found = checkpoints.read(save(state, "file.safetensors"))
     assert next(found.parameters()).dtype == torch.float32
@@ -146,17 +152,19 @@ def test_dino_training_checkpoint(save, which):
     net, head = nets[which or "teacher"]
     agrees(found, net, head.mlp)
     assert found.which == (which or "teacher") and {"optimizer", "head.last_layer.weight_g"} <= set(found.ignored)
+    assert any("L2 normalisation and prototypes" in note for note in found.notes)
     assert list(found.layers(torch.zeros(1, 3, 64, 64))) == ["backbone", "block1", "block2", "projector"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_vicreg_and_barlow_training_checkpoint(save, bias):
-    net, head = resnet("resnet50"), mlp(2048, 32, 32, 16, bias=bias)
+    net, head = resnet(), mlp(512, 32, 32, 16, bias=bias)
     extra = {"module.bn.running_mean": torch.zeros(16)}
     state = named(module__backbone=net, module__projector=head) | extra
     found = checkpoints.read(save({"epoch": 1, "model": state, "optimizer": {}}))
     agrees(found, net, head)
     assert found.layout == "vicreg" and set(found.ignored) == {"epoch", "optimizer", "bn.running_mean"}
+    assert any("no bias in layer" in note for note in found.notes) is not bias
 
 
 def test_lightly(save):
@@ -246,8 +254,8 @@ def vissl(trunk, heads, **more):
 
 
 def test_vissl_simclr_and_moco(save):
-    net, slow = resnet("resnet50"), resnet("resnet50", seed=1)
-    first, second = randomise(nn.Linear(2048, 32)), randomise(nn.Linear(32, 16), 1)
+    net, slow = resnet(), resnet(seed=1)
+    first, second = randomise(nn.Linear(512, 32)), randomise(nn.Linear(32, 16), 1)
     heads = {f"{i}.clf.0.{name}": value for i, layer in enumerate((first, second))
              for name, value in layer.state_dict().items()}
     moco = named(moco_encoder__trunk___feature_blocks=slow) | {f"moco_encoder.heads.{k}": v for k, v in heads.items()}
@@ -260,7 +268,7 @@ def test_vissl_simclr_and_moco(save):
     assert {"loss", "classy_state_dict.optimizer"} <= set(found.ignored)
     assert any('which="teacher" reads the other' in note for note in found.notes)
     agrees(checkpoints.read(path, which="teacher"), slow, head)
-    probe = {"0.channel_bn.weight": torch.zeros(2048), "0.clf.clf.0.weight": torch.zeros(10, 2048)}
+    probe = {"0.channel_bn.weight": torch.zeros(512), "0.clf.clf.0.weight": torch.zeros(10, 512)}
     found = checkpoints.read(save(vissl(named(base_model___feature_blocks=net), probe)))
     agrees(found, net)
     assert set(found.ignored) >= {"heads.0.clf.clf.0.weight", "heads.0.channel_bn.weight"}
@@ -289,13 +297,27 @@ def test_dejavu_reference(save, relu):
               nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU())]
     last = nn.Linear(32, 16, bias=False)
     head = randomise(nn.Sequential(*blocks, nn.Sequential(last, nn.ReLU()) if relu else last))
-    state = named(module__net=net, module__projector=head, module__fc=nn.Linear(16, 10))
+    state = named(module__net=net, module__projector=head) | {"module.predictor.0.weight": torch.zeros(2)}
     found = checkpoints.read(save({"epoch": 50, "model": state, "optimizer": {}, "probes": {}}))
     agrees(found, net, head)
-    assert found.layout == "dejavu" and {"fc.weight", "probes"} <= set(found.ignored)
+    assert found.layout == "dejavu" and {"predictor.0.weight", "probes"} <= set(found.ignored)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(found.layers(x)["block1"], blocks[0](net(x)), rtol=1e-6, atol=1e-6)
     agrees(checkpoints.read(save(state)), net, head)  # its final_weights.pt is the bare state dict
+
+
+def test_dejavu_supervised_baseline_keeps_its_scores(save):
+    net, head = resnet(), nn.Sequential(mlp(512, 32, 16)[:3], nn.Linear(32, 16, bias=False))
+    scores = randomise(nn.Sequential(nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10)))
+    state = named(module__net=net, module__projector=head, module__fc=scores)
+    path, x = save({"model": state}), torch.randn(2, 3, 64, 64)
+    found = checkpoints.read(path)
+    agrees(found, net, head)
+    torch.testing.assert_close(found.layers(x)["logits"], scores(head(net(x))), rtol=1e-6, atol=1e-6)
+    assert found.ignored == () and "logits" not in checkpoints.read(path, blocks=1).layers(x)
+    del state["module.fc.0.running_var"]
+    with pytest.raises(store.StoreError, match="does not fit its classifier: missing 0.running_var"):
+        checkpoints.read(save({"model": state}))
 
 
 def test_own_format_and_embed(tmp_path):
@@ -310,6 +332,21 @@ def test_own_format_and_embed(tmp_path):
     assert found.layout == "own" and list(ours) == list(theirs) == ["backbone", "block1", "block2", "projector",
                                                                            "logits"]
     assert all(torch.equal(ours[layer], theirs[layer]) for layer in ours)
+    with pytest.raises(store.StoreError, match="own format, whose sidecar says all.*leave out"):
+        checkpoints.read(path, blocks=1)
+
+
+def test_a_sidecar_is_verified_whatever_the_layout(tmp_path):
+    """The VISSL engine keeps VISSL's own files, with our sidecar."""
+    source, path = resnet(), tmp_path / "epoch-0001.torch"
+    with store.artifact(path) as temporary:
+        torch.save(named(_feature_blocks=source), temporary)
+    found = checkpoints.read(path)
+    agrees(found, source)
+    assert found.layout == "vissl" and found.sha256 == store.digest(path)
+    torch.save(named(_feature_blocks=resnet(seed=1)), path)
+    with pytest.raises(store.StoreError, match="is damaged: sha256"):
+        checkpoints.read(path)
 
 
 def test_embed_of_a_foreign_encoder(save):
@@ -330,7 +367,7 @@ def changed(state, remove=None, add=None, replace=None):
     return state | (add or {}) | (replace or {})
 
 
-STATE = named(backbone=resnet(), projector=mlp(512, 32, 16))
+STATE = named(backbone=copy.deepcopy(resnet()).half(), projector=mlp(512, 32, 16))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -395,7 +432,7 @@ class Evil:
 @pytest.mark.parametrize("kind", ["torch", "legacy", "pickle", "module"])
 def test_what_needs_unpickling_is_refused_and_not_run(tmp_path, kind):
     path, trap = tmp_path / "file.pt", tmp_path / "trap"
-    content = {"state_dict": resnet().state_dict(), "extra": resnet() if kind == "module" else Evil(trap)}
+    content = {"state_dict": {"a": torch.zeros(9)}, "extra": nn.ReLU() if kind == "module" else Evil(trap)}
     if kind == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
@@ -414,13 +451,22 @@ def test_legacy_torch_file(tmp_path):
 @pytest.mark.parametrize("name, zipped", [("file.pt", True), ("file.pt", False), ("file.safetensors", False)])
 @pytest.mark.parametrize("keep", [0.0, 1e-6, 0.5, 0.999])
 def test_truncated_file(tmp_path, name, zipped, keep):
-    path, state = tmp_path / name, resnet().state_dict()
+    path, state = tmp_path / name, mlp(100, 200, 100).state_dict()
     if name.endswith("pt"):
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
     else:
         save_file(state, path)
     path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size)])
     with pytest.raises(store.StoreError, match="truncated or damaged|no whole torch file|no checkpoint that this"):
+        checkpoints.read(path)
+
+
+def test_a_flipped_bit_is_found(save):
+    path = save({"a": torch.zeros(9999)})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(store.StoreError, match="truncated or damaged: Bad CRC-32"):
         checkpoints.read(path)
 
 
@@ -444,7 +490,7 @@ def test_compressed_zip_is_refused(save):
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a\\b", "file/data.pkl"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_path_tricks_are_refused(save, name):
-    path = save(resnet().state_dict())
+    path = save({"a": torch.zeros(9)})
     rezip(path, more=[(name, b"x")])
     with pytest.raises(store.StoreError, match="overlap, repeat or leave their folder"):
         checkpoints.read(path)
@@ -456,7 +502,7 @@ def test_other_files(tmp_path, save):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(store.StoreError, match=message):
             checkpoints.read(tmp_path / "x.pt")
-    with pytest.raises(store.StoreError, match="is not a file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         checkpoints.read(tmp_path)
     with pytest.raises(store.StoreError, match="holds a list"):
         checkpoints.read(save([torch.zeros(1)]))
@@ -465,3 +511,53 @@ def test_other_files(tmp_path, save):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
     with pytest.raises(store.StoreError, match="is a TorchScript program"):
         checkpoints.read(tmp_path / "script.pt")
+
+
+VISSL = """
+import sys, torch
+from dejavu_utils.engine_vissl import shim
+shim()
+from tools.run_distributed_engines import hydra_main
+from vissl.models import build_model
+from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+
+def outputs(name, state, options):
+    config = convert_to_attrdict(compose_hydra_configuration(options))[1]
+    model = build_model(config.MODEL, config.OPTIMIZER)
+    if state is None:
+        state = {"trunk": model.trunk.state_dict(), "heads": model.heads.state_dict()}
+        torch.save({"classy_state_dict": {"base_model": {"model": state}}}, f"{name}.torch")
+    model.trunk.load_state_dict(state["trunk"])
+    model.heads.load_state_dict(state["heads"])
+    model.eval()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.save({"x": x, "backbone": model.trunk(x, ["res5avg"])[0], "projector": model(x)[0]}, f"{name}-outputs.pt")
+
+options = ["config=test/cpu_test/test_cpu_resnet_simclr", "config.OPTIMIZER.use_larc=False", "config.CHECKPOINT.DIR=.",
+           "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[2048,64],use_relu:true,skip_last_layer_relu_bn:false}],"
+           "[mlp,{dims:[64,128]}]]"]
+wide = ["config.MODEL.TRUNK.RESNETS.WIDTH_MULTIPLIER=2",
+        "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4096,64],use_relu:true,use_bn:true,skip_last_layer_relu_bn:false}],"
+        "[mlp,{dims:[64,32]}]]"]
+hydra_main(options)
+trained = torch.load("model_final_checkpoint_phase0.torch", weights_only=True)
+outputs("trained", trained["classy_state_dict"]["base_model"]["model"], options)
+outputs("wide", None, options + wide)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_vissl_wrote(tmp_path):
+    """VISSL trains two steps of SimCLR on two images; its own model and our reading of its file must agree."""
+    pytest.importorskip("vissl")
+    environment = os.environ | {"PYTHONPATH": str(store.PACKAGE.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", VISSL], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    for name, file in (("trained", "model_final_checkpoint_phase0.torch"), ("wide", "wide.torch")):
+        found = checkpoints.read(tmp_path / file)
+        theirs = torch.load(tmp_path / f"{name}-outputs.pt", weights_only=True)
+        with torch.no_grad():
+            ours = found.layers(theirs["x"])
+        for layer in ("backbone", "projector"):
+            torch.testing.assert_close(ours[layer], theirs[layer].flatten(1), rtol=1e-6, atol=1e-6)
+        assert found.layout == "vissl" and list(ours) == ["backbone", "block1", "projector"]
