@@ -16,7 +16,8 @@ SNAKEMAKE = $(PYTHON) -m snakemake --snakefile notebooks/Snakefile --rerun-trigg
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures, P="rhos=[0.5] k=10", DRY=1
+figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="rhos=[0.5] k=10", DRY=1
+	@$(if $(DRY),$(PYTHON) notebooks/batch.py plan --profile "$(PROFILE)" --set "$$P",true)
 	@keys=$$($(PYTHON) notebooks/batch.py keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
 	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)"; }
 	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"

@@ -51,15 +51,18 @@ def _run_torchrun(job: Job) -> None:
         code = subprocess.run(torchrun(job, entry), stdout=output, stderr=output, cwd=store.PACKAGE.parent,
                               env=os.environ | _threads(job)).returncode
     if code:
-        raise RuntimeError(f"training over {job.recipe.processes} processes failed, {log}:\n{_last_words(log, 15)}")
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if "Error: " in line][:3]  # torchrun's own summary, at the end, does not say why
+        raise RuntimeError(f"training over {job.recipe.processes} processes failed, see {log}:\n" +
+                           "\n".join(said or lines[-15:]))
 
 
 def _threads(job: Job) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.recipe.threads))
 
 
-def _last_words(log: Path, lines: int = 5) -> str:
-    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
+def _last_words(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
 
 
 def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:

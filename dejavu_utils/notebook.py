@@ -69,9 +69,21 @@ def _fields(module: str, name: str) -> dict[str, Any]:
 
 
 def _recipe() -> dict[str, Any]:
-    """Return the fields of a recipe and their defaults, those of its views included."""
+    """Return the fields of a recipe and their defaults, those of its views included.
+
+    A criterion's name is a field too: it holds changes of the recipe for that criterion alone.
+    """
     fields = _fields("train", "Recipe")
-    return fields | {"views": _fields("views", "Views") | fields["views"]}
+    fields |= {"views": _fields("views", "Views") | fields["views"]}
+    source = (store.PACKAGE / "methods.py").read_text()
+    criteria = re.findall(r'"(\w+)":', re.search(r"^METHODS = \{(.*?)\}", source, re.DOTALL | re.MULTILINE)[1])
+    return fields | {name: fields for name in criteria}
+
+
+def _pruned(checked: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of the checked values those that were given, at every depth: the recipe itself fills in the rest."""
+    return {key: _pruned(checked[key], value) if isinstance(value, dict) else checked[key]
+            for key, value in given.items()}
 
 
 def _checked(label: str, value: Any, default: Any) -> Any:
@@ -105,8 +117,8 @@ def merged(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "
             raise ParameterError(f"{where}{name} is not a parameter; {hint}")
         recipe = name == "recipe" and defaults[name] == {}
         checked[name] = _checked(f"{where}{name}", value, _recipe() if recipe else defaults[name])
-        if recipe:  # Recipe itself fills in the rest
-            checked[name] = {key: item for key, item in checked[name].items() if key in value}
+        if recipe:
+            checked[name] = _pruned(checked[name], value)
     return checked
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dejavu_utils import checkpoints, data, feed, methods, store, train
+from dejavu_utils import checkpoints, data, feed, manifests, methods, store, train, views
 from dejavu_utils.models import Encoder
 
 # What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 to 2.
@@ -30,7 +30,8 @@ def _parts(dataset: str, seed: int, rho: float, sizes: str) -> tuple[dict, dict]
         images = data.read("scenes", classes=wanted["classes"], per_class=each, rho=rho, seed=seed)
     else:
         images = data.read(dataset, classes=wanted["classes"])
-    return data.parts(images, data.partition(images, wanted, seed)), data.attackable(images)[1]
+    rule = manifests.read(dataset).get("split", {}).get("rule", "disjoint")  # ImageNet has the paper's own
+    return data.parts(images, data.partition(images, wanted, seed, rule)), data.attackable(images)[1]
 
 
 def recipe(criterion: str, changes: dict) -> train.Recipe:
@@ -85,7 +86,8 @@ def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, devic
     jobs = {}
     for model in ("A", "B"):
         source = _training_set(parts, model, how, folder / "pixels", seed)
-        code = store.code_version("train", "feed", "views", "models", "methods", "criteria", "crops")
+        engine = ("engine_vissl", "vissl_config") if how.engine == "vissl" else ("train", "methods", "criteria")
+        code = store.code_version(*engine, "feed", "views", "models", "crops")
         start = f"{seed}/{model}"
         own = store.key(pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code)
         where = folder / "encoders" / f"{criterion}-{own}"
@@ -95,15 +97,51 @@ def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, devic
     return Pair(parts, jobs, setting, params["crop"], counts, folder / "pairs")
 
 
-def make(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
-    """Return a pair for every seed and criterion at the first rho, and for the first criterion at every other rho.
+def settings(params: dict) -> list[tuple[str, float, int]]:
+    """Return (criterion, rho, seed) of every pair: each criterion at the first rho, the first at every other rho.
 
     On real pictures nobody knows rho: it is NaN, and there is one of it.
     """
     rhos = params["rhos"] if params["dataset"] == "scenes" else [float("nan")]
-    settings = [(criterion, rho, seed) for seed in params["seeds"] for rho in rhos
-                for criterion in (params["criteria"] if rho is rhos[0] else params["criteria"][:1])]
-    return [one(params, folder, *setting, device) for setting in settings]
+    return [(criterion, rho, seed) for seed in params["seeds"] for rho in rhos
+            for criterion in (params["criteria"] if rho is rhos[0] else params["criteria"][:1])]
+
+
+def make(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
+    """Return the pair of every setting."""
+    return [one(params, folder, *setting, device) for setting in settings(params)]
+
+
+def plan(params: dict):
+    """Return a table of what training costs, before anything is read or trained: a row per criterion.
+
+    `encoders`, `steps` each, `exaflop` of all (multiplications and additions of the large and local views, three times
+    the forward pass; BYOL's target and DINO's teacher add one forward pass), `gib` of all checkpoints.
+    """
+    import pandas as pd
+
+    rows, chosen = [], [setting[0] for setting in settings(params)]
+    images = params["sizes"]["classes"] * (params["sizes"]["attacked"] + params["sizes"]["shared"])
+    for criterion in dict.fromkeys(chosen):
+        how, encoders = recipe(criterion, params["recipe"]), 2 * chosen.count(criterion)
+        forward, weights = _cost(how, methods.METHODS[criterion].views)
+        passes = 4 if criterion in ("byol", "dino") else 3
+        seen = images // how.batch * how.batch * max(params["epochs"])
+        rows.append({"criterion": criterion, "encoders": encoders, "steps": seen // how.batch,
+                     "exaflop": encoders * seen * forward * passes / 1e18,
+                     "gib": encoders * weights * 4 * (len(params["epochs"]) + 3) / 2**30})
+    return pd.DataFrame(rows)
+
+
+def _cost(how: train.Recipe, large: int) -> tuple[float, int]:
+    """Return (operations of one image's views in a forward pass, number of weights) of a recipe's encoder."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder, counter = Encoder(how.encoder, how.projector, how.size).eval(), FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        for side, _ in views.plan(views.Views(**how.views), how.size, large):
+            encoder(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops(), sum(weight.numel() for weight in encoder.parameters())
 
 
 def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:

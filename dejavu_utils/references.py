@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dejavu_utils import attack, crops, knn, probe, scenes, store
 from dejavu_utils.models import embed
@@ -36,20 +37,34 @@ def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] = ("projec
     return _cached(pair, f"attack-{epoch:04d}", make, epoch=epoch, k=k, layers=layers, attacked=attacked, crop=crop)
 
 
+def embed_images(encoders: dict, images, size: int, layers, rects=None, device: str = "cpu", chunk: int = 4096):
+    """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every encoder.
+
+    Pictures are decoded once for all encoders and `chunk` at a time, so that a public set need not fit into memory.
+    """
+    found: dict = {layer: {model: [] for model in encoders} for layer in layers}
+    for start in range(0, len(images), chunk):
+        rows = np.arange(start, min(start + chunk, len(images)))
+        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows])
+        for model, encoder in encoders.items():
+            for layer, values in embed(encoder, pixels, layers, device=device).items():
+                found[layer][model].append(values)
+    return {layer: {model: torch.cat(parts) for model, parts in by.items()} for layer, by in found.items()}
+
+
 def _two_model(pair: Pair, epoch: int, k: int, layers, attacked: str, crop: dict, device: str):
     import pandas as pd
 
-    targets = _attacked(pair, attacked)
+    targets, public = _attacked(pair, attacked), pair.parts["public"]
     rects = {side: crops.background(images, crop) for side, images in targets.items()}
     targets = {side: images.subset(np.flatnonzero(rects[side][1])) for side, images in targets.items()}
-    squares = {side: images.squares(pair.size(), rects[side][0][rects[side][1]]) for side, images in targets.items()}
-    public = pair.parts["public"]
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    found = {name: {model: embed(encoder, pixels, layers, device=device) for model, encoder in encoders.items()}
-             for name, pixels in [*squares.items(), ("public", public.squares(pair.size()))]}
+    found = {side: embed_images(encoders, images, pair.size(), layers, rects[side][0][rects[side][1]], device)
+             for side, images in targets.items()}
+    found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
     tables = []
     for layer in layers:
-        at = {name: {model: out[layer] for model, out in by_model.items()} for name, by_model in found.items()}
+        at = {name: by_layer[layer] for name, by_layer in found.items()}
         table = attack.label_inference(
             {side: at[side] for side in ("a", "b")}, at["public"], public.labels, {s: targets[s].ids for s in targets},
             {s: targets[s].labels for s in targets}, k=k, classes=len(public.classes))
@@ -82,9 +97,10 @@ def _probes(pair: Pair, epoch: int, layer: str, device: str):
 
     held, classes, rows = pair.parts["probe"], len(pair.parts["probe"].classes), []
     for model in ("A", "B"):
-        encoder, own = pair.encoder(model, epoch), pair.parts[model.lower()]
-        x, y = embed(encoder, own.squares(pair.size()), (layer,), device=device)[layer], own.labels
-        z, t = embed(encoder, held.squares(pair.size()), (layer,), device=device)[layer], held.labels
+        encoder, own = {model: pair.encoder(model, epoch)}, pair.parts[model.lower()]
+        x, z = (embed_images(encoder, images, pair.size(), (layer,), device=device)[layer][model]
+                for images in (own, held))
+        y, t = own.labels, held.labels
         first = np.arange(len(t)) % 2 == 0
         paper = probe.linear_probe(x, y, z, t, classes)
         folds = [probe.linear_probe(z[a], t[a], z[~a], t[~a], classes, extra=(x, y)) for a in (first, ~first)]

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import store
 from dejavu_utils.notebook import ParameterError, cells, declared, merged, stages
 
+RATE = 200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16
 RUNNER = "../notebooks/batch"  # this file, as a module of the package: a change of it makes every notebook run again
 
 
@@ -248,10 +249,25 @@ def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
     return values
 
 
+def plan(profile: str, overrides: Mapping[str, Any]) -> str:
+    """Return what a profile would train, as text: encoders, steps, arithmetic, GPU hours, checkpoints on disk."""
+    stage = "01_training"
+    params = declared(stage) | given(profile, overrides)[stage]
+    if "recipe" not in params:
+        return f"{stage} trains nothing"
+    from dejavu_utils import pairs  # imports torch: only now
+    table = pairs.plan(params)
+    hours = table["exaflop"] * 1e18 / RATE / 3600
+    table = table.round({"exaflop": 3, "gib": 2}).assign(**{"GPU hours": hours.round(1)})
+    total = (f"{table['encoders'].sum()} encoders, {hours.sum():.1f} GPU hours at {RATE / 1e12:.0f} TFLOP/s a GPU "
+             f"(estimated, not measured), {table['gib'].sum():.1f} GiB of checkpoints, plus the pictures")
+    return f"{table.to_string(index=False)}\n{total}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status of `keys` (which notebooks are out of date) or `run` (execute one)."""
+    """Return the exit status of `keys` (which notebooks are out of date), `run` (execute one) or `plan` (the cost)."""
     parser = argparse.ArgumentParser(prog="notebooks/batch.py", description=__doc__)
-    parser.add_argument("command", choices=("keys", "run"))
+    parser.add_argument("command", choices=("keys", "run", "plan"))
     parser.add_argument("stage", nargs="?", help="the notebook to run, such as 02_attack")
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
@@ -263,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "keys":
             stale = write_keys(options.profile, overrides)
             print(f"to run: {', '.join(stale)}" if stale else "up to date", flush=True)
+            return 0
+        if options.command == "plan":
+            print(plan(options.profile, overrides))
             return 0
         if not options.stage:
             parser.error("run: name the notebook, such as 02_attack")

@@ -52,7 +52,7 @@ def _two(rank, port, queue):
 
 @pytest.fixture(scope="module")
 def over_two():
-    """{(rank, criterion): (loss, gradients, buffers)} of two processes with half of the batch each: one spawn for all."""
+    """{(rank, criterion): (loss, gradients, buffers)} of two processes with half of the batch each, from one spawn."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

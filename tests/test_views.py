@@ -10,14 +10,12 @@ from dejavu_utils import views
 from dejavu_utils.train import stream
 from dejavu_utils.views import Views
 
+PLAIN = Views(scale_min=1.0, scale_max=1.0, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
 
 
 def _view(pixels, size, spec, rng, second=False):
     sizes = torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2)
     return views.view(pixels, size, views.draw("second" if second else "first", sizes, spec, size, rng))
-
-
-PLAIN = Views(scale_min=1.0, scale_max=1.0, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
 
 
 @pytest.fixture

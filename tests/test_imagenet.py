@@ -1,0 +1,71 @@
+"""The `imagenet` profile on a tree of ImageNet's form: three classes, odd XML sizes, two boxes, a bad file."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dejavu_utils import store
+
+CLASSES = ("n01440764", "n01443537", "n01484850")
+TINY = {"sizes": {"classes": 3, "attacked": 6, "shared": 2, "public": 0, "probe": 4, "control": 0},
+        "criteria": ["simclr"], "epochs": [0, 1], "k": 3, "crop": {"min_side": 20},
+        "recipe": {"encoder": "small4", "size": 32, "batch": 8, "processes": 1, "sync_bn": False, "workers": 1,
+                   "compile": False, "resident": 0.0, "lr": 0.01, "simclr": {"projector": "8-8"}}}
+
+
+def _xml(folder, name, annotated, boxes):
+    objects = "".join(f"<object><name>x</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
+                      f"<ymax>{y1}</ymax></bndbox></object>" for x0, y0, x1, y1 in boxes)
+    width, height = annotated
+    (folder / f"{name}.xml").write_text(f"<annotation><size><width>{width}</width><height>{height}</height></size>"
+                                        f"{objects}</annotation>")
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """imagenet/train/<wnid>/*.JPEG and imagenet/boxes/<wnid>/*.xml: 24 boxed and 8 plain pictures a class."""
+    random = np.random.default_rng(0)
+    for wnid in CLASSES:
+        pictures, boxes = (tmp_path / "imagenet" / part / wnid for part in ("train", "boxes"))
+        pictures.mkdir(parents=True)
+        boxes.mkdir(parents=True)
+        for i in range(32):
+            width, height = int(random.integers(60, 90)), int(random.integers(60, 90))
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(pictures / f"{wnid}_{i}.JPEG")
+            if i < 24:  # annotated at twice the picture's size; every fourth has two boxes
+                two = [(2, 2, 30, 40), (60, 80, 80, 100)] if i % 4 == 0 else [(2, 2, 50, 40)]
+                _xml(boxes, f"{wnid}_{i}", (2 * width, 2 * height), two)
+    (tmp_path / "imagenet" / "train" / CLASSES[0] / f"{CLASSES[0]}_99.JPEG").write_bytes(b"no picture")
+    monkeypatch.setenv("DEJAVU_DATA", str(tmp_path))
+    monkeypatch.setenv("DEJAVU_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("DEJAVU_ROOT", raising=False)
+    return tmp_path
+
+
+def test_the_profile_runs_end_to_end(tree, batch, capsys):
+    for stage in ("01_training", "02_attack"):
+        assert batch.execute(stage, "imagenet", TINY) is None
+    folder = store.runs("imagenet")
+    scores = store.read_table(folder / "tables" / "scores.csv")
+    assert set(scores["criterion"]) == {"simclr"} and scores["n"].min() >= 10
+    assert set(scores["epoch"]) == {0, 1} and scores["score"].abs().max() <= 1
+    skipped = store.read_table(folder / "tables" / "skipped.csv")
+    assert list(skipped["name"].str.contains("_99.JPEG")) == [True]
+    partition = store.read_table(folder / "tables" / "partition.csv").groupby(["class", "part"]).size()
+    # the paper's rule, n = 6 + 2 a class: 8 boxed pictures in each of A and B, none to share, X is what is left
+    assert partition.to_dict() == {(name, part): count for name in CLASSES for part, count in
+                                   (("a", 8), ("b", 8), ("probe", 4), ("public", 12))}
+    lists = [path for path in (folder / "pixels").glob("*.parquet")]
+    assert len(lists) == 2  # decoded in workers, as pictures that do not fit into memory are
+    recipes = [json.loads(path.read_text())["recipe"] for path in folder.glob("encoders/*/epoch-0001.safetensors.json")]
+    assert {(recipe["optimizer"], recipe["projector"]) for recipe in recipes} == {("lars", "8-8")}
+
+
+def test_the_plan_names_jobs_hours_and_disk(batch, capsys):
+    assert batch.main(["plan", "--profile", "imagenet"]) == 0
+    text = capsys.readouterr().out
+    assert "12 encoders" in text and "GPU hours" in text and "GiB of checkpoints" in text
+    assert all(name in text for name in ("vicreg", "simclr", "supervised", "barlow_twins", "byol", "dino"))
