@@ -15,7 +15,12 @@ from dejavu_utils import checkpoints, data, feed, manifests, methods, store, tra
 from dejavu_utils.models import Encoder
 
 # What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 to 2.
-TUNED: dict[str, dict] = {}
+TUNED: dict[str, dict] = {
+    "barlow_twins": {"constants": {"redundancy": 0.02}},
+    "byol": {"constants": {"momentum": 0.99}, "lr": 0.002},
+    "dino": {"constants": {"momentum": 0.99, "prototypes": 128, "teacher_temperature": 0.04}, "lr": 0.005,
+             "views": {"local": 2}},
+}
 
 
 @functools.lru_cache(maxsize=4)
@@ -178,20 +183,18 @@ def jobs(every: list[Pair]) -> list[train.Job]:
 
 
 def losses(every: list[Pair]):
-    """Return the training logs of all pairs: a row per encoder and epoch with its loss and seconds."""
+    """Return the training logs of all pairs: a row per encoder and epoch with its loss, seconds and images."""
     import pandas as pd
 
-    rows = [line | pair.setting | {"name": f"{Path(job.folder).name}/{model}"} for pair in every
-            for model, job in pair.jobs.items() for line in train.read_log(Path(job.folder) / "log.jsonl")]
+    rows = [line | pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": _per_epoch(pair, model)}
+            for pair in every for model, job in pair.jobs.items()
+            for line in train.read_log(Path(job.folder) / "log.jsonl")]
     return pd.DataFrame(rows)
 
 
-def speed(every: list[Pair]) -> float:
-    """Return how many images a second one encoder's training took in, the median over epochs (two views of each)."""
-    log = losses(every)
-    job = every[0].jobs["A"]
-    used = len(every[0].parts["a"]) + len(every[0].parts["shared"])
-    return round(used // job.recipe.batch * job.recipe.batch / float(log["seconds"].median()), 1)
+def _per_epoch(pair: Pair, model: str) -> int:
+    batch = pair.jobs[model].recipe.batch
+    return (len(pair.parts[model.lower()]) + len(pair.parts["shared"])) // batch * batch
 
 
 def partition_table(every: list[Pair]):

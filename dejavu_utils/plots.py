@@ -6,7 +6,7 @@ import numpy as np
 
 TARGET, REFERENCE, BAYES = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colour-blind-safe palette
 SPLIT = {"memorized": "#0072B2", "correlated": "#56B4E9", "misrepresented": "#D55E00", "unassociated": "#DDDDDD"}
-NAMES = {"vicreg": "VICReg", "simclr": "SimCLR", "barlow": "Barlow Twins", "byol": "BYOL", "dino": "DINO",
+NAMES = {"vicreg": "VICReg", "simclr": "SimCLR", "barlow_twins": "Barlow Twins", "byol": "BYOL", "dino": "DINO",
          "supervised": "supervised"}
 
 
@@ -24,13 +24,28 @@ def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, 
 
 
 def _panels(table, by=("criterion",), rows: int = 1, **options):
-    """Return (figure, [(column of axes, its part of the table)]): a titled column for each criterion (and rho)."""
+    """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per criterion (and rho).
+
+    Three columns stand side by side at the most; the next three follow below.
+    """
     groups = list(table.groupby(list(by), sort=False, dropna=False))
-    figure, axes = _axes(len(groups), rows, **options)
-    for axis, ((kind, *rho), _) in zip(axes[0], groups, strict=True):
+    wide = len(groups) if len(groups) <= 3 else -(-len(groups) // -(-len(groups) // 3))
+    figure, axes = _axes(wide, rows * -(-len(groups) // wide), **options)
+    columns = [axes[start:start + rows, i] for start in range(0, len(axes), rows) for i in range(wide)]
+    for unused in columns[len(groups):]:
+        for axis in unused:
+            axis.remove()
+    for column, ((kind, *rho), _) in zip(columns, groups, strict=False):
         name = NAMES.get(kind, kind)
-        axis.set_title(f"{name}, ρ = {rho[0]:g}" if rho and not np.isnan(rho[0]) else name)
-    return figure, [(column, part) for column, (_, part) in zip(axes.T, groups, strict=True)]
+        column[0].set_title(f"{name}, ρ = {rho[0]:g}" if rho and not np.isnan(rho[0]) else name)
+    return figure, [(column, part) for column, (_, part) in zip(columns, groups, strict=False)]
+
+
+def _label_left(axes, text: str) -> None:
+    """Label the y-axis of those axes that stand at the left edge of the figure."""
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(text)
 
 
 def _line(axis, table, x: str, y: str, colour: str, label: str, style: str = "-", bounds=("{}_low", "{}_high")) -> None:
@@ -87,8 +102,30 @@ def over_p(curve):
         _line(axis, part, "p", "reference", REFERENCE, "reference", "--")
         axis.axhline(part["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
         axis.set(xlabel="p: most confident examples (%)", ylim=(0, None))
-    figure.axes[0].set_ylabel("label-inference accuracy")
+    _label_left(figure.axes, "label-inference accuracy")
     figure.axes[0].legend()
+    return figure
+
+
+PROBES = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE, "gap of a probe that saw neither": "#E69F00"}
+
+
+def _probe_lines(axis, table, low: float) -> None:
+    for quantity, one in table.groupby("quantity", sort=False):
+        _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, bounds=("low", "high"))
+    axis.set(xlabel="epoch", ylim=(min(0, low), 1))
+
+
+def probes(table):
+    """Return what the linear probe shows over epochs, a panel a criterion.
+
+    Columns: criterion, epoch, quantity, mean, low, high.
+    """
+    figure, panels = _panels(table, sharey=True)
+    for (axis,), part in panels:
+        _probe_lines(axis, part, table["low"].min())
+    _label_left(figure.axes, "linear probe (backbone)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
 
@@ -97,25 +134,22 @@ def over_epochs(scores, probes):
 
     `scores`: criterion, epoch, p, score, low, high. `probes`: criterion, epoch, quantity, mean, low, high.
     """
-    figure, panels = _panels(scores, rows=2, width=4.0, height=2.8, sharex=True, sharey="row")
+    figure, panels = _panels(scores, rows=2, width=4.0, height=2.8, sharex=True)
     shades = dict(zip(sorted(scores["p"].unique(), reverse=True), (TARGET, "#CC79A7", BAYES), strict=False))
-    colours = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE,
-               "gap of a probe that saw neither": "#E69F00"}
     for (top, bottom), part in panels:
         for p, colour in shades.items():
             _line(top, part[part["p"] == p], "epoch", "score", colour, f"p = {p:g} %", bounds=("low", "high"))
         top.axhline(0, color="grey", lw=1, ls=":")
-        seen = probes[probes["criterion"] == part["criterion"].iloc[0]]
-        for quantity, one in seen.groupby("quantity", sort=False):
-            _line(bottom, one, "epoch", "mean", colours[quantity], quantity, bounds=("low", "high"))
-        bottom.set(xlabel="epoch", ylim=(min(0, probes["low"].min()), 1))
-    top, bottom = panels[0][0]
-    top.set_ylabel("déjà vu score")
-    bottom.set_ylabel("linear probe (backbone)")
-    low, high = top.get_ylim()
-    top.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the bands
-    top.legend(loc="upper left", ncols=len(shades))
-    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", fontsize=8,
+        _probe_lines(bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min())
+    tops, bottoms = zip(*(column for column, _ in panels), strict=True)
+    _label_left(tops, "déjà vu score")
+    _label_left(bottoms, "linear probe (backbone)")
+    low, high = (pick(end) for pick, end in zip((min, max), zip(*(top.get_ylim() for top in tops), strict=True),
+                                                strict=True))
+    for top in tops:
+        top.set_ylim(low, high + 0.3 * (high - low))  # one scale, with room for the legend above the bands
+    tops[0].legend(loc="upper left", ncols=len(shades))
+    figure.legend(*bottoms[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8,
                   ncols=1 if len(panels) == 1 else 3)
     return figure
 
@@ -134,7 +168,8 @@ def split(shares):
         axis.set_xticks(x, one["epoch"].astype(str))
         axis.set_xlabel("epoch")
     first = figure.axes[0]
-    first.set(ylabel="share of attacked images", ylim=(0, 1.35 * first.get_ylim()[1]))
+    first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
+    _label_left(figure.axes, "share of attacked images")
     first.legend(loc="upper left", fontsize=8)
     return figure
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dejavu_utils import attack, references, summaries, train
+from dejavu_utils import attack, launch, references, store, summaries
 from dejavu_utils import pairs as build
 
 PARAMS = {
@@ -21,7 +21,7 @@ PARAMS = {
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     made = build.make(PARAMS, tmp_path_factory.mktemp("runs"))
-    train.fit_all(build.jobs(made), workers=1)
+    launch.fit_all(build.jobs(made), workers=1)
     return made
 
 
@@ -41,19 +41,21 @@ def test_no_id_is_in_two_parts(pairs):
 
 
 def test_encoders_share_the_shared_part_and_nothing_else(pairs):
-    a, b = (build._training_pixels(pairs[0].parts, model, pairs[0].jobs["A"].recipe) for model in "AB")
-    rows = [{tuple(image.flatten().tolist()) for image in pixels} for pixels in (a, b)]
-    assert len(rows[0] & rows[1]) == 16 and len(a) == len(b) == 64
+    stored = [store.read_tensors(pairs[0].jobs[model].pixels)[0] for model in "AB"]
+    rows = [{tuple(image.flatten().tolist()) for image in each["pixels"]} for each in stored]
+    assert len(rows[0] & rows[1]) == 16 and len(rows[0]) == len(rows[1]) == 64
+    own, shared = pairs[0].parts["a"], pairs[0].parts["shared"]
+    assert stored[0]["labels"].tolist() == [*own.labels, *shared.labels]
 
 
-def test_both_sets_are_trained_on_the_same_kind_of_pixels(pairs):
+def test_both_sets_are_trained_on_the_same_kind_of_pixels(pairs, tmp_path):
     """One picture of another size in B, and A must not keep its native pixels while B gets squares."""
     parts, recipe = dict(pairs[0].parts), pairs[0].jobs["A"].recipe
     sizes = parts["b"].sizes.copy()
     sizes[0] = 47
     parts["b"] = dataclasses.replace(parts["b"], sizes=sizes)
-    a, b = (build._training_pixels(parts, model, recipe) for model in "AB")
-    assert a.shape[-1] == b.shape[-1] == round(32 * 8 / 7)
+    paths = [build._training_set(parts, model, recipe, tmp_path, 0) for model in "AB"]
+    assert {store.read_tensors(path)[0]["pixels"].shape[-1] for path in paths} == {round(32 * 8 / 7)}
 
 
 def test_a_pair_differs_in_seed_and_images_only(pairs):
@@ -124,6 +126,22 @@ def test_gallery_rows(pairs, tables):
     assert rows[0]["crop"].shape == (3, 32, 32)
 
 
+def test_recipe_changes_for_one_criterion_go_over_those_for_all():
+    changes = {"lr": 0.3, "views": {"flip": 0.0}, "simclr": {"lr": 0.1, "views": {"grey": 0.0}}}
+    assert build.recipe("vicreg", changes).lr == 0.3 and build.recipe("simclr", changes).lr == 0.1
+    views = build.recipe("simclr", changes).views
+    assert (views["flip"], views["grey"], views["scale_min"]) == (0.0, 0.0, 0.04)
+    assert build.recipe("dino", {}).views["local"] > 0  # what the criterion itself changes
+    assert build.recipe("dino", {"views": {"local": 0}}).views["local"] == 0
+
+
+def test_embedding_in_chunks_equals_embedding_at_once(pairs):
+    encoders, images = {"A": pairs[0].encoder("A", 1)}, pairs[0].parts["probe"]
+    one, many = (references.embed_images(encoders, images, 32, ("projector",), chunk=chunk)["projector"]["A"]
+                 for chunk in (1000, 7))
+    np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-5)
+
+
 def test_recipe_gives_each_criterion_its_own_constants():
     changes = {"constants": {"temperature": 0.5, "invariance": 10.0}}
     assert build.recipe("simclr", changes).constants == {"temperature": 0.5}
@@ -143,3 +161,17 @@ def test_probe_rows_interval_over_seeds_and_over_images():
     many = summaries.probe_rows(two).set_index("quantity").loc["held-out accuracy"]
     assert many["mean"] == pytest.approx(0.62)
     assert many["high"] - many["mean"] == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-3)
+
+
+def test_criteria_table_gains_over_seeds_and_over_images():
+    log = pd.DataFrame({"criterion": "byol", "name": ["x", "x"], "epoch": [1, 2], "loss": [4.0, 1.0],
+                        "seconds": [2.0, 1.0], "images": [100, 100]})
+    row = {"criterion": "byol", "rho": 0.2, "n_held_out": 100}
+    probes = pd.DataFrame([row | {"seed": s, "epoch": e, "held_out": 0.5 + (0.1 + 0.01 * s) * e}
+                           for s in range(3) for e in (0, 1)])
+    many = summaries.criteria(log, probes).iloc[0]
+    assert (many["gain"], many["n"], many["seeds"]) == (pytest.approx(0.11), 300, 3)
+    assert many["gain_high"] - many["gain"] == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-3)
+    assert (many["images_per_second"], many["minutes"]) == (75, pytest.approx(0.05))
+    one = summaries.criteria(log, probes[probes["seed"] == 0]).iloc[0]
+    assert one["gain_high"] - one["gain"] == pytest.approx(1.96 * math.sqrt((0.24 + 0.25) / 100))
