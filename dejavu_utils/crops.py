@@ -147,4 +147,7 @@ def resample(pixels: Tensor, rects: Tensor, size: int, flip: Tensor | None = Non
     down = _weights(rects[:, 1], rects[:, 3], pixels.shape[-2], size)
     if flip is not None:
         across = torch.where(flip[:, None, None].to(across.device), across.flip(1), across)
-    return down[:, None] @ pixels.float() @ across.transpose(1, 2)[:, None]
+    n, channels, height, width = pixels.shape
+    wide = torch.bmm(pixels.float().reshape(n, channels * height, width), across.transpose(1, 2))
+    down = down[:, None].expand(-1, channels, -1, -1).reshape(n * channels, size, height)
+    return torch.bmm(down, wide.view(n * channels, height, size)).view(n, channels, size, size)

@@ -153,7 +153,8 @@ def finish(crops: Tensor, drawn: Draw) -> Tensor:
     """Return views, normalized float32: crops (n, 3, s, s) in [0, 255], already flipped, with colours and blur."""
     images = _jitter(crops.float(), drawn.gain, drawn.contrast, drawn.matrix)
     if drawn.solarize is not None:
-        images = torch.where(drawn.solarize[:, None, None, None] & (images >= 128), 255 - images, images)
+        threshold = torch.where(drawn.solarize, 128.0, torch.inf)[:, None, None, None]
+        images = torch.where(images >= threshold, 255 - images, images)
     if drawn.sigma is not None:
         images = _blur(images, drawn.sigma, math.ceil(2 * SIGMA * images.shape[-1] / 224))
     return normalize(images)
