@@ -17,9 +17,8 @@ from dejavu_utils.models import Encoder
 # What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 to 2.
 TUNED: dict[str, dict] = {
     "barlow_twins": {"constants": {"redundancy": 0.02}},
-    "byol": {"constants": {"momentum": 0.99}, "lr": 0.002},
-    "dino": {"constants": {"momentum": 0.99, "prototypes": 128, "teacher_temperature": 0.04}, "lr": 0.005,
-             "views": {"local": 2}},
+    "byol": {"lr": 0.005},
+    "dino": {"lr": 0.005, "constants": {"prototypes": 128, "teacher_temperature": 0.04}, "views": {"local": 2}},
 }
 
 
@@ -91,7 +90,7 @@ def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, devic
     jobs = {}
     for model in ("A", "B"):
         source = _training_set(parts, model, how, folder / "pixels", seed)
-        engine = ("engine_vissl", "vissl_config") if how.engine == "vissl" else ("train", "methods", "criteria")
+        engine = ("engine_vissl", "vissl_config") if how.engine == "vissl" else ("train", "methods", "criteria", "distributed")
         code = store.code_version(*engine, "feed", "views", "models", "crops")
         start = f"{seed}/{model}"
         own = store.key(pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code)
