@@ -90,11 +90,11 @@ def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, devic
     jobs = {}
     for model in ("A", "B"):
         source = _training_set(parts, model, how, folder / "pixels", seed)
-        engine = ("engine_vissl", "vissl_config") if how.engine == "vissl" else ("train", "methods", "criteria", "distributed")
-        code = store.code_version(*engine, "feed", "views", "models", "crops")
+        own = ("train", "methods", "criteria", "distributed", "feed", "views", "models", "crops")
+        code = store.code_version(*(("engine_vissl", "vissl_config") if how.engine == "vissl" else own))
         start = f"{seed}/{model}"
-        own = store.key(pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code)
-        where = folder / "encoders" / f"{criterion}-{own}"
+        key = store.key(pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code)
+        where = folder / "encoders" / f"{criterion}-{key}"
         jobs[model] = train.Job(str(source), str(where), how, list(params["epochs"]), start, device,
                                 len(parts["public"].classes))
     setting = {"criterion": criterion, "rho": rho, "seed": seed}
