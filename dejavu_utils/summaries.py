@@ -5,6 +5,10 @@ from __future__ import annotations
 from dejavu_utils import attack
 
 SETTING = ["criterion", "rho", "epoch", "layer", "k", "attacked"]
+# What a probe shows: its name in a figure, and the shares that it is the sum or difference of, each with its n.
+PROBES = {"held_out": ("held-out accuracy", [("held_out", "n_held_out")]),
+          "gap": ("train - held-out gap", [("held_out", "n_held_out"), ("train", "n_train")]),
+          "fresh_gap": ("gap of a probe that saw neither", [("member", "n_train"), ("non_member", "n_held_out")])}
 
 
 def _groups(table):
@@ -39,25 +43,22 @@ def probe_rows(table):
     """
     import pandas as pd
 
-    named = {"held_out": "held-out accuracy", "gap": "train - held-out gap",
-             "fresh_gap": "gap of a probe that saw neither"}
     rows = []
     for (criterion, rho, epoch), group in table.groupby(["criterion", "rho", "epoch"], sort=False, dropna=False):
-        by_seed = group.groupby("seed")[list(named)].mean()
+        by_seed = group.groupby("seed")[list(PROBES)].mean()
         judged = int(group.groupby("seed")["n_held_out"].first().sum())
-        for name, text in named.items():
-            mean, low, high = _interval(by_seed[name].to_numpy(), group, name)
+        for name, (text, shares) in PROBES.items():
+            variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in shares)
+            mean, low, high = _interval(by_seed[name].to_numpy(), variance)
             rows.append({"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text, "mean": mean, "low": low,
                          "high": high, "seeds": len(by_seed), "n_held_out": judged})
     return pd.DataFrame(rows)
 
 
-def _interval(values, group, name: str) -> tuple[float, float, float]:
+def _interval(values, variance: float) -> tuple[float, float, float]:
+    """Return mean, low and high of one number per seed; of a single seed by the variance of the images judged."""
     if len(values) > 1:
         return tuple(attack.over_seeds(values)[name] for name in ("mean", "low", "high"))
-    share = {"held_out": [("held_out", "n_held_out")], "gap": [("held_out", "n_held_out"), ("train", "n_train")],
-             "fresh_gap": [("member", "n_train"), ("non_member", "n_held_out")]}[name]
-    variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in share)
     return values[0], values[0] - 1.96 * variance**0.5, values[0] + 1.96 * variance**0.5
 
 
@@ -121,17 +122,11 @@ def criteria(log, probes):
         before, after = by_seed.iloc[:, 0], by_seed.iloc[:, -1]
         n, lines = int(judged.groupby("seed")["n_held_out"].first().sum()), log[log["criterion"] == criterion]
         loss = lines.groupby("epoch")["loss"].mean()
-        rows.append({"criterion": criterion, "held_out": after.mean(), "untrained": before.mean(),
-                     **_gain((after - before).to_numpy(), after.mean(), before.mean(), n), "n": n,
-                     "seeds": len(by_seed), "first_loss": loss.iloc[0], "last_loss": loss.iloc[-1],
+        variance = sum(share.mean() * (1 - share.mean()) for share in (after, before)) / n
+        gain, low, high = _interval((after - before).to_numpy(), variance)
+        rows.append({"criterion": criterion, "held_out": after.mean(), "untrained": before.mean(), "gain": gain,
+                     "gain_low": low, "gain_high": high, "n": n, "seeds": len(by_seed), "first_loss": loss.iloc[0],
+                     "last_loss": loss.iloc[-1],
                      "images_per_second": (lines["images"] / lines["seconds"]).median(),
                      "minutes": lines["seconds"].sum() / 60 / lines["name"].nunique()})
     return pd.DataFrame(rows)
-
-
-def _gain(differences, after: float, before: float, n: int) -> dict[str, float]:
-    if len(differences) > 1:
-        found = attack.over_seeds(differences)
-        return {"gain": found["mean"], "gain_low": found["low"], "gain_high": found["high"]}
-    half = 1.96 * ((after * (1 - after) + before * (1 - before)) / n) ** 0.5
-    return {"gain": differences[0], "gain_low": differences[0] - half, "gain_high": differences[0] + half}
