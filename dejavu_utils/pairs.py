@@ -44,20 +44,41 @@ def recipe(criterion: str, changes: dict) -> train.Recipe:
     A key of `changes` that is a criterion's name holds changes for that criterion alone. Of the constants each
     criterion takes its own. ValueError names a constant or a criterion that nobody knows.
     """
-    known = {name: methods.constants(name) for name in methods.METHODS}
-    methods.constants(criterion)  # raises: no such criterion
-    common = {name: value for name, value in changes.items() if name not in known}
-    layers = [TUNED.get(criterion, {}), common, changes.get(criterion, {})]
+    common = {name: value for name, value in changes.items() if name not in methods.METHODS}
+    own = common | changes.get(criterion, {})
+    engine = own.get("engine", "own")
+    known, everyone = _constants(engine, criterion), set().union(*(_constants(engine, each) for each in _has(engine)))
+    layers = [TUNED.get(criterion, {}) if engine == "own" else {}, common, changes.get(criterion, {})]
     default = train.Recipe()
     merged = {key: dict(getattr(default, key)) for key in ("constants", "views")}
     for layer in layers:
         for key, value in layer.items():
             merged[key] = merged[key] | value if key in ("constants", "views") else value
-    if unknown := set(merged["constants"]) - set().union(*known.values()):
-        raise ValueError(f"recipe constants: {', '.join(sorted(unknown))} belongs to no criterion: expected of "
-                         f"{ {name: list(values) for name, values in known.items()} }")
-    merged["constants"] = {name: value for name, value in merged["constants"].items() if name in known[criterion]}
+    if unknown := set(merged["constants"]) - everyone:
+        raise ValueError(f"recipe constants: {', '.join(sorted(unknown))} belongs to no criterion: expected some of "
+                         f"{', '.join(sorted(everyone))}")
+    merged["constants"] = {name: value for name, value in merged["constants"].items() if name in known}
     return train.Recipe(**merged | {"criterion": criterion})
+
+
+def _has(engine: str) -> tuple[str, ...]:
+    """Return the criteria that an engine has."""
+    from dejavu_utils import vissl_config
+
+    engines = {"own": tuple(methods.METHODS), "vissl": tuple(vissl_config.LOSSES)}
+    if engine not in engines:
+        raise ValueError(f'engine "{engine}" is not known: expected one of {", ".join(engines)}')
+    return engines[engine]
+
+
+def _constants(engine: str, criterion: str) -> set[str]:
+    """Return the names of the constants of one criterion of an engine."""
+    from dejavu_utils import vissl_config
+
+    if criterion not in _has(engine):
+        raise ValueError(f'criterion "{criterion}" is not known to the engine "{engine}": expected one of '
+                         f"{', '.join(_has(engine))}")
+    return set(methods.constants(criterion)) if engine == "own" else set(vissl_config.LOSSES[criterion][2])
 
 
 @dataclass(frozen=True)
@@ -128,7 +149,8 @@ def plan(params: dict):
     images = params["sizes"]["classes"] * (params["sizes"]["attacked"] + params["sizes"]["shared"])
     for criterion in dict.fromkeys(chosen):
         how, encoders = recipe(criterion, params["recipe"]), 2 * chosen.count(criterion)
-        forward, weights = _cost(how, methods.METHODS[criterion].views)
+        large = methods.METHODS[criterion].views if criterion in methods.METHODS else 2
+        forward, weights = _cost(how, large)
         passes = 4 if criterion in ("byol", "dino") else 3
         seen = images // how.batch * how.batch * max(params["epochs"])
         rows.append({"criterion": criterion, "encoders": encoders, "steps": seen // how.batch,

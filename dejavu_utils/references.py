@@ -81,18 +81,19 @@ def _attacked(pair: Pair, which: str) -> dict:
     return {"a": control.subset(np.flatnonzero(half)), "b": control.subset(np.flatnonzero(~half))}
 
 
-def probes(pair: Pair, epoch: int, layer: str = "backbone", device: str = "cpu"):
+def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"):
     """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps, at one epoch.
 
     `train`, `held_out`, `gap`: a linear probe trained on the encoder's own images, judged on them and on the probe set
     (the paper's baseline). `member`, `non_member`, `fresh_gap`: a probe trained on half of the probe set, judged on the
     encoder's own images and on the other half, so that the probe itself has seen neither. `knn`: k-NN accuracy.
+    `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no seed (see probe.linear_probe).
     """
-    make = functools.partial(_probes, pair, epoch, layer, device)
-    return _cached(pair, f"probe-{epoch:04d}", make, epoch=epoch, layer=layer)
+    make = functools.partial(_probes, pair, epoch, layer, method, device)
+    return _cached(pair, f"probe-{epoch:04d}", make, epoch=epoch, layer=layer, method=method)
 
 
-def _probes(pair: Pair, epoch: int, layer: str, device: str):
+def _probes(pair: Pair, epoch: int, layer: str, method: str, device: str):
     import pandas as pd
 
     held, classes, rows = pair.parts["probe"], len(pair.parts["probe"].classes), []
@@ -102,8 +103,9 @@ def _probes(pair: Pair, epoch: int, layer: str, device: str):
                 for images in (own, held))
         y, t = own.labels, held.labels
         first = np.arange(len(t)) % 2 == 0
-        paper = probe.linear_probe(x, y, z, t, classes)
-        folds = [probe.linear_probe(z[a], t[a], z[~a], t[~a], classes, extra=(x, y)) for a in (first, ~first)]
+        fit = functools.partial(probe.linear_probe, classes=classes, method=method, seed=pair.setting["seed"])
+        paper = fit(x, y, z, t)
+        folds = [fit(z[a], t[a], z[~a], t[~a], extra=(x, y)) for a in (first, ~first)]
         member, fresh = (np.mean([fold[name] for fold in folds]) for name in ("extra", "test"))
         rows.append({"model": model, "train": paper["train"], "held_out": paper["test"], "gap": paper["gap"],
                      "member": member, "non_member": fresh, "fresh_gap": member - fresh,

@@ -103,7 +103,7 @@ def test_probes_never_use_the_public_set(pairs, monkeypatch):
         return squares(images, *arguments)
 
     monkeypatch.setattr(build.data.Images, "squares", watched)
-    row = references._probes(pairs[0], 2, "backbone", "cpu")
+    row = references._probes(pairs[0], 2, "backbone", "lbfgs", "cpu")
     assert seen and not seen & set(pairs[0].parts["public"].ids)
     assert row[["train", "held_out", "member", "non_member", "knn"]].stack().between(0, 1).all()
     assert np.allclose(row["gap"], row["train"] - row["held_out"])
@@ -135,6 +135,16 @@ def test_recipe_changes_for_one_criterion_go_over_those_for_all():
     assert build.recipe("dino", {"views": {"local": 0}}).views["local"] == 0
 
 
+def test_recipe_for_another_engine_has_its_criteria_and_constants():
+    changes = {"engine": "vissl", "encoder": "resnet50", "constants": {"epsilon": 0.05, "temperature": 0.1}}
+    assert build.recipe("swav", changes).constants == {"epsilon": 0.05, "temperature": 0.1}
+    assert build.recipe("dino", changes).views.get("local", 0) == 0  # what was tuned for our own engine stays away
+    with pytest.raises(ValueError, match='criterion "vicreg" is not known to the engine "vissl"'):
+        build.recipe("vicreg", changes)
+    with pytest.raises(ValueError, match='engine "lightning" is not known'):
+        build.recipe("simclr", {"engine": "lightning"})
+
+
 def test_embedding_in_chunks_equals_embedding_at_once(pairs):
     encoders, images = {"A": pairs[0].encoder("A", 1)}, pairs[0].parts["probe"]
     one, many = (references.embed_images(encoders, images, 32, ("projector",), chunk=chunk)["projector"]["A"]
@@ -148,7 +158,7 @@ def test_recipe_gives_each_criterion_its_own_constants():
     assert build.recipe("vicreg", changes).constants == {"invariance": 10.0}
     with pytest.raises(ValueError, match="temprature belongs to no criterion"):
         build.recipe("simclr", {"constants": {"temprature": 1.0}})
-    with pytest.raises(ValueError, match='criterion "simclear" is not known'):
+    with pytest.raises(ValueError, match='criterion "simclear" is not known to the engine "own"'):
         build.recipe("simclear", {})
 
 
