@@ -19,9 +19,9 @@ from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 TABLES = ["scores", "shares", "differences", "controls", "truth", "fig2_probe", "curve"]
-NAMES = {"vicreg": "VICReg", "simclr": "SimCLR"}
+sys.path.insert(0, str(HERE.parent))
+from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
 
 
 def copy(profile: str) -> None:
@@ -31,7 +31,7 @@ def copy(profile: str) -> None:
     source, target = store.runs(profile), HERE / profile
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for name in TABLES:
+    for name in [*TABLES, "criteria"]:
         store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
     meta = json.loads((source / "notebooks" / "02_attack.ipynb.json").read_text())
     busy = store.read_table(source / "tables" / "losses.csv")["seconds"].sum()  # of all encoders, whenever trained
@@ -66,61 +66,74 @@ def _verdict(low: float, high: float, null: float = 0.0) -> str:
     return "supported" if low > null else "contradicted" if high < null else "undecided"
 
 
-def rows(name: str) -> list[list[str]]:
-    """Return the rows of README's table for results/<name>: claim, criterion, value with interval, n, verdict."""
+def _cell(value: float, low: float, high: float, null: float = 0.0, form: str = "+.3f") -> str:
+    """Return a value with its interval: bold where the claim is supported, in italics where it is contradicted."""
+    mark = {"supported": "**", "contradicted": "*", "undecided": ""}[_verdict(low, high, null)]
+    return f"{mark}{_number(value, low, high, form)}{mark}"
+
+
+def _first(table, rho):
+    """Return the rows at the first rho; on real pictures, where rho is missing, all."""
+    return table[(table["rho"] == rho) | table["rho"].isna()]
+
+
+def claims(name: str) -> list[str]:
+    """Return a table with a row per criterion and a column per claim of results/<name>."""
     table = {key: pd.read_csv(HERE / name / f"{key}.csv") for key in TABLES}
-    out = []
     scores = table["scores"].query("layer == 'projector' and ranking == 'own'")
-    last = scores["epoch"].max()
-    first = scores["rho"].iloc[0]
-    main = scores[(scores["epoch"] == last) & ((scores["rho"] == first) | scores["rho"].isna())]
-    for p, text in ((100, "déjà vu score, all examples"), (20, "déjà vu score, p = 20 %")):
-        for row in main[main["p"] == p].itertuples():
-            value = _number(row.score, row.low, row.high)
-            out.append([text, NAMES[row.criterion], value, row.n, _verdict(row.low, row.high)])
-    shares = table["shares"]
-    for row in shares[(shares["epoch"] == last) & ((shares["rho"] == first) | shares["rho"].isna())].itertuples():
-        value = _number(row.ratio, row.ratio_low, row.ratio_high, ".2f")
-        verdict = _verdict(row.ratio_low, row.ratio_high, 1)
-        out.append(["memorized / misrepresented", NAMES[row.criterion], value, row.n, verdict])
-    for name, text in (("last - untrained", "grows: last checkpoint − untrained"),
-                       ("last - first trained", "grows: last − first trained checkpoint"),
-                       ("projector - backbone", "projector − backbone"), ("p = 20 % - all", "p = 20 % − all examples")):
-        chosen = table["differences"][table["differences"]["what"] == name]
-        for row in chosen[(chosen["rho"] == first) | chosen["rho"].isna()].itertuples():
-            out.append([text, NAMES[row.criterion], _number(row.difference, row.low, row.high), row.n,
-                        _verdict(row.low, row.high)])
-    return out + _probe_rows(table["fig2_probe"]) + _truth_rows(table["truth"])
+    last, rho = scores["epoch"].max(), scores["rho"].iloc[0]
+    scores, shares = _first(scores[scores["epoch"] == last], rho), _first(table["shares"], rho)
+    shares = shares[shares["epoch"] == last].set_index("criterion")
+    steps = _first(table["differences"], rho).set_index(["criterion", "what"])
+    differences = ["last - untrained", "last - first trained", "projector - backbone", "p = 20 % - all"]
+    lines = ["| criterion | score, all | score, p = 20 % | memorized / misrepresented | grows: last − untrained | "
+             "last − first trained checkpoint | projector − backbone | p = 20 % − all | n |", "|---" * 9 + "|"]
+    for criterion, group in scores.groupby("criterion", sort=False):
+        by_p, ratio = group.set_index("p"), shares.loc[criterion]
+        cells = [_cell(*by_p.loc[p, ["score", "low", "high"]]) for p in (100, 20)]
+        cells += [_cell(*ratio[["ratio", "ratio_low", "ratio_high"]], 1, ".2f")]
+        cells += [_cell(*steps.loc[(criterion, what), ["difference", "low", "high"]]) for what in differences]
+        lines.append("| " + " | ".join([NAMES[criterion], *cells, str(by_p.loc[100, "n"])]) + " |")
+    return lines
 
 
-def _probe_rows(probe) -> list[list[str]]:
-    out = []
-    for (criterion, quantity), group in probe.groupby(["criterion", "quantity"], sort=False):
-        group = group.sort_values("epoch")
-        form = ".3f" if "accuracy" in quantity else "+.3f"
-        ends = [_number(row["mean"], row["low"], row["high"], form) for row in (group.iloc[0], group.iloc[-1])]
-        out.append([f"linear probe, {quantity}: untrained → end", NAMES[criterion], " → ".join(ends),
-                    int(group["n_held_out"].iloc[0]), "reported"])
-    return out
+def learned(name: str) -> list[str]:
+    """Return a table with a row per criterion: what the probe says before and after, and what training cost."""
+    probe = pd.read_csv(HERE / name / "fig2_probe.csv").sort_values("epoch")
+    cost = HERE / name / "criteria.csv"
+    cost = pd.read_csv(cost).set_index("criterion") if cost.exists() else None
+    lines = ["| criterion | probe, held-out | its train − held-out gap | gap of a probe that saw neither | n |" +
+             (" gain | images/s | minutes |" if cost is not None else ""),
+             "|---" * (5 if cost is None else 8) + "|"]
+    for criterion, group in probe.groupby("criterion", sort=False):
+        cells = []
+        for quantity in ("held-out accuracy", "train - held-out gap", "gap of a probe that saw neither"):
+            one = group[group["quantity"] == quantity]
+            form = ".3f" if "accuracy" in quantity else "+.3f"
+            cells.append(" → ".join(_number(*one.iloc[end][["mean", "low", "high"]], form) for end in (0, -1)))
+        cells.append(str(int(group["n_held_out"].iloc[0])))
+        if cost is not None:
+            row = cost.loc[criterion]
+            cells += [_number(*row[["gain", "gain_low", "gain_high"]]), f"{row['images_per_second']:.0f}",
+                      f"{row['minutes']:.1f}"]
+        lines.append(f"| {NAMES[criterion]} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def _truth_rows(truth) -> list[list[str]]:
-    out = []
+def truths(name: str) -> list[str]:
+    """Return a table of target and reference against the known truth, a row per rho; nothing on real pictures."""
+    truth = pd.read_csv(HERE / name / "truth.csv") if (HERE / name / "truth.csv").stat().st_size > 5 else []
+    if not len(truth):
+        return []
+    lines = ["", "| ρ | criterion | target, above chance | reference | chance | Bayes | reference at most Bayes | n |",
+             "|---" * 8 + "|"]
     for row in truth.sort_values("rho").itertuples():
-        value = _number(row.target, row.target_low, row.target_high, ".3f")
-        verdict = _verdict(row.target_low, row.target_high, row.chance)
-        text = f"ρ = {row.rho:g}: target above chance {row.chance:g}"
-        out.append([text, NAMES[row.criterion], value, row.n, verdict])
-        if row.rho == 0:
-            verdict = "supported" if row.reference_low <= row.chance else "contradicted"
-            text = f"ρ = 0: reference not above chance {row.chance:g}"
-        else:
-            above, below = row.reference_low > row.chance, row.reference_low <= row.bayes
-            verdict = "supported" if above and below else "contradicted" if not below else "undecided"
-            text = f"ρ = {row.rho:g}: reference above chance {row.chance:g}, at most Bayes {row.bayes:.2f}"
-        value = _number(row.reference, row.reference_low, row.reference_high, ".3f")
-        out.append([text, NAMES[row.criterion], value, row.n, verdict])
-    return out
+        fits = "supported" if row.reference_low <= row.bayes else "contradicted"
+        target = _cell(row.target, row.target_low, row.target_high, row.chance, ".3f")
+        lines.append(f"| {row.rho:g} | {NAMES[row.criterion]} | {target} | "
+                     f"{_number(row.reference, row.reference_low, row.reference_high, '.3f')} | {row.chance:g} | "
+                     f"{row.bayes:.2f} | {fits} | {row.n} |")
+    return lines
 
 
 def block(name: str) -> str:
@@ -129,8 +142,7 @@ def block(name: str) -> str:
     sizes = entry["parameters"]["sizes"]
     controls = pd.read_csv(HERE / name / "controls.csv")
     missed = int(((controls["low"] > 0) | (controls["high"] < 0)).sum())
-    lines = ["| claim | criterion | value [95 % interval] | n | verdict |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows(name)]
+    lines = [*claims(name), "", *learned(name), *truths(name)]
     lines += ["", f"Negative controls: {missed} of {len(controls)} intervals miss 0 (about 5 % should, by chance), "
               f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "
