@@ -163,8 +163,10 @@ def _cost(how: train.Recipe, large: int) -> tuple[float, int]:
     """Return (operations of one image's views in a forward pass, number of weights) of a recipe's encoder."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    encoder, counter = Encoder(how.encoder, how.projector, how.size).eval(), FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad():  # shapes only: nothing is computed
+        encoder = Encoder(how.encoder, how.projector, how.size).eval()
+    with torch.device("meta"), torch.no_grad(), counter:
         for side, _ in views.plan(views.Views(**how.views), how.size, large):
             encoder(torch.zeros(1, 3, side, side))
     return counter.get_total_flops(), sum(weight.numel() for weight in encoder.parameters())

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dejavu_utils import store
+from dejavu_utils import methods, pairs, store
+from dejavu_utils.views import Views
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 TINY = {"sizes": {"classes": 3, "attacked": 6, "shared": 2, "public": 0, "probe": 4, "control": 0},
@@ -62,6 +63,30 @@ def test_the_profile_runs_end_to_end(tree, batch, capsys):
     assert len(lists) == 2  # decoded in workers, as pictures that do not fit into memory are
     recipes = [json.loads(path.read_text())["recipe"] for path in folder.glob("encoders/*/epoch-0001.safetensors.json")]
     assert {(recipe["optimizer"], recipe["projector"]) for recipe in recipes} == {("lars", "8-8")}
+
+
+def test_the_recipes_are_the_papers(batch, monkeypatch):
+    """The training recipe of the paper's released code: its values, criterion by criterion."""
+    monkeypatch.delenv("DEJAVU_ROOT", raising=False)
+    given = batch.given("imagenet", {})["01_training"]
+    found = {criterion: pairs.recipe(criterion, given["recipe"]) for criterion in given["criteria"]}
+    for recipe in found.values():
+        assert (recipe.encoder, recipe.optimizer, recipe.batch) == ("resnet101", "lars", 1024)
+        assert recipe.weight_decay == 1e-6
+        assert recipe.warmup * max(given["epochs"]) == 10 and recipe.processes == 8 and recipe.sync_bn
+    assert {name: recipe.lr for name, recipe in found.items()} == {
+        "vicreg": 0.2, "simclr": 0.3, "supervised": 0.2, "barlow_twins": 0.2, "byol": 0.2, "dino": 0.2}
+    assert {found[name].projector for name in ("vicreg", "supervised", "barlow_twins")} == {"8192-8192-8192"}
+    assert found["simclr"].projector == "2048-256" and found["simclr"].constants == {"temperature": 0.15}
+    whole = {name: methods.constants(name) | recipe.constants for name, recipe in found.items()}
+    assert whole["vicreg"] == {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
+    assert whole["barlow_twins"] == {"redundancy": 0.0051} and whole["byol"] == {"momentum": 0.996}
+    dino = whole["dino"]
+    assert (dino["teacher_start"], dino["teacher_temperature"], dino["teacher_warmup"]) == (0.04, 0.07, 50 / 1000)
+    assert (dino["student_temperature"], dino["centre_momentum"], dino["momentum"]) == (0.1, 0.9, 0.996)
+    views = Views(**found["vicreg"].views)
+    assert (views.scale_min, views.strength, views.jitter, views.grey, views.blur, views.solarize) == (
+        0.08, 1.0, 0.8, 0.2, 1.0, 0.2)
 
 
 def test_the_plan_names_jobs_hours_and_disk(batch, capsys):
