@@ -207,6 +207,35 @@ def layers(scores):
     return figure
 
 
+SWEEPS = {"layer": "layer", "k": "k: neighbours that vote", "min_side": "periphery crop: smallest side (px)",
+          "fraction": "corner crop: share of each side"}
+
+
+def sweeps(table):
+    """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most confident.
+
+    Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
+    """
+    kinds = list(dict.fromkeys(table["sweep"]))
+    figure, axes = _axes(min(2, len(kinds)), -(-len(kinds) // 2), width=4.2, height=2.9, sharey=True)
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        part = table[table["sweep"] == kind]
+        values = list(dict.fromkeys(part["value"]))
+        for i, (p, one) in enumerate(part.groupby("p", sort=False)):
+            one = one.set_index("value").loc[values]
+            axis.errorbar(np.arange(len(values)) + 0.16 * i - 0.08, one["score"], fmt="o", markersize=4, capsize=3,
+                          yerr=[one["score"] - one["low"], one["high"] - one["score"]], label=f"p = {p:g} %",
+                          color=(TARGET, "#CC79A7", BAYES)[i])
+        axis.axhline(0, color="grey", lw=1, ls=":")
+        axis.set_xticks(np.arange(len(values)), values)
+        axis.set_xlabel(SWEEPS[kind])
+    for unused in axes.flat[len(kinds):]:
+        unused.remove()
+    _label_left(figure.axes, "déjà vu score")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
+    return figure
+
+
 def gallery(rows, neighbours: int = 4):
     """Return a picture table: crop, true image, then the nearest public images under target and reference, with labels.
 

@@ -47,8 +47,9 @@ def tree(tmp_path, monkeypatch):
 
 
 def test_the_profile_runs_end_to_end(tree, batch, capsys):
-    for stage in ("01_training", "02_attack"):
-        assert batch.execute(stage, "imagenet", TINY) is None
+    sweeps = {"layer": ["block1", "backbone"], "k": [1, 3], "min_side": [30], "fraction": [0.4]}
+    assert batch.execute("01_training", "imagenet", TINY) is None
+    assert batch.execute("02_attack", "imagenet", TINY | {"sweeps": sweeps}) is None
     folder = store.runs("imagenet")
     scores = store.read_table(folder / "tables" / "scores.csv")
     assert set(scores["criterion"]) == {"simclr"} and scores["n"].min() >= 10
