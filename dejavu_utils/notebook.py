@@ -80,14 +80,8 @@ def _recipe() -> dict[str, Any]:
     return fields | {name: fields for name in criteria}
 
 
-def _pruned(checked: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of the checked values those that were given, at every depth: the recipe itself fills in the rest."""
-    return {key: _pruned(checked[key], value) if isinstance(value, dict) else checked[key]
-            for key, value in given.items()}
-
-
-def _checked(label: str, value: Any, default: Any) -> Any:
-    """Return `value` if it may replace `default`, with dict keys that are missing filled in from it."""
+def _checked(label: str, value: Any, default: Any, fill: bool) -> Any:
+    """Return `value` if it may replace `default`; with `fill`, dict keys that are missing are filled in from it."""
     if default is None or type(value) is type(default) and not isinstance(value, (dict, list, tuple)):
         return value
     if isinstance(default, float) and type(value) is int:
@@ -95,19 +89,20 @@ def _checked(label: str, value: Any, default: Any) -> Any:
     if isinstance(default, dict) and isinstance(value, dict):
         if not default or label.split(".")[-1] in OPEN:
             return value
-        return default | merged(value, default, label + ".")
+        return (default if fill else {}) | merged(value, default, label + ".", fill)
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
-        return [_checked(f"{label}[{i}]", item, default[0]) if default else item for i, item in enumerate(value)]
+        return [_checked(f"{label}[{i}]", item, default[0], fill) if default else item for i, item in enumerate(value)]
     pointed = re.sub(r"^([+-]?\d+)(e[+-]?\d+)$", r"\1.0\2", value, flags=re.I) if isinstance(value, str) else value
     hint = f" YAML reads {value} as text: write {pointed}." if pointed != value else ""
     raise ParameterError(f"{label} = {value!r} is {type(value).__name__}, expected {type(default).__name__} "
                          f"such as {default!r}.{hint}")
 
 
-def merged(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def merged(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "", fill: bool = True) -> dict[str, Any]:
     """Return `given` after checking names and types against `defaults`; ParameterError names the nearest parameter.
 
-    An int may stand for a float; None only where the default is None. `recipe` is checked against train.Recipe.
+    An int may stand for a float; None only where the default is None. Dicts are filled in from the default, except
+    `recipe`, which is checked against train.Recipe: Recipe itself fills in the rest.
     """
     checked = {}
     for name, value in given.items():
@@ -116,9 +111,8 @@ def merged(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "
             hint = f"did you mean {where.split(': ')[-1]}{near[0]}?" if near else f"there are: {', '.join(defaults)}."
             raise ParameterError(f"{where}{name} is not a parameter; {hint}")
         recipe = name == "recipe" and defaults[name] == {}
-        checked[name] = _checked(f"{where}{name}", value, _recipe() if recipe else defaults[name])
-        if recipe:
-            checked[name] = _pruned(checked[name], value)
+        default = _recipe() if recipe else defaults[name]
+        checked[name] = _checked(f"{where}{name}", value, default, fill and not recipe)
     return checked
 
 

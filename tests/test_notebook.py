@@ -57,9 +57,10 @@ def test_a_recipe_is_checked_against_the_dataclass_of_training():
     assert found.keys() == {"lr", "constants", "views"}
     assert found["lr"] == 1.0
     assert found["constants"] == {"invariance": 25.0}
-    from dejavu_utils.train import Recipe, Views
-    recipe = Recipe(**found)
-    assert Views(**recipe.views).blur == 0.5
+    from dejavu_utils import pairs
+    from dejavu_utils.train import Recipe
+    recipe = pairs.recipe("vicreg", found)  # fills in the rest
+    assert (recipe.lr, recipe.views["blur"], recipe.constants) == (1.0, 0.5, {"invariance": 25.0})
     assert recipe.views["scale_min"] == Recipe().views["scale_min"]
     with pytest.raises(ParameterError, match=r"recipe.lrr is not a parameter; did you mean recipe.lr\?"):
         merged({"recipe": {"lrr": 1}}, defaults)
