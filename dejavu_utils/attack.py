@@ -55,11 +55,26 @@ def infer(queries, bank, bank_labels, k: int, classes: int) -> dict[str, np.ndar
     return {name: values.cpu().numpy() for name, values in found.items()}
 
 
-def label_inference(crops: dict, public: dict, public_labels, ids: dict, labels: dict, k: int, classes: int):
+def infer_scores(scores) -> dict[str, np.ndarray]:
+    """Return prediction (q,), top5 (q, 5) and confidence (q,) nats of class scores (q, classes), without neighbours.
+
+    The attack on the supervised baseline's logits (paper §2.3): the largest score is the guess, ties go to the lower
+    class; the confidence is minus the entropy of their softmax, comparable with that of votes.
+    """
+    logs = torch.log_softmax(torch.as_tensor(scores).double(), 1)
+    ranking = torch.full((len(logs), 5), -1)
+    best = logs.argsort(dim=1, descending=True, stable=True)[:, :5]
+    ranking[:, :best.shape[1]] = best
+    found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": (logs.exp() * logs).nan_to_num().sum(1)}
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+def label_inference(crops: dict, public: dict | None, public_labels, ids: dict, labels: dict, k: int, classes: int):
     """Return the table of all four (model, attacked set) pairs, in the order of direction, role and id.
 
     `crops[set][model]` (n, d): embeddings of the background crops of set "a" or "b" under model "A" or "B";
-    `public[model]` (m, d) embeddings of X; `ids[set]`, `labels[set]` (n,). Target of "a" is A, of "b" is B.
+    `public[model]` (m, d) embeddings of X, or None where `crops` holds class scores (n, classes) that answer directly;
+    `ids[set]`, `labels[set]` (n,). Target of "a" is A, of "b" is B.
     ValueError when lengths differ, an id appears twice, or a label is outside 0 .. classes - 1.
     """
     import pandas as pd
@@ -76,7 +91,7 @@ def label_inference(crops: dict, public: dict, public_labels, ids: dict, labels:
                 raise ValueError(f"attack.label_inference: set {direction}, model {model}: {len(queries)} embeddings, "
                                  f"{len(name)} ids, {len(truth)} labels; expected one each, at least one, and labels "
                                  f"from 0 to {classes - 1}.")
-            found = infer(queries, public[model], public_labels, k, classes)
+            found = infer(queries, public[model], public_labels, k, classes) if public else infer_scores(queries)
             rows = {"id": name, "label": truth, "direction": direction, "role": role, "prediction": found["prediction"],
                     "correct": found["prediction"] == truth, "correct5": (found["top5"] == truth[:, None]).any(1),
                     "confidence": found["confidence"]}

@@ -189,6 +189,9 @@ def over_rho(table):
     return figure
 
 
+LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
+
+
 def layers(scores):
     """Return the déjà vu score at the end of training by layer, all examples.
 
@@ -196,9 +199,9 @@ def layers(scores):
     """
     kinds = list(dict.fromkeys(scores["criterion"]))
     figure, [[axis]] = _axes(1, width=1.6 + 1.4 * len(kinds), height=3.2)
-    for i, layer in enumerate(name for name in ("projector", "backbone") if name in set(scores["layer"])):
+    for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
         one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
-        axis.bar(np.arange(len(kinds)) + 0.3 * (i - 0.5), one["score"], 0.28, color=(TARGET, "#56B4E9")[i], label=layer,
+        axis.bar(np.arange(len(kinds)) + 0.3 * (i - 0.5), one["score"], 0.28, color=LAYERS[layer], label=layer,
                  yerr=[one["score"] - one["low"], one["high"] - one["score"]], capsize=3, error_kw={"elinewidth": 1})
     axis.axhline(0, color="grey", lw=1)
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])

@@ -25,14 +25,17 @@ def _cached(pair: Pair, name: str, make, **parts):
     return store.read_table(path)
 
 
-def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] = ("projector", "backbone"),
+def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] | None = None,
               attacked: str = "attacked", crop: dict | None = None, device: str = "cpu"):
     """Return the label-inference table of a pair at one epoch: one row per attacked image, model and layer.
 
+    `layers` are projector and backbone if not given, and the logits of the supervised baseline, attacked directly.
     `attacked="control"` attacks images of a third set that neither encoder saw. Columns: those of
     `attack.label_inference`, then criterion, rho, seed, epoch, layer, k, attacked.
     """
     crop = crop or pair.crop
+    scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
+    layers = layers or ("projector", "backbone", *scored)
     make = functools.partial(_two_model, pair, epoch, k, layers, attacked, crop, device)
     return _cached(pair, f"attack-{epoch:04d}", make, epoch=epoch, k=k, layers=layers, attacked=attacked, crop=crop)
 
@@ -66,8 +69,9 @@ def _two_model(pair: Pair, epoch: int, k: int, layers, attacked: str, crop: dict
     for layer in layers:
         at = {name: by_layer[layer] for name, by_layer in found.items()}
         table = attack.label_inference(
-            {side: at[side] for side in ("a", "b")}, at["public"], public.labels, {s: targets[s].ids for s in targets},
-            {s: targets[s].labels for s in targets}, k=k, classes=len(public.classes))
+            {side: at[side] for side in ("a", "b")}, None if layer == "logits" else at["public"], public.labels,
+            {s: targets[s].ids for s in targets}, {s: targets[s].labels for s in targets}, k=k,
+            classes=len(public.classes))
         tables.append(table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked))
     return pd.concat(tables, ignore_index=True)
 

@@ -412,3 +412,16 @@ def test_fast_enough():
         start = time.perf_counter()
         work()
         assert time.perf_counter() - start < 3  # 0.4 s and 0.1 s measured
+
+
+def test_class_scores_answer_directly():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(40, 7))
+    scores[0] = 0.0  # all alike: the lowest class, and no confidence at all
+    found = attack.infer_scores(scores)
+    shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    np.testing.assert_allclose(found["confidence"], (shares * np.log(shares)).sum(1), rtol=1e-12)
+    assert (found["prediction"] == scores.argmax(1)).all() and found["prediction"][0] == 0
+    assert (found["top5"] == np.argsort(-scores, kind="stable")[:, :5]).all()
+    few = attack.infer_scores([[900.0, -900.0]])
+    assert few["confidence"][0] == 0 and few["top5"].tolist() == [[0, 1, -1, -1, -1]]

@@ -145,6 +145,19 @@ def test_recipe_for_another_engine_has_its_criteria_and_constants():
         build.recipe("simclr", {"engine": "lightning"})
 
 
+def test_supervised_logits_are_attacked_without_neighbours(tmp_path):
+    one = build.one(PARAMS, tmp_path, "supervised", 0.2, 0)
+    launch.fit_all(build.jobs([one]), workers=1)
+    table = references.two_model(one, 2, 5)
+    assert list(table["layer"].unique()) == ["projector", "backbone", "logits"]
+    side = one.parts["a"]
+    rects, keep = references.crops.background(side, one.crop)
+    crops = side.subset(keep).squares(32, rects[keep])
+    scores = references.embed(one.encoder("A", 2), crops, ("logits",))["logits"]
+    rows = table.query("layer == 'logits' and direction == 'a' and role == 'target'").set_index("id")
+    assert (rows.loc[side.ids[keep], "prediction"].to_numpy() == scores.argmax(1).numpy()).all()
+
+
 def test_embedding_in_chunks_equals_embedding_at_once(pairs):
     encoders, images = {"A": pairs[0].encoder("A", 1)}, pairs[0].parts["probe"]
     one, many = (references.embed_images(encoders, images, 32, ("projector",), chunk=chunk)["projector"]["A"]
