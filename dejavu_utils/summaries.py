@@ -88,17 +88,22 @@ def differences(table, epochs: list[int]):
     """Return a row per criterion and rho for each paired difference of déjà vu scores over all examples, with interval.
 
     projector - backbone at the end; at the projector the last checkpoint minus the untrained and minus the first
-    trained one, and the 20 % most confident minus all.
+    trained one, the 20 % most confident minus all, and the criterion minus the supervised baseline, which is attacked
+    at its projector and by its logits.
     """
     import pandas as pd
 
     rows, last = [], epochs[-1]
+    baseline = table[(table["criterion"] == "supervised") & (table["epoch"] == last)]
     for (criterion, rho), group in table.groupby(["criterion", "rho"], sort=False, dropna=False):
         at = {(layer, epoch): one for (layer, epoch), one in group.groupby(["layer", "epoch"])}
         end = at["projector", last]
         against = {"projector - backbone": at.get(("backbone", last)), "last - untrained": at.get(("projector", 0)),
                    "last - first trained": at.get(("projector", epochs[1] if len(epochs) > 2 else None)),
                    "p = 20 % - all": end}
+        if criterion != "supervised":
+            same = first_rho(baseline, rho).groupby("layer")
+            against |= {f"- supervised ({layer})": one for layer, one in same if layer in ("projector", "logits")}
         for what, other in against.items():
             if other is not None:
                 p = (20, 100) if other is end else 100

@@ -31,7 +31,7 @@ def copy(profile: str) -> None:
     source, target = store.runs(profile), HERE / profile
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for name in [*TABLES, "criteria"]:
+    for name in [*TABLES, "criteria", "sweeps", "per_class"]:
         store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
     meta = json.loads((source / "notebooks" / "02_attack.ipynb.json").read_text())
     busy = store.read_table(source / "tables" / "losses.csv")["seconds"].sum()  # of all encoders, whenever trained
@@ -167,10 +167,23 @@ def controls_block() -> str:
                       "a rate of 5 %. [`results/controls.csv`](results/controls.csv)."])
 
 
+def claims_block() -> str:
+    """Return the table of the paper's claims and our verdicts, from results/claims.csv (made by results/claims.py)."""
+    table = pd.read_csv(HERE / "claims.csv")
+    lines = ["| | claim | what we found | n | seeds | verdict |", "|---|---|---|---|---|---|"]
+    for row in table.itertuples(index=False):
+        counts = (row.n, row.seeds) if row.n else ("", "")
+        lines.append(f"| {row.id} | {row.claim} | {row.value} | {counts[0]} | {counts[1]} | {row.verdict} |")
+    return "\n".join([*lines, "", "`.venv/bin/python results/claims.py study`, from the tables of the study above; "
+                      "[`results/claims.csv`](results/claims.csv)."])
+
+
 def readme(text: str) -> str:
     """Return README's text with every generated block made anew."""
     for folder in sorted(path.parent.name for path in HERE.glob("*/provenance.json")):
         text = _replaced(text, folder, block(folder))
+    if (HERE / "claims.csv").exists():
+        text = _replaced(text, "claims", claims_block())
     return _replaced(text, "controls", controls_block())
 
 

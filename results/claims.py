@@ -1,0 +1,181 @@
+"""The paper's claims, each with our number and a verdict, from the tables of one results folder: results/claims.csv.
+
+    .venv/bin/python results/claims.py study
+
+A verdict is "supported", "contradicted", "undecided" (the interval holds the null), or "not tested" with its reason.
+Nothing here computes a score or an interval: they are read from the tables that the notebooks wrote.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+SSL = ("vicreg", "barlow_twins", "simclr", "byol", "dino")
+UNTESTED = {
+    "P8": ("VICReg: a larger invariance coefficient lowers the score", "the sweep of trained values is not run yet"),
+    "P9": ("SimCLR: the temperature matters", "the sweep of trained values is not run yet"),
+    "P10": ("the score hardly depends on the size of the training set", "the sweep of trained values is not run yet"),
+    "P12": ("larger models score higher", "the sweep of trained values is not run yet"),
+    "P14": ("a one-model test agrees with the two-model test", "not run on these seeds yet"),
+    "P15": ("an image memorized under one seed is memorized under another", "needs many encoders on the same images"),
+    "P16": ("atypical images are memorized more", "not run on these seeds yet"),
+    "P17": ("the confidence gap tells members from others", "not run on these seeds yet"),
+    "P19": ("reconstructions share more than the class", "there is no decoder yet"),
+}
+
+
+def _read(name: str) -> dict[str, pd.DataFrame]:
+    tables = {key: pd.read_csv(HERE / name / f"{key}.csv") for key in
+              ("scores", "shares", "differences", "fig2_probe", "truth", "sweeps")}
+    rho = tables["scores"]["rho"].iloc[0]
+    for key in ("scores", "shares", "differences"):
+        tables[key] = tables[key][(tables[key]["rho"] == rho) | tables[key]["rho"].isna()]
+    tables["scores"] = tables["scores"].query("layer == 'projector' and ranking == 'own'")
+    return tables
+
+
+def _number(row, value: str = "score", form: str = "+.3f") -> str:
+    return f"{row[value]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def _all(rows, null: float = 0.0) -> str:
+    """Return the verdict on a claim that every row must show; one row that shows the opposite contradicts it."""
+    if (rows["low"] > null).all():
+        return "supported"
+    return "contradicted" if (rows["high"] < null).any() else "undecided"
+
+
+def _end(tables) -> pd.DataFrame:
+    scores = tables["scores"]
+    return scores[scores["epoch"] == scores["epoch"].max()]
+
+
+def _listed(rows, value: str = "score", form: str = "+.3f") -> str:
+    from dejavu_utils.plots import NAMES
+
+    return "; ".join(f"{NAMES[row['criterion']]} {_number(row, value, form)}" for _, row in rows.iterrows())
+
+
+def _steps(tables, what: str, criteria=SSL) -> pd.DataFrame:
+    rows = tables["differences"][tables["differences"]["what"] == what]
+    return rows[rows["criterion"].isin(criteria)]
+
+
+def exists(tables):
+    """P1."""
+    end = _end(tables).query("criterion == 'vicreg' and p == 100")
+    rise = _steps(tables, "p = 20 % - all", ("vicreg",)).assign(score=lambda frame: frame["difference"])
+    both = pd.concat([end, rise])
+    return f"all {_number(end.iloc[0])}, p = 20 % − all {_number(rise.iloc[0])}", _all(both), int(end["n"].iloc[0])
+
+
+def split(tables):
+    """P2."""
+    rows = tables["shares"][tables["shares"]["epoch"] == tables["shares"]["epoch"].max()]
+    rows = rows[rows["criterion"] == "vicreg"].assign(low=rows["ratio_low"], high=rows["ratio_high"])
+    return f"ratio {_number(rows.iloc[0], 'ratio', '.2f')}", _all(rows, 1.0), int(rows["n"].iloc[0])
+
+
+def grows(tables):
+    """P3."""
+    step = _steps(tables, "last - first trained", ("vicreg",))
+    over = tables["scores"].query("criterion == 'vicreg' and p == 100").sort_values("epoch")
+    order = over["epoch"].corr(over["score"], method="spearman")
+    verdict = _all(step) if order > 0.8 else "undecided" if _all(step) != "contradicted" else "contradicted"
+    return (f"Spearman {order:.2f} over {len(over)} checkpoints, last − first trained "
+            f"{_number(step.iloc[0], 'difference')}"), verdict, int(step["n"].iloc[0])
+
+
+def probe(tables):
+    """P4."""
+    gap = tables["fig2_probe"].query("criterion == 'vicreg' and quantity == 'train - held-out gap'")
+    gap = gap.sort_values("epoch")
+    trained = gap[gap["epoch"] > 0]
+    first, last = trained.iloc[0], trained.iloc[-1]
+    scores = tables["scores"].query("criterion == 'vicreg' and p == 100").set_index("epoch")["score"]
+    together = scores.corr(gap.set_index("epoch")["mean"])
+    verdict = "supported" if together <= 0 else "undecided" if last["low"] <= first["high"] else "contradicted"
+    return (f"gap {first['mean']:+.3f} → {last['mean']:+.3f} from the first trained checkpoint to the last; its "
+            f"correlation with the score over checkpoints {together:+.2f}"), verdict, int(gap["n_held_out"].iloc[0])
+
+
+def layer(tables):
+    """P5."""
+    rows = _steps(tables, "projector - backbone")
+    return _listed(rows, "difference"), _all(rows), int(rows["n"].iloc[0])
+
+
+def supervised(tables):
+    """P6."""
+    rows = pd.concat([_steps(tables, f"- supervised ({kind})").assign(kind=kind) for kind in ("projector", "logits")])
+    text = "; ".join(f"against its {kind}: {_listed(part, 'difference')}" for kind, part in rows.groupby("kind"))
+    return text, _all(rows), int(rows["n"].iloc[0])
+
+
+def several(tables):
+    """P7."""
+    rows = _end(tables).query("p == 20 and criterion in @SSL[:4]")
+    shown = int((rows["low"] > 0).sum())
+    verdict = "supported" if shown >= 3 else "contradicted" if (rows["low"] > 0).sum() <= 1 else "undecided"
+    return f"{shown} of {len(rows)} above 0 at p = 20 %: {_listed(rows)}", verdict, int(rows["n"].iloc[0])
+
+
+def corner(tables):
+    """P11."""
+    rows = tables["sweeps"].query("sweep == 'fraction' and value == 0.3 and p == 100 and top == 1")
+    return f"share .3 of each side: {_number(rows.iloc[0])}", _all(rows), int(rows["n"].iloc[0])
+
+
+def neighbours(tables):
+    """P13."""
+    rows = tables["sweeps"].query("sweep == 'k' and p == 100 and top == 1 and value >= 5")
+    text = "; ".join(f"k = {row['value']:g} {_number(row)}" for _, row in rows.iterrows())
+    return text, _all(rows), int(rows["n"].iloc[0])
+
+
+def truth(tables):
+    """P18."""
+    rows = tables["truth"][tables["truth"]["rho"] == 0]
+    if not len(rows):
+        return "no set with rho = 0", "not tested", 0
+    row = rows.iloc[0]
+    value = f"target {row['target']:.3f} [{row['target_low']:.3f}, {row['target_high']:.3f}], Bayes {row['bayes']:.2f}"
+    verdict = "supported" if row["target_low"] > row["bayes"] else "undecided"
+    return f"{value}; more images at fixed steps: not tested", verdict, int(row["n"])
+
+
+CLAIMS = {
+    "P1": ("déjà vu exists, and is larger among the most confident (VICReg)", exists),
+    "P2": ("memorized images are more frequent than misrepresented ones (VICReg)", split),
+    "P3": ("the score grows with training (VICReg)", grows),
+    "P4": ("the probe's train–held-out gap does not reveal it (VICReg)", probe),
+    "P5": ("the projector scores above the backbone, for every criterion", layer),
+    "P6": ("every self-supervised criterion scores above the supervised baseline", supervised),
+    "P7": ("several criteria show it (at least 3 of VICReg, Barlow Twins, SimCLR, BYOL)", several),
+    "P11": ("corner crops show it too (VICReg)", corner),
+    "P13": ("the sign does not depend on k (VICReg)", neighbours),
+    "P18": ("at ρ = 0 the target exceeds the known Bayes accuracy (VICReg)", truth),
+}
+
+
+def table(name: str) -> pd.DataFrame:
+    """Return a row per claim: id, claim, value, n, seeds, verdict."""
+    tables = _read(name)
+    seeds = int(tables["scores"]["seeds"].iloc[0])
+    rows = []
+    for key, (claim, judge) in CLAIMS.items():
+        value, verdict, n = judge(tables)
+        rows.append({"id": key, "claim": claim, "value": value, "n": n, "seeds": seeds, "verdict": verdict})
+    rows += [{"id": key, "claim": claim, "value": why, "n": 0, "seeds": 0, "verdict": "not tested"}
+             for key, (claim, why) in UNTESTED.items()]
+    return pd.DataFrame(sorted(rows, key=lambda row: int(row["id"][1:])))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    table(sys.argv[1]).to_csv(HERE / "claims.csv", index=False)
+    print(table(sys.argv[1])[["id", "verdict", "value"]].to_string(index=False))
