@@ -3,12 +3,20 @@
 import importlib.util
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("update", ROOT / "results" / "update.py")
-update = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(update)
+
+
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+update, claims = _script("update"), _script("claims")
 
 
 def test_readme_agrees_with_results():
@@ -29,3 +37,30 @@ def test_a_changed_number_is_noticed():
                          [(0.1, 0.2, "supported"), (-0.1, 0.1, "undecided"), (-2, -1, "contradicted")])
 def test_verdicts(low, high, verdict):
     assert update._verdict(low, high) == verdict
+
+
+def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
+    """Made-up tables: a claim flips when its interval does, and what nobody measured is not a verdict."""
+    rows = {"criterion": "vicreg", "rho": 0.2, "layer": "projector", "ranking": "own", "seeds": 5, "n": 100}
+    scores = [rows | {"epoch": e, "p": p, "score": 0.001 * e, "low": 0.001 * e - 0.01, "high": 0.001 * e + 0.01}
+              for e in (0, 50, 100) for p in (20, 100)]
+    split = [rows | {"epoch": 100, "ratio": 2.0, "ratio_low": 1.5, "ratio_high": 2.5}]
+    steps = [rows | {"what": what, "difference": 0.05, "low": 0.02, "high": 0.08}
+             for what in ("p = 20 % - all", "last - first trained", "projector - backbone")]
+    steps += [rows | {"what": f"- supervised ({kind})", "difference": -0.05, "low": -0.08, "high": -0.02}
+              for kind in ("projector", "logits")]
+    probe = [rows | {"epoch": e, "quantity": "train - held-out gap", "n_held_out": 50, "mean": 0.3 + 0.001 * e,
+                     "low": 0.29 + 0.001 * e, "high": 0.31 + 0.001 * e} for e in (0, 50, 100)]
+    sweeps = [rows | {"sweep": s, "value": v, "p": 100, "top": 1, "score": 0.1, "low": -0.01, "high": 0.2}
+              for s, v in (("fraction", 0.3), ("k", 5), ("k", 20))]
+    truth = [rows | {"rho": 0.0, "target": 0.2, "target_low": 0.15, "target_high": 0.25, "bayes": 0.1}]
+    (tmp_path / "made").mkdir()
+    for name, table in (("scores", scores), ("shares", split), ("differences", steps), ("fig2_probe", probe),
+                        ("truth", truth), ("sweeps", sweeps)):
+        pd.DataFrame(table).to_csv(tmp_path / "made" / f"{name}.csv", index=False)
+    monkeypatch.setattr(claims, "HERE", tmp_path)
+    found = claims.table("made").set_index("id")["verdict"].to_dict()
+    assert list(found) == [f"P{i}" for i in range(1, 20)]
+    assert {key for key, verdict in found.items() if verdict == "supported"} == {"P1", "P2", "P3", "P5", "P18"}
+    assert {key for key, verdict in found.items() if verdict == "contradicted"} == {"P4", "P6", "P7"}
+    assert found["P11"] == found["P13"] == "undecided" and found["P8"] == "not tested"
