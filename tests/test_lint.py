@@ -70,6 +70,18 @@ def test_profile_fits_the_notebooks(profile, monkeypatch, batch):
     assert batch.given(profile.stem, {}).keys() == {path.stem for path in NOTEBOOKS}
 
 
+@pytest.mark.parametrize("path", sorted(store.PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_module_is_readable(path):
+    """A file of at most 300 lines, functions of at most 60, and a docstring for everything public."""
+    source = path.read_text()
+    assert len(source.splitlines()) <= 300
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
+    top = ast.parse(source).body
+    public = [node for node in top if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
 def test_lint_finds_what_it_should(repository):
     path = repository.add("02_attack", "def f():\n    pass", "%time 1", "exit()", "\n".join(["x = 1"] * 13),
                           parameters="k = 1\nseed = f()  # a call\n")
