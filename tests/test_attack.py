@@ -409,9 +409,9 @@ def test_fast_enough():
     table = simulate(n=1500, digits=9)
     attack.four_way(table, resamples=1)
     for work in (lambda: attack.score(table, 20), lambda: attack.four_way(table)):
-        start = time.perf_counter()
+        start = time.process_time()  # what else runs on the machine does not count
         work()
-        assert time.perf_counter() - start < 3  # 0.4 s and 0.1 s measured
+        assert time.process_time() - start < 3  # 0.9 s and 0.1 s measured
 
 
 def test_class_scores_answer_directly():
