@@ -27,11 +27,11 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
-	@$(PYTHON) -m ruff check dejavu_utils tests results notebooks/batch.py
+	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks/batch.py
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
-	@$(PYTHON) -m ruff check dejavu_utils tests results notebooks/batch.py
+	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks/batch.py
 	@$(PYTHON) -m pytest -q
 
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)

@@ -34,7 +34,7 @@ def _parts(dataset: str, seed: int, rho: float, sizes: str) -> tuple[dict, dict]
         images = data.read("scenes", classes=wanted["classes"], per_class=each, rho=rho, seed=seed)
     else:
         images = data.read(dataset, classes=wanted["classes"])
-    rule = manifests.read(dataset).get("split", {}).get("rule", "disjoint")  # ImageNet has the paper's own
+    rule = (manifests.read(dataset).get("split") or {}).get("rule", "disjoint")  # ImageNet has the paper's own
     return data.parts(images, data.partition(images, wanted, seed, rule)), data.attackable(images)[1]
 
 
