@@ -88,9 +88,10 @@ def _attacked(pair: Pair, which: str) -> dict:
 def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"):
     """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps, at one epoch.
 
-    `train`, `held_out`, `gap`: a linear probe trained on the encoder's own images, judged on them and on the probe set
-    (the paper's baseline). `member`, `non_member`, `fresh_gap`: a probe trained on half of the probe set, judged on the
-    encoder's own images and on the other half, so that the probe itself has seen neither. `knn`: k-NN accuracy.
+    `train`, `held_out`, `gap`: a linear probe trained on the encoder's own images, judged on them and on held-out ones
+    (the paper's baseline): the probe and the control set, which no encoder saw. `member`, `non_member`, `fresh_gap`: a
+    probe trained on half of the held-out images, judged on the encoder's own images and on the other half, so that the
+    probe itself has seen neither. `knn`: k-NN accuracy.
     `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no seed (see probe.linear_probe).
     """
     make = functools.partial(_probes, pair, epoch, layer, method, device)
@@ -100,12 +101,13 @@ def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs
 def _probes(pair: Pair, epoch: int, layer: str, method: str, device: str):
     import pandas as pd
 
-    held, classes, rows = pair.parts["probe"], len(pair.parts["probe"].classes), []
+    held, rows = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])], []
+    t, classes = np.concatenate([images.labels for images in held]), len(pair.parts["probe"].classes)
     for model in ("A", "B"):
         encoder, own = {model: pair.encoder(model, epoch)}, pair.parts[model.lower()]
-        x, z = (embed_images(encoder, images, pair.size(), (layer,), device=device)[layer][model]
-                for images in (own, held))
-        y, t = own.labels, held.labels
+        x, *z = (embed_images(encoder, images, pair.size(), (layer,), device=device)[layer][model]
+                 for images in (own, *held))
+        z, y = torch.cat(z), own.labels
         first = np.arange(len(t)) % 2 == 0
         fit = functools.partial(probe.linear_probe, classes=classes, method=method, seed=pair.setting["seed"])
         paper = fit(x, y, z, t)

@@ -105,6 +105,7 @@ def test_probes_never_use_the_public_set(pairs, monkeypatch):
     monkeypatch.setattr(build.data.Images, "squares", watched)
     row = references._probes(pairs[0], 2, "backbone", "lbfgs", "cpu")
     assert seen and not seen & set(pairs[0].parts["public"].ids)
+    assert (row["n_held_out"] == 4 * (10 + 12)).all()
     assert row[["train", "held_out", "member", "non_member", "knn"]].stack().between(0, 1).all()
     assert np.allclose(row["gap"], row["train"] - row["held_out"])
 
