@@ -1,16 +1,14 @@
-"""Exact k-nearest-neighbour search and label votes, with the same answer for every tile size, backend and device.
+"""Exact k-nearest-neighbour search and label votes, with the same answer for every tile, backend and device.
 
-The search has three steps. A float32 matrix product gives, for every pair, a *lower bound* of the squared distance:
-the usual |b|^2 - 2 q.b + |q|^2 with the largest possible rounding error already subtracted. The `k + margin` smallest
-bounds are candidates, and their distances are computed again in float64 from direct differences. If the k-th of those
-is smaller than the largest bound kept, no other row can be closer, and the answer is proven; the few queries where it
-is not go through the same steps in float64, and at last through all of the bank. The fast step decides only how long
-the search takes, never what it returns.
+A fast matrix product gives, for every pair, a *lower bound* of the squared distance: |q|^2 - 2 q.b + |b|^2, less the
+largest possible error. The smallest bounds are candidates. The first k of them are measured again in float64, from
+direct differences, and so is every other whose bound does not exceed the largest of these k distances. If that leaves
+a candidate over, no other row can be closer: the answer is proven. The few queries where it does not go through the
+same steps more precisely, and at last with all of the bank. The fast step decides only how long the search takes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -18,8 +16,11 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "faiss")
+BITS = {"faiss": 24, "highest": 24, "high": 11, "medium": 8}  # of factors, by engine: float32, float32, TF32, bfloat16
+FOLD = 8  # bounds whose minimum is looked at first
 PAIRS = 1 << 22  # (query, candidate) pairs ranked at a time
-VALUES = 1 << 21  # float64 differences held at a time (16 MB: stays near the processor's caches)
+TILE, ROWS, DIFFERENCES = 1 << 21, 512, 1 << 17  # values of the bank, queries, float64 values at a time: fit in caches
+GPU = 32  # times as much there
 
 
 class Votes(NamedTuple):
@@ -44,19 +45,6 @@ def tree_sum(values: Tensor) -> Tensor:
     return values[..., 0].clone()
 
 
-def _plain(queries: Tensor, bank: Tensor) -> bool:
-    """Return whether float32 can hold the sums of squares; raise ValueError on NaN or infinity."""
-    largest = 0.0
-    for name, values in (("queries", queries), ("bank", bank)):
-        extremes = torch.stack(torch.aminmax(values)).float() if values.numel() else torch.zeros(2)
-        if not torch.isfinite(extremes).all():
-            row = int((~torch.isfinite(values.float()).all(1)).nonzero()[0])
-            raise ValueError(f"knn.search: {name} row {row} holds NaN or infinity (as float32); expected finite "
-                             "embeddings. Look for a diverged checkpoint.")
-        largest = max(largest, float(extremes.abs().max()))
-    return 8 * queries.shape[1] * largest**2 < 1e37
-
-
 def _check(queries: Tensor, bank: Tensor, k: int, backend: str, tile: int | None) -> None:
     """Raise ValueError unless the arguments of `search` fit together."""
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1] or queries.shape[1] == 0:
@@ -68,92 +56,124 @@ def _check(queries: Tensor, bank: Tensor, k: int, backend: str, tile: int | None
         raise ValueError(f"knn.search: backend {backend!r}, tile {tile}; expected one of {BACKENDS}, tile >= 1.")
 
 
-@contextlib.contextmanager
-def _full_precision(device: torch.device):
-    """Make matrix products true float32: no TF32, no bfloat16, no autocast. The error bound assumes it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _largest(name: str, values: Tensor) -> float:
+    """Return the largest absolute value; raise ValueError on NaN or infinity."""
+    largest = torch.linalg.vector_norm(values, torch.inf, dim=1).float()
+    wrong = (~torch.isfinite(largest)).nonzero()
+    if len(wrong):
+        raise ValueError(f"knn.search: {name} row {int(wrong[0])} holds NaN or infinity (as float32); expected finite "
+                         "embeddings. Look for a diverged checkpoint.")
+    return float(largest.amax()) if len(values) else 0.0
 
 
-def _slack(width: int, dtype: torch.dtype) -> float:
-    """Return the largest error of a bound, as a share of |q|^2 + |b|^2, for any order of summation.
+def _points(rows: Tensor, centre: Tensor, engine: str, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centred rows with the bits that `engine` multiplies, |row|^2, and how far rounding moved each at most.
 
-    A dot product of d terms errs by at most d u |q||b| to first order; 32 more cover centring, norms (taken in float64)
-    and the last additions. Doubled for faiss, whose dot product carries |b|^2 as one more term.
+    `memory` (2, rows, d) is used again for every tile: fresh memory would cost more time than the arithmetic.
     """
-    unit = torch.finfo(dtype).eps / 2
-    share = (width + 32) * (2 * unit + 2.0**-52)
-    return share / (1 - share)
+    (points, rounded), lost = memory[:, : len(rows)], 1 << 24 - BITS[engine]
+    torch.sub(rows.to(points.device).float().to(points.dtype), centre, out=points)
+    moved = torch.zeros_like(points[:, 0])
+    if lost > 1:
+        torch.add(points.view(torch.int32), lost // 2, out=rounded.view(torch.int32)).bitwise_and_(-lost)
+        points, moved = rounded, torch.linalg.vector_norm(points.sub_(rounded), dim=1)
+    return points, torch.linalg.vector_norm(points, dim=1).square_(), moved
 
 
-def _smallest_torch(queries: Tensor, bank: Tensor, norms: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the `keep` smallest norms - 2 q.b per query and their columns, both (q, keep)."""
-    bounds = torch.mm(queries * -2, bank.T).add_(norms)
-    return bounds.topk(keep, largest=False, sorted=False)
+def _smallest(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all norms - 2 q.b that belong among the `best` (q, keep) seen, or more, and their columns.
+
+    They are in the FOLDs with the smallest minima. `queries` come times -2.
+    """
+    n, across = len(points), len(points) + -len(points) % FOLD
+    bounds = memory[: len(queries) * across].view(-1, across)
+    bounds[:, n:] = torch.inf
+    torch.mm(queries, points.T, out=bounds[:, :n]).add_(norms)
+    lowest = bounds.unflatten(1, (FOLD, -1)).amin(1)
+    few = min(best.shape[1], int((lowest < best.amax(1, keepdim=True)).sum(1).amax()))
+    place = lowest.topk(few, largest=False, sorted=False).indices.repeat(1, FOLD)
+    column = place + torch.arange(0, across, across // FOLD, device=place.device).repeat_interleave(few)
+    return bounds.gather(1, column), column
 
 
-def _smallest_faiss(queries: Tensor, bank: Tensor, norms: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return what `_smallest_torch` returns, from faiss's inner-product search on the CPU (float32 only)."""
+def _smallest_faiss(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, _) -> tuple[Tensor, Tensor]:
+    """Return what `_smallest` returns, from faiss's inner-product search on the CPU."""
     import faiss  # after torch: both bring CUDA libraries, and torch's must be loaded first
 
-    left = torch.nn.functional.pad(queries, (0, 1), value=1.0).cpu().numpy()
-    right = torch.cat([bank, norms[:, None] / -2], 1).cpu().numpy()
-    inner, column = faiss.knn(left, right, keep, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(inner).to(queries.device) * -2, torch.from_numpy(column).to(queries.device)
+    left = torch.nn.functional.pad(queries, (0, 1), value=1.0).neg().cpu().numpy()
+    right = torch.cat([points, norms[:, None]], 1).cpu().numpy()
+    inner, column = faiss.knn(left, right, min(best.shape[1], len(points)), metric=faiss.METRIC_INNER_PRODUCT)
+    return -torch.from_numpy(inner).to(best.device), torch.from_numpy(column).to(best.device)
 
 
-def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, backend: str, tile: int):
-    """Return candidate columns (q, keep) and a bound (q,) float64 that every other row's distance reaches.
+def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, engine: str, tile: int | None):
+    """Return `keep` candidate columns per query and lower bounds of their squared distances, ascending, both (q, keep).
 
-    The bank is streamed in tiles. Vectors are centred first: a common offset would swamp the differences.
+    The last bound holds for every other row, too. In any order of summation, a dot product of d terms errs by at most
+    d u |q||b| to first order, a norm by d u |b|^2; 32 more cover the rest. u doubles for faiss, whose product carries
+    |b|^2 as well, and is four times as large where a matrix unit may cut sums instead of rounding them. A coarse engine
+    rounds its factors first. That changes a distance by no more than it moves the two points, a measured length.
     """
-    centre = bank[:4096].float().mean(0).to(queries.device, dtype)
-    width, smallest = queries.shape[1], (_smallest_faiss if backend == "faiss" else _smallest_torch)
-    shrink = 1 - _slack(width, dtype)
-    queries = queries.to(dtype) - centre
-    best, column = queries[:, :0], torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    (q, width), smallest = queries.shape, _smallest_faiss if engine == "faiss" else _smallest
+    more, tiny = GPU if queries.is_cuda else 1, torch.finfo(dtype).tiny
+    share = (width + 32) * (torch.finfo(dtype).eps * {"highest": 1.5, "faiss": 3}.get(engine, 6) + 2.0**-52)
+    share /= 1 - share
+    step, tile = ROWS * more, min(len(bank), tile or max(256, TILE * more // width))
+    centre = bank[:: -(-len(bank) // 256)].double().mean(0).to(queries.device, dtype)  # an offset swamps differences
+    memory = queries.new_empty(2, max(q, tile), width, dtype=dtype)
+    points, own, moved = _points(queries, centre, engine, memory)
+    mine, furthest = points * -2, torch.zeros_like(own[0])
+    best, column = mine.new_full((q, keep), torch.inf), torch.zeros(q, keep, dtype=torch.int64, device=mine.device)
+    bounds = mine.new_empty(min(q, step) * (tile + FOLD))
     for start in range(0, len(bank), tile):
-        part = bank[start : start + tile].to(queries.device).float().to(dtype) - centre
-        norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square() * shrink
-        value, index = smallest(queries, part, norms.to(dtype), min(keep, len(part)))
-        value, index = torch.cat([best, value], 1), torch.cat([column, index + start], 1)
-        best, order = value.topk(min(keep, value.shape[1]), largest=False, sorted=False)
-        column = index.gather(1, order)
-    own = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64).square() * shrink
-    return column, best.amax(1).double() + own - 8 * width * torch.finfo(dtype).tiny
+        points, norms, shift = _points(bank[start : start + tile], centre, engine, memory)
+        norms, furthest = norms.mul_(1 - share), torch.maximum(furthest, shift.amax())
+        for rows, low, at in zip(mine.split(step), best.split(step), column.split(step), strict=True):
+            value, new = smallest(rows, points, norms, low, bounds)
+            value, order = torch.cat([low, value], 1).topk(keep, largest=False, sorted=False)
+            low.copy_(value)
+            at.copy_(torch.cat([at, new + start], 1).gather(1, order))
+    best, order = best.sort(1)
+    bound = best.double() + (own.double() * (1 - share) - 8 * width * tiny)[:, None]
+    if BITS[engine] < 24:
+        shift = (moved.double() + furthest.double())[:, None] * (1 + share) + 2 * math.sqrt(width * tiny)
+        bound = bound.clamp_(min=0).sqrt_().sub_(shift).clamp_(min=0).square_()
+    return column.gather(1, order), bound
 
 
-def _rank(queries: Tensor, bank: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k smallest float64 squared distances among `columns` (q, c) and their columns; ties by column."""
-    columns = columns.sort(1).values
-    flat, width = columns.reshape(-1), columns.shape[1]
-    distances = torch.empty(len(flat), dtype=torch.float64, device=queries.device)
-    step = max(1, VALUES // queries.shape[1])
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step]
-        row = torch.arange(start, start + len(part), device=queries.device) // width
-        other = bank[part.to(bank.device)].to(queries.device).float().double()
-        difference = queries[row].double() - other
-        distances[start : start + step] = tree_sum(difference.mul_(difference))
-    distances = distances.reshape(columns.shape)
-    order = torch.argsort(distances, dim=1, stable=True)[:, :k]
-    return distances.gather(1, order), columns.gather(1, order)
+def _distances(queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor) -> Tensor:
+    """Return float64 squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p, c)."""
+    (p, c), width = columns.shape, queries.shape[1]
+    step = max(1, DIFFERENCES * (GPU if queries.is_cuda else torch.get_num_threads()) // (width * c))
+    memory = queries.new_empty(min(step, p), c, width, dtype=torch.float64)
+    found = queries.new_empty(p, c, dtype=torch.float64)
+    for start in range(0, p, step):
+        part = columns[start : start + step].flatten().to(bank.device)
+        difference = memory[: len(part) // c]
+        difference.view(-1, width).copy_(bank.index_select(0, part).float())
+        difference.sub_(queries.index_select(0, rows[start : start + step]).double()[:, None])
+        found[start : start + step] = tree_sum(difference.mul_(difference))
+    return found
 
 
-def _attempt(queries: Tensor, bank: Tensor, k: int, keep: int, dtype: torch.dtype, backend: str, tile: int):
+def _attempt(queries: Tensor, bank: Tensor, k: int, keep: int, dtype: torch.dtype, engine: str, tile: int | None):
     """Return distances, columns and whether each row is proven, looking at `keep` candidates per query."""
-    if keep == len(bank):
-        column = torch.arange(keep, device=queries.device).expand(len(queries), keep)
-        return *_rank(queries, bank, column, k), torch.ones(len(queries), dtype=torch.bool, device=queries.device)
-    with _full_precision(queries.device):
-        column, bound = _candidates(queries, bank, keep, dtype, backend, tile)
-    distance, column = _rank(queries, bank, column, k)
-    return distance, column, distance[:, -1] < bound
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
+    try:
+        with torch.autocast(queries.device.type, enabled=False):
+            column, bound = _candidates(queries, bank, keep, dtype, engine, tile)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    distance = torch.full_like(bound, torch.inf)
+    distance[:, :k] = _distances(queries, torch.arange(len(queries), device=queries.device), bank, column[:, :k])
+    limit = distance[:, :k].amax(1, keepdim=True)
+    proven = (bound[:, -1:] > limit) | (keep == len(bank))
+    row, place = (proven & (bound <= limit))[:, k:].nonzero(as_tuple=True)
+    distance[row, place + k] = _distances(queries, row, bank, column[row, place + k][:, None])[:, 0]
+    column, order = column.sort(1)
+    distance, order = distance.gather(1, order).sort(dim=1, stable=True)
+    return distance[:, :k], column.gather(1, order[:, :k]), proven[:, 0]
 
 
 @torch.no_grad()
@@ -166,19 +186,18 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     NaN, on widths that differ and on k > n. The paper's attack: L2, raw embeddings, neighbours in the public set X.
     """
     _check(queries, bank, k, backend, tile)
-    plain = _plain(queries, bank)
     if "mps" in (queries.device.type, bank.device.type):  # Apple's GPU has no float64
         queries, bank = queries.cpu(), bank.cpu()
-    queries = queries.float()
-    tile = tile or (4096 if queries.device.type == "cpu" else 16384)
+    plain = 8 * queries.shape[1] * max(_largest("queries", queries), _largest("bank", bank)) ** 2 < 1e37
+    queries, n, few = queries.float(), len(bank), k + k // 2 + 24
+    coarse = {"cuda": "high", "cpu": "medium" if torch.cpu._is_amx_tile_supported() else "highest"}
+    first = "faiss" if backend == "faiss" else coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"
+    plan = [(few, torch.float32, first), (few, torch.float32, "highest")][first == "highest" :] if plain else []
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
-    columns = torch.empty_like(distances, dtype=torch.int64)
-    few, n = k + k // 4 + 16, len(bank)
-    first = [(few, torch.float32, backend)] if plain else []
-    todo = torch.arange(len(queries), device=queries.device)
-    for keep, dtype, engine in [*first, (4 * few, torch.float64, "torch"), (n, torch.float64, "torch")]:
+    columns, todo = torch.empty_like(distances, dtype=torch.int64), torch.arange(len(queries), device=queries.device)
+    for keep, dtype, engine in [*plan, (4 * few, torch.float64, "highest"), (n, torch.float64, "highest")]:
         keep, missed = min(keep, n), [todo[:0]]
-        for rows in filter(len, todo.split(max(1, min(tile, PAIRS // keep)))):
+        for rows in filter(len, todo.split(max(1, min(tile or 4096, PAIRS // keep)))):
             distances[rows], columns[rows], proven = _attempt(queries[rows], bank, k, keep, dtype, engine, tile)
             missed.append(rows[~proven])
         todo = torch.cat(missed)

@@ -36,11 +36,13 @@ def points(n, d, seed, kind="normal"):
     source = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=source)
     # "grid": small integers, so distances are exact and often tie; "offset": a large common mean, tiny differences.
-    return {"normal": x, "grid": x.mul(1.5).round(), "offset": x * 1e-3 + 7, "tiny": x * 1e-22, "huge": x * 1e25,
-            "relu": x.relu() + 50 * (torch.arange(d) == 0)}[kind]
+    # "pairs": two far clusters whose inner distances bfloat16 cannot see.
+    pairs = x * 1e-3 + torch.arange(n)[:, None] % 2
+    return {"normal": x, "pairs": pairs, "grid": x.mul(1.5).round(), "offset": x * 1e-3 + 7, "tiny": x * 1e-22,
+            "huge": x * 1e25, "relu": x.relu() + 50 * (torch.arange(d) == 0)}[kind]
 
 
-@pytest.mark.parametrize("kind", ["normal", "grid", "offset", "tiny", "huge", "relu"])
+@pytest.mark.parametrize("kind", ["normal", "grid", "offset", "tiny", "huge", "relu", "pairs"])
 @pytest.mark.parametrize("n, d", [(1, 1), (2, 3), (7, 1), (64, 3), (257, 128)])
 def test_search_equals_oracle(n, d, kind):
     queries, bank = points(5, d, 1, kind), points(n, d, 2, kind)
@@ -95,14 +97,60 @@ def test_ties_go_to_the_lower_row():
     assert distances.tolist() == [[0, 4, 4, 4]] * 2
 
 
-def test_the_bound_is_a_lower_bound_and_proves_most_rows():
-    queries, bank = points(200, 256, 9), points(1500, 256, 10)
-    exact = torch.cdist(queries.double(), bank.double()).square()
-    for backend in ("torch", "faiss"):
-        columns, bound = knn._candidates(queries, bank, 40, torch.float32, backend, 600)
-        rest = exact.scatter(1, columns, torch.inf).amin(1)
-        assert (bound <= rest).all()
-        assert (knn._rank(queries, bank, columns, 20)[0][:, -1] < bound).float().mean() > 0.95
+@pytest.fixture
+def matrix_unit(monkeypatch):
+    """Make products round their factors first, to TF32 or bfloat16 when torch is told so, as matrix units do."""
+    product, before = torch.mm, torch.get_float32_matmul_precision()
+
+    def mm(left, right, out):
+        lost = {"highest": 1, "high": 1 << 13, "medium": 1 << 16}[torch.get_float32_matmul_precision()]
+        if lost > 1:
+            left, right = (x.contiguous().view(torch.int32).add(lost // 2).bitwise_and_(-lost).view(torch.float32)
+                           for x in (left, right))
+        return out.copy_(product(left, right))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("engine, proven", [("highest", 0.95), ("faiss", 0.95), ("high", 0.95), ("medium", 0.7)])
+@pytest.mark.parametrize("kind", ["normal", "relu", "pairs", "tiny", "offset"])
+def test_the_bound_is_a_lower_bound_and_proves_most_rows(engine, proven, kind, matrix_unit):
+    queries, bank = points(200, 256, 9, kind), points(1500, 256, 10, kind)
+    exact = torch.cdist(queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
+    columns, bound = knn._candidates(queries, bank, 60, torch.float32, engine, 600)
+    assert (bound <= exact.gather(1, columns)).all()
+    assert (bound[:, -1] <= exact.scatter(1, columns, torch.inf).amin(1)).all()
+    assert (bound.diff(dim=1) >= 0).all()
+    if kind in ("normal", "relu"):
+        assert (exact.topk(20, largest=False).values[:, -1] < bound[:, -1]).float().mean() > proven
+
+
+@pytest.mark.parametrize("engine, unit", [("high", 2**-10), ("medium", 2**-7)])
+def test_the_bound_holds_when_rounding_is_at_its_worst(engine, unit, matrix_unit):
+    # Every coordinate of two opposite points moves outwards, by nearly half a unit in the last place.
+    queries, bank = torch.full((1, 64), 1 + 0.51 * unit), torch.full((4, 64), 1 + 0.51 * unit)
+    bank[::2] *= -1  # centred at zero
+    torch.set_float32_matmul_precision(engine)
+    columns, bound = knn._candidates(queries, bank, 4, torch.float32, engine, None)
+    exact = (queries.double() - bank.double()).square().sum(1)[columns]
+    assert (bound <= exact).all() and bound.amax() > 0.998 * exact.amax()  # and no more than it has to be below
+
+
+@pytest.mark.parametrize("kind", ["normal", "grid", "offset", "pairs", "relu", "tiny", "huge"])
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_coarse_first_pass_changes_nothing(kind, amx, monkeypatch, matrix_unit):
+    queries, bank = points(30, 48, 17, kind), points(1300, 48, 18, kind)
+    expected = naive_search(queries, bank, 2)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    used, candidates = [], knn._candidates
+    monkeypatch.setattr(knn, "_candidates", lambda *given: used.append(given[4]) or candidates(*given))
+    distances, rows = knn.search(queries, bank, 2)
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-13)
+    np.testing.assert_array_equal(rows, expected[1])
+    assert ("medium" in used) == (amx and kind != "huge")
 
 
 def test_half_precision_banks_widen_exactly():
