@@ -29,7 +29,7 @@ UNTESTED = {
 
 
 def _read(name: str) -> dict[str, pd.DataFrame]:
-    tables = {key: pd.read_csv(HERE / name / f"{key}.csv") for key in
+    tables = {key: pd.read_csv(HERE / name / f"{key}.csv", dtype={"value": str}) for key in
               ("scores", "shares", "differences", "fig2_probe", "truth", "sweeps")}
     rho = tables["scores"]["rho"].iloc[0]
     for key in ("scores", "shares", "differences"):
@@ -126,14 +126,15 @@ def several(tables):
 
 def corner(tables):
     """P11."""
-    rows = tables["sweeps"].query("sweep == 'fraction' and value == 0.3 and p == 100 and top == 1")
+    rows = tables["sweeps"].query("sweep == 'fraction' and value == '0.3' and p == 100 and top == 1")
     return f"share .3 of each side: {_number(rows.iloc[0])}", _all(rows), int(rows["n"].iloc[0])
 
 
 def neighbours(tables):
     """P13."""
-    rows = tables["sweeps"].query("sweep == 'k' and p == 100 and top == 1 and value >= 5")
-    text = "; ".join(f"k = {row['value']:g} {_number(row)}" for _, row in rows.iterrows())
+    rows = tables["sweeps"].query("sweep == 'k' and p == 100 and top == 1")
+    rows = rows[rows["value"].astype(float) >= 5]
+    text = "; ".join(f"k = {row['value']} {_number(row)}" for _, row in rows.iterrows())
     return text, _all(rows), int(rows["n"].iloc[0])
 
 

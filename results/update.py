@@ -1,6 +1,7 @@
 """Copy what README quotes from runs/<profile> to results/<name>, with its provenance, and rewrite README's tables.
 
     .venv/bin/python results/update.py study          # runs/study -> results/study, then README
+    .venv/bin/python results/update.py study "k=10"   # the same for a run with P="k=10"
     .venv/bin/python results/update.py                # README only, from what results/ holds
 
 README's blocks between `<!-- results:<name> -->` and `<!-- end -->` are generated; tests/test_results.py fails when
@@ -24,8 +25,11 @@ sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
 
 
-def copy(profile: str) -> None:
-    """Copy tables, curves and provenance of runs/<profile>; galleries and examples only where the pictures are ours."""
+def copy(profile: str, changes: str = "") -> None:
+    """Copy tables, curves and provenance of runs/<profile>; galleries and examples only where the pictures are ours.
+
+    `changes` is what was passed as P= to the command.
+    """
     from dejavu_utils import store
 
     source, target = store.runs(profile), HERE / profile
@@ -43,7 +47,8 @@ def copy(profile: str) -> None:
     encoders = [json.loads(path.read_text()) for path in source.glob("encoders/*/epoch-*.safetensors.json")]
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    entry = {"command": f"make figures PROFILE={profile}", "commit": commit, "code": meta["code"],
+    command = f"make figures PROFILE={profile}" + (f" P='{changes}'" if changes else "")
+    entry = {"command": command, "commit": commit, "code": meta["code"],
              "encoders_trained_with": sorted({item["code"] for item in encoders}), "seeds": meta["parameters"]["seeds"],
              "parameters": meta["parameters"], "device": f"{meta['device']}, {_processor()}",
              "versions": meta["versions"],
@@ -196,8 +201,8 @@ def _replaced(text: str, name: str, content: str) -> str:
 
 
 if __name__ == "__main__":
-    for profile in sys.argv[1:]:
-        copy(profile)
+    if sys.argv[1:]:
+        copy(*sys.argv[1:3])
     path = HERE.parent / "README.md"
     path.write_text(readme(path.read_text()))
     print("README.md and results/ agree")
