@@ -155,6 +155,7 @@ def _reported(stage: str, folder: str) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        os.environ.pop("DEJAVU_PROGRESS", None)  # its folder goes away
 
 
 def _problem(notebook: Path, error: Exception | None) -> str | None:
