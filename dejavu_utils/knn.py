@@ -1,14 +1,15 @@
 """Exact k-nearest-neighbour search and label votes, with the same answer for every tile, backend and device.
 
 A fast matrix product gives, for every pair, a *lower bound* of the squared distance: |q|^2 - 2 q.b + |b|^2, less the
-largest possible error. The smallest bounds are candidates. The first k of them are measured again in float64, from
-direct differences, and so is every other whose bound does not exceed the largest of these k distances. If that leaves
-a candidate over, no other row can be closer: the answer is proven. The few queries where it does not go through the
-same steps more precisely, and at last with all of the bank. The fast step decides only how long the search takes.
+largest possible error. The smallest bounds are candidates. The first k are measured in float64, from differences, and
+so is every other whose bound does not exceed the largest of these k distances. If that leaves a candidate over, no
+other row can be closer: the answer is proven. The few queries where it does not go through the same steps more
+precisely, and at last with all of the bank. The fast step decides only how long the search takes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -17,8 +18,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "faiss")
 BITS = {"faiss": 24, "highest": 24, "high": 11, "medium": 8}  # of factors, by engine: float32, float32, TF32, bfloat16
-FOLD = 8  # bounds whose minimum is looked at first
-PAIRS = 1 << 22  # (query, candidate) pairs ranked at a time
+FOLD, PAIRS = 8, 1 << 22  # bounds whose minimum is looked at first; (query, candidate) pairs ranked at a time
 TILE, ROWS, DIFFERENCES = 1 << 21, 512, 1 << 17  # values of the bank, queries, float64 values at a time: fit in caches
 GPU = 32  # times as much there
 
@@ -34,8 +34,7 @@ class Votes(NamedTuple):
 def tree_sum(values: Tensor) -> Tensor:
     """Return the sum over the last axis, halving it until one value is left; `values` is overwritten.
 
-    Library reductions choose their order by device and thread count. Element-wise additions do not, so this one gives
-    the same bits everywhere, and its rounding error grows with log2 of the length only.
+    Library reductions choose their order, element-wise additions do not: the same bits everywhere, and a small error.
     """
     length = values.shape[-1]
     while length > 1:
@@ -58,19 +57,15 @@ def _check(queries: Tensor, bank: Tensor, k: int, backend: str, tile: int | None
 
 def _largest(name: str, values: Tensor) -> float:
     """Return the largest absolute value; raise ValueError on NaN or infinity."""
-    largest = torch.linalg.vector_norm(values, torch.inf, dim=1).float()
-    wrong = (~torch.isfinite(largest)).nonzero()
-    if len(wrong):
-        raise ValueError(f"knn.search: {name} row {int(wrong[0])} holds NaN or infinity (as float32); expected finite "
-                         "embeddings. Look for a diverged checkpoint.")
-    return float(largest.amax()) if len(values) else 0.0
+    largest = float(torch.stack(torch.aminmax(values)).float().abs().amax()) if values.numel() else 0.0
+    if not math.isfinite(largest):
+        row = int((~torch.isfinite(values.float()).all(1)).nonzero()[0])
+        raise ValueError(f"knn.search: {name} row {row} holds NaN or infinity; expected finite float32. Diverged?")
+    return largest
 
 
 def _points(rows: Tensor, centre: Tensor, engine: str, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return centred rows with the bits that `engine` multiplies, |row|^2, and how far rounding moved each at most.
-
-    `memory` (2, rows, d) is used again for every tile: fresh memory would cost more time than the arithmetic.
-    """
+    """Return centred rows in the bits that `engine` multiplies, their |row|^2, and how far rounding moved each."""
     (points, rounded), lost = memory[:, : len(rows)], 1 << 24 - BITS[engine]
     torch.sub(rows.to(points.device).float().to(points.dtype), centre, out=points)
     moved = torch.zeros_like(points[:, 0])
@@ -81,19 +76,28 @@ def _points(rows: Tensor, centre: Tensor, engine: str, memory: Tensor) -> tuple[
 
 
 def _smallest(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all norms - 2 q.b that belong among the `best` (q, keep) seen, or more, and their columns.
+    """Return the norms - 2 q.b that belong among the `best` (q, keep) seen, infinity after them, and their columns.
 
-    They are in the FOLDs with the smallest minima. `queries` come times -2.
+    They are few, and the minimum of every FOLD says where to look. `queries` come times -2.
     """
-    n, across = len(points), len(points) + -len(points) % FOLD
-    bounds = memory[: len(queries) * across].view(-1, across)
+    (q, keep), n, across = best.shape, len(points), len(points) + -len(points) % FOLD
+    bounds = memory[: q * across].view(q, across)
     bounds[:, n:] = torch.inf
     torch.mm(queries, points.T, out=bounds[:, :n]).add_(norms)
-    lowest = bounds.unflatten(1, (FOLD, -1)).amin(1)
-    few = min(best.shape[1], int((lowest < best.amax(1, keepdim=True)).sum(1).amax()))
-    place = lowest.topk(few, largest=False, sorted=False).indices.repeat(1, FOLD)
-    column = place + torch.arange(0, across, across // FOLD, device=place.device).repeat_interleave(few)
-    return bounds.gather(1, column), column
+    folds, limit = bounds.unflatten(1, (FOLD, -1)), best.amax(1, keepdim=True)
+    lowest = folds.amin(1)
+    if keep < lowest.shape[1] and limit.isinf().any():  # `keep` minima are `keep` values: nothing larger is needed
+        limit = lowest.topk(keep, largest=False, sorted=False).values.amax(1, keepdim=True)
+    row, place = (lowest <= limit).nonzero(as_tuple=True)
+    found = folds[row, :, place]
+    hit, fold = (found <= limit[row]).nonzero(as_tuple=True)
+    row, found, new = row[hit], found[hit, fold], place[hit] + fold * lowest.shape[1]
+    count = torch.bincount(row, minlength=q)
+    slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    value = best.new_full((q, int(count.amax())), torch.inf)
+    column = torch.zeros_like(value, dtype=torch.int64)
+    value[row, slot], column[row, slot] = found, new
+    return value, column
 
 
 def _smallest_faiss(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, _) -> tuple[Tensor, Tensor]:
@@ -109,10 +113,10 @@ def _smallest_faiss(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor
 def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, engine: str, tile: int | None):
     """Return `keep` candidate columns per query and lower bounds of their squared distances, ascending, both (q, keep).
 
-    The last bound holds for every other row, too. In any order of summation, a dot product of d terms errs by at most
-    d u |q||b| to first order, a norm by d u |b|^2; 32 more cover the rest. u doubles for faiss, whose product carries
-    |b|^2 as well, and is four times as large where a matrix unit may cut sums instead of rounding them. A coarse engine
-    rounds its factors first. That changes a distance by no more than it moves the two points, a measured length.
+    The last bound holds for every other row, too. In any order of summation a dot product of d terms errs by d u |q||b|
+    to first order, a norm by d u |b|^2; 32 more cover the rest. u doubles for faiss, whose product carries |b|^2, and
+    is taken four times where a matrix unit may cut sums. A coarse engine rounds its factors first: that changes a
+    distance by no more than it moves the two points, a length that is measured.
     """
     (q, width), smallest = queries.shape, _smallest_faiss if engine == "faiss" else _smallest
     more, tiny = GPU if queries.is_cuda else 1, torch.finfo(dtype).tiny
@@ -120,7 +124,7 @@ def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, en
     share /= 1 - share
     step, tile = ROWS * more, min(len(bank), tile or max(256, TILE * more // width))
     centre = bank[:: -(-len(bank) // 256)].double().mean(0).to(queries.device, dtype)  # an offset swamps differences
-    memory = queries.new_empty(2, max(q, tile), width, dtype=dtype)
+    memory = queries.new_empty(2, max(q, tile), width, dtype=dtype)  # used again: fresh memory costs more than sums
     points, own, moved = _points(queries, centre, engine, memory)
     mine, furthest = points * -2, torch.zeros_like(own[0])
     best, column = mine.new_full((q, keep), torch.inf), torch.zeros(q, keep, dtype=torch.int64, device=mine.device)
@@ -145,8 +149,7 @@ def _distances(queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor) -> 
     """Return float64 squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p, c)."""
     (p, c), width = columns.shape, queries.shape[1]
     step = max(1, DIFFERENCES * (GPU if queries.is_cuda else torch.get_num_threads()) // (width * c))
-    memory = queries.new_empty(min(step, p), c, width, dtype=torch.float64)
-    found = queries.new_empty(p, c, dtype=torch.float64)
+    memory, found = (queries.new_empty(*shape, dtype=torch.float64) for shape in ((min(step, p), c, width), (p, c)))
     for start in range(0, p, step):
         part = columns[start : start + step].flatten().to(bank.device)
         difference = memory[: len(part) // c]
@@ -158,13 +161,11 @@ def _distances(queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor) -> 
 
 def _attempt(queries: Tensor, bank: Tensor, k: int, keep: int, dtype: torch.dtype, engine: str, tile: int | None):
     """Return distances, columns and whether each row is proven, looking at `keep` candidates per query."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
-    try:
-        with torch.autocast(queries.device.type, enabled=False):
-            column, bound = _candidates(queries, bank, keep, dtype, engine, tile)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with contextlib.ExitStack() as after:
+        after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        after.enter_context(torch.autocast(queries.device.type, enabled=False))
+        torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
+        column, bound = _candidates(queries, bank, keep, dtype, engine, tile)
     distance = torch.full_like(bound, torch.inf)
     distance[:, :k] = _distances(queries, torch.arange(len(queries), device=queries.device), bank, column[:, :k])
     limit = distance[:, :k].amax(1, keepdim=True)
@@ -191,11 +192,12 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     plain = 8 * queries.shape[1] * max(_largest("queries", queries), _largest("bank", bank)) ** 2 < 1e37
     queries, n, few = queries.float(), len(bank), k + k // 2 + 24
     coarse = {"cuda": "high", "cpu": "medium" if torch.cpu._is_amx_tile_supported() else "highest"}
-    first = "faiss" if backend == "faiss" else coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"
-    plan = [(few, torch.float32, first), (few, torch.float32, "highest")][first == "highest" :] if plain else []
+    engine = coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"  # few rows: doubt costs more
+    engines = dict.fromkeys(["faiss" if backend == "faiss" else engine, "highest"]) if plain else []
+    plan = [*((few, torch.float32, engine) for engine in engines), (4 * few, torch.float64, "highest")]
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     columns, todo = torch.empty_like(distances, dtype=torch.int64), torch.arange(len(queries), device=queries.device)
-    for keep, dtype, engine in [*plan, (4 * few, torch.float64, "highest"), (n, torch.float64, "highest")]:
+    for keep, dtype, engine in [*plan, (n, torch.float64, "highest")]:
         keep, missed = min(keep, n), [todo[:0]]
         for rows in filter(len, todo.split(max(1, min(tile or 4096, PAIRS // keep)))):
             distances[rows], columns[rows], proven = _attempt(queries[rows], bank, k, keep, dtype, engine, tile)
@@ -207,8 +209,7 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
 def _negative_entropy(counts: Tensor, k: int) -> Tensor:
     """Return sum p log p (q,) float64 in nats for vote counts that sum to k.
 
-    The counts are sorted first and their terms looked up, so two histograms with the same counts in other classes get
-    the same bits: ties in confidence are real ties.
+    The counts are sorted and their terms looked up: the same counts in other classes give the same bits, a real tie.
     """
     terms = torch.tensor([0.0, *(i / k * math.log(i / k) for i in range(1, k + 1))], dtype=torch.float64)
     largest = counts.topk(min(k, counts.shape[1]), dim=1).values

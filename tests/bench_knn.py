@@ -60,10 +60,12 @@ def race(work: dict, repeats: int) -> dict:
 
 
 def memory(shape: tuple[int, int, int], k: int, name: str, threads: int) -> float:
-    """Return the MiB that one search adds to the largest size of a fresh process that holds the data."""
-    code = ("import sys, resource, torch; sys.path[:0] = ['.', 'tests']; import bench_knn\n"
+    """Return the MiB that one search adds to the largest size of a fresh process with the data; NaN but on Linux."""
+    if not os.path.exists("/proc/self/status"):
+        return float("nan")
+    code = ("import sys, torch; sys.path[:0] = ['.', 'tests']; import bench_knn\n"
             f"torch.set_num_threads({threads}); work = bench_knn.peers({shape}, {k})['{name}']\n"
-            "size = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10\n"
+            "size = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
             "before = size(); work(); print(size() - before)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
