@@ -1,6 +1,6 @@
 # The front door. Plain `make` lists what it can do.
 .DEFAULT_GOAL := help
-.PHONY: help figures lab test test-all data controls bench lock clean
+.PHONY: help figures lab test test-all data controls audit bench lock clean
 SHELL := /bin/sh
 
 PROFILE ?= laptop
@@ -40,6 +40,15 @@ data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (s
 
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
 	@$(PYTHON) tests/controls.py
+
+audit: .venv/.installed  ## audit an encoder: ENCODER=file|name IMAGES=folder|data set PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
+	@test -n "$(ENCODER)" && test -n "$(IMAGES)" && test -n "$(PUBLIC)" || { \
+	  echo "make audit ENCODER=model.pt|resnet50 IMAGES=its/training/images PUBLIC=public/images [HELD_OUT=test/images]" >&2; \
+	  echo "  [REFERENCE=second.pt] [OUT=report.html] [P=\"k=100 crop.kind=corner reading.layer=backbone\"]" >&2; \
+	  echo "  images: a folder of class folders, a data set of data_manifests/, or both as pets:/my/copy" >&2; exit 1; }
+	@$(PYTHON) notebooks/batch.py run 05_audit --set "$$P" --out "$${DEJAVU_RUNS:-runs}/audit/notebooks/05_audit.ipynb" \
+	  -p profile '"audit"' -p encoder.target '"$(ENCODER)"' -p encoder.reference '"$(REFERENCE)"' \
+	  -p sets.images '"$(IMAGES)"' -p sets.public '"$(PUBLIC)"' -p sets.held_out '"$(HELD_OUT)"' -p audit.report '"$(OUT)"'
 
 bench: .venv/.installed  ## measure this machine: training and k-NN throughput
 	@$(PYTHON) tests/bench.py
