@@ -34,7 +34,7 @@ class Markdown(IPythonRenderer):
         return mathml(body)
 
     def block_math(self, body: str) -> str:
-        return mathml(body, block=True)
+        return f"<div class=wide>{mathml(body, block=True)}</div>"
 
 
 def mathml(tex: str, block: bool = False) -> str:
@@ -61,7 +61,7 @@ def exporter() -> Exporter:
     """Return the exporter: static outputs only, a picture before text."""
     shown = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
     made = Exporter(extra_loaders=[FileSystemLoader(HERE)], template_file="cells.html.j2")
-    made.display_data_priority = shown
+    made.display_data_priority, made.exclude_output_prompt = shown, True
     return made
 
 
