@@ -14,7 +14,7 @@ PLAYERS = ("you", "target", "reference")
 class Game:
     """Rounds to be guessed one after the other, and the guesses so far."""
 
-    rounds: list[dict]  # as `rounds` returns them
+    rounds: list[dict]  # as `start` makes them
     classes: tuple[str, ...]
     guesses: list[str] = field(default_factory=list)
 
@@ -43,16 +43,18 @@ class Game:
         return {player: sum(row["said"][player] == row["name"] for row in self.rounds) for player in PLAYERS[1:]}
 
 
-def rounds(pair: Pair, table, ids: list[str]) -> list[dict]:
-    """Return a round per id: the row of `references.neighbours`, and `said`: what target and reference infer.
+def start(pair: Pair, table, ids: list[str]) -> Game:
+    """Return a new game with a round per id; of more than 20 classes only those of the rounds are on offer.
 
-    `table` is the label inference (`references.two_model`) of one epoch, whose vote of k neighbours decides.
+    A round is the row of `references.neighbours` with `said`, what target and reference infer: `table` is the label
+    inference (`references.two_model`) of one epoch, whose vote of k neighbours decides.
     """
     own = table[table["layer"] == "projector"].set_index(["id", "role"])["prediction"]
     classes, epoch = pair.parts["public"].classes, int(table["epoch"].iloc[0])
     rows = references.neighbours(pair, epoch, ids) if ids else []
-    return [row | {"said": {role: classes[own[name, role]] for role in PLAYERS[1:]}}
-            for name, row in zip(ids, rows, strict=True)]
+    rounds = [row | {"said": {role: classes[own[name, role]] for role in PLAYERS[1:]}}
+              for name, row in zip(ids, rows, strict=True)]
+    return Game(rounds, classes if len(classes) <= 20 else tuple(sorted({row["name"] for row in rounds})))
 
 
 def history(pair: Pair, epochs: list[int], ids: list[str]) -> dict[str, list[dict]]:

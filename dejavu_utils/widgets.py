@@ -73,7 +73,7 @@ def play(game: Game) -> View:
     import ipywidgets
 
     if not game.rounds:
-        raise ValueError("widgets.play: there is no round to play; pass a Game with at least one (game.rounds).")
+        raise ValueError("widgets.play: there is no round to play; pass ids to game.start.")
     picture, text = ipywidgets.Image(), ipywidgets.HTML()
     names = [ipywidgets.Button(description=name) for name in game.classes]
     more = ipywidgets.Button(description="next crop", button_style="primary")
