@@ -184,7 +184,8 @@ def over_rho(table):
     _line(axis, table, "rho", "reference", REFERENCE, "reference (not trained on it)", "--")
     axis.plot(table["rho"], table["bayes"], color=BAYES, lw=1.5, ls="-.", label="Bayes: all that the background tells")
     axis.axhline(table["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
-    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None))
+    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None),
+             xticks=table["rho"])
     axis.legend(fontsize=8)
     return figure
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import json
 import re
 import sys
 from html import escape
@@ -18,6 +17,7 @@ from bs4 import BeautifulSoup
 from jinja2 import FileSystemLoader, pass_context
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from traitlets.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dejavu_utils import report, store
@@ -49,7 +49,7 @@ def mathml(tex: str, block: bool = False) -> str:
 
 
 class Exporter(HTMLExporter):
-    """A notebook as HTML: widgets as the picture that stands beside them, nothing that runs."""
+    """A notebook as HTML, with MathML."""
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
@@ -58,11 +58,10 @@ class Exporter(HTMLExporter):
 
 
 def exporter() -> Exporter:
-    """Return the exporter: static outputs only, a picture before text."""
+    """Return the exporter: of a widget and the picture beside it, it shows the picture."""
     shown = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
-    made = Exporter(extra_loaders=[FileSystemLoader(HERE)], template_file="cells.html.j2")
-    made.display_data_priority, made.exclude_output_prompt = shown, True
-    return made
+    return Exporter(extra_loaders=[FileSystemLoader(HERE)], template_file="cells.html.j2", exclude_output_prompt=True,
+                    config=Config({"NbConvertBase": {"display_data_priority": shown}}))
 
 
 def shell(title: str, body: str, links: dict[str, str], here: str) -> str:
@@ -177,8 +176,15 @@ def build(profile: str) -> Path:
     return out / "index.html"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Return the exit status after printing where the first page is, or what is missing."""
     try:
-        print(build(*sys.argv[1:2] or ["laptop"]))
-    except (OSError, ValueError, json.JSONDecodeError) as problem:
-        sys.exit(f"error: {problem}")
+        print(build(*arguments or ["laptop"]))
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:2]))
