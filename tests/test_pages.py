@@ -71,8 +71,8 @@ def site(repository, pages):
     others = [{"epoch": 1, "score": 0.77}, {"layer": "backbone", "score": 0.66}, {"ranking": "paired", "score": 0.55}]
     store.write_table(folder / "tables" / "scores.csv", pd.DataFrame([row | other for other in [{}, *others]]))
     (repository.root / "results").mkdir()
-    claims = pd.DataFrame([["P1", f"it, {EVIL}", "+0.1", "600", "3", "supported"], ["P2", "b", "", "", "", "not tested"]],
-                          columns=["id", "claim", "value", "n", "seeds", "verdict"])
+    claims = [["P1", f"it, {EVIL}", "+0.1", "600", "3", "supported"], ["P2", "b", "", "", "", "not tested"]]
+    claims = pd.DataFrame(claims, columns=["id", "claim", "value", "n", "seeds", "verdict"])
     claims.to_csv(repository.root / "results" / "claims.csv", index=False)
     first = pages.build("tiny")
     assert first == folder / "report" / "index.html"
