@@ -12,6 +12,13 @@ from dejavu_utils import plots
 from dejavu_utils.game import Game
 
 
+def _image(png: bytes = b""):
+    """Return an image that keeps its own size in a column, and shrinks where that is too wide."""
+    import ipywidgets
+
+    return ipywidgets.Image(value=png, layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+
+
 class View:
     """A widget and the picture that papermill, an HTML page or a printer shows instead."""
 
@@ -44,7 +51,7 @@ def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
 
     drawn = {next(iter(figures)): _png(next(iter(figures.values()))())}
     still = next(iter(drawn.values()))
-    menu, picture = ipywidgets.Dropdown(options=list(figures), description=label), ipywidgets.Image(value=still)
+    menu, picture = ipywidgets.Dropdown(options=list(figures), description=label), _image(still)
 
     def show(change):
         if change["new"] not in drawn:
@@ -74,7 +81,7 @@ def play(game: Game) -> View:
 
     if not game.rounds:
         raise ValueError("widgets.play: there is no round to play; pass ids to game.start.")
-    picture, text = ipywidgets.Image(), ipywidgets.HTML()
+    picture, text = _image(), ipywidgets.HTML()
     names = [ipywidgets.Button(description=name) for name in game.classes]
     more = ipywidgets.Button(description="next crop", button_style="primary")
 
