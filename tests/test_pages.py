@@ -61,7 +61,7 @@ def executed():
 def site(repository, pages):
     """Return {name: soup} of the site of one executed notebook with a figure, a table of scores and claims."""
     folder = repository.root / "runs" / "tiny"
-    meta = {"parameters": {"seeds": [3]}}
+    meta = {"parameters": {"seeds": [3]}, "seconds": 4.4}
     with store.artifact(folder / "notebooks" / "02_attack.ipynb", meta) as temporary:
         temporary.write_text(nbformat.writes(executed()))
     with store.artifact(folder / "figures" / "curve.png") as temporary:
@@ -114,7 +114,7 @@ def test_the_index_says_what_the_tables_say(site):
     assert soup.img["alt"] == 'a "curve" that rises' and soup.find("figure").a["href"] == "02_attack.html"
     cells = [cell.text for cell in soup.select(".claims td")]
     assert cells[4::5] == ["✓\xa0supported", "–\xa0not tested"] and EVIL in cells[1]
-    assert "[3]" in soup.text and store.code_version() in soup.text
+    assert "seeds [3]; executed in 4 s" in soup.text and store.code_version() in soup.text
 
 
 def test_what_cannot_be_shown_is_one_clear_error(repository, pages):

@@ -134,11 +134,12 @@ def figures(folder: Path, texts: dict[str, tuple[str, str]]) -> str:
 
 def index(folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dict]) -> str:
     """Return the body of the first page."""
-    rows = [f'<li><a href="{stem}.html">{escape(title)}</a><br>{text}'
-            for stem, (title, text) in ((stem, claim(book)) for stem, book in books.items())]
+    rows = [f'<li><a href="{stem}.html">{escape(title)}</a><br>{text}<br><small>seeds '
+            f'{meta["parameters"].get("seeds", "of the tables read")}; executed in {meta["seconds"]:.0f} s</small>'
+            for (stem, book), meta in zip(books.items(), metas, strict=True) for title, text in [claim(book)]]
     texts = {name: (f"{stem}.html", alt) for stem, book in books.items() for name, alt in described(book).items()}
-    made = {"profile": folder.name, "seeds": metas[-1]["parameters"].get("seeds", ""), "device": metas[-1]["device"],
-            "code": metas[-1]["code"], "versions": " · ".join(f"{k} {v}" for k, v in metas[-1]["versions"].items()),
+    made = {"profile": folder.name, "device": metas[-1]["device"], "code": ", ".join({meta["code"] for meta in metas}),
+            "versions": " · ".join(f"{name} {value}" for name, value in metas[-1]["versions"].items()),
             "made": metas[-1]["created"]}
     facts = "".join(f"<tr><th scope=row>{name}<td>{escape(str(value))}" for name, value in made.items())
     return f"""<h1>Does a vision model remember its training images?</h1>
