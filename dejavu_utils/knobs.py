@@ -15,7 +15,8 @@ NAMES = {"constants.invariance": "VICReg's invariance λ", "constants.temperatur
          "projector": "projector", "trained": "images a class, fixed epochs",
          "trained_steps": "images a class, fixed steps", "sizes.attacked": "images a class, the paper's design",
          "distinct": "near-duplicates removed above", "finetune": "epochs of fine-tuning on X",
-         "layer": "layer released", "epoch": "early stopping: epoch", "noise": "noise on what is released", "bits": "bits a number"}
+         "layer": "layer released", "epoch": "early stopping: epoch",
+         "noise": "noise on what is released", "bits": "bits a number"}
 
 
 def trained(params: dict, folder: Path, knobs: dict, device: str = "cpu") -> list[tuple[str, object, pairs.Pair]]:
