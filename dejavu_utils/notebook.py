@@ -153,6 +153,7 @@ class Progress:
     def __init__(self, total: int, label: str):
         from IPython import get_ipython
         self.total, self.label, self.began, self.shown, self.handle = total, label, time.monotonic(), -1e9, None
+        self.first = None  # what an earlier run had done already says nothing of the pace
         self.live = hasattr(get_ipython(), "kernel")
 
     def update(self, n: int, text: str = "") -> None:
@@ -160,8 +161,9 @@ class Progress:
         now = time.monotonic()
         if n < self.total and now - self.shown < (0.5 if self.live else 30):
             return
-        self.shown, spent = now, now - self.began
-        ending = f"{spent:.0f} s" if n >= self.total else f"{spent * (self.total - n) / max(n, 1) / 60:.1f} min left"
+        self.shown, spent, self.first = now, now - self.began, n if self.first is None else self.first
+        left = spent * (self.total - n) / max(n - self.first, 1) / 60
+        ending = f"{spent:.0f} s" if n >= self.total else f"{left:.1f} min left" if n > self.first else ""
         line = ", ".join(filter(None, [f"{self.label}: {n}/{self.total}", text, ending]))
         if status := os.environ.get("DEJAVU_PROGRESS"):  # the runner shows it in the terminal
             Path(status).write_text(line)

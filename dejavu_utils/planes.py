@@ -27,7 +27,7 @@ def per_knob(rows):
             _points(top, part, name, colour, label)
         _points(bottom, part, "held_out", BAYES, "held-out probe")
         top.axhline(0, color="grey", lw=1, ls=":")
-        top.set_title(f"{NAMES.get(criterion, criterion)}: {knobs.NAMES.get(knob, knob)}", fontsize=8)
+        top.set_title(_title(criterion, knob), fontsize=9)
         top.set_xticklabels([])
         bottom.set_xticklabels(part["value"], fontsize=8, rotation=30 if part["value"].str.len().max() > 4 else 0)
     for share in (0, 1):
@@ -42,9 +42,8 @@ def per_knob(rows):
 def _points(axis, part, name: str, colour: str, label: str) -> None:
     """Draw a column of values with its interval as bars, at 0, 1, 2, …"""
     places = range(len(part))
-    errors = [part[name] - part[f"{name}_low"], part[f"{name}_high"] - part[name]]
-    axis.errorbar(places, part[name], yerr=[error.clip(lower=0) for error in errors], color=colour, marker="o",
-                  markersize=4, capsize=2, lw=1.2, label=label)
+    axis.errorbar(places, part[name], yerr=_errors(part, name), color=colour, marker="o", markersize=4, capsize=2,
+                  lw=1.2, label=label)
     axis.set_xticks(places)
     axis.margins(x=0.12)
 
@@ -60,20 +59,30 @@ def plane(rows):
 
     Down and to the right is better. Bars are 95 % intervals on both axes, rings mark the Pareto front (`front`).
     """
-    figure, axes = _axes(2, 1, 5.0, 4.4, sharex=True)
-    lines = list(rows.groupby(["criterion", "knob"], sort=False))
+    figure, axes = _axes(2, 1, 5.4, 4.4, sharex=True)
+    defaults, turned = rows[rows["knob"] == "default"], rows[rows["knob"] != "default"]
+    lines = [("default of each criterion", defaults)]
+    lines += [(_title(*name), part) for name, part in turned.groupby(["criterion", "knob"], sort=False)]
     for axis, name, text in zip(axes[0], ("score", "score_20"), ("all images", "the 20 % most confident"), strict=True):
-        for i, ((criterion, knob), part) in enumerate(lines):
-            label = f"{NAMES.get(criterion, criterion)}: {knobs.NAMES.get(knob, knob)}"
-            errors = [[(part[column] - part[f"{column}_low"]).clip(lower=0),
-                       (part[f"{column}_high"] - part[column]).clip(lower=0)] for column in ("held_out", name)]
-            axis.errorbar(part["held_out"], part[name], xerr=errors[0], yerr=errors[1], color=COLOURS[i % 10], lw=1,
-                          marker=MARKERS[i % 10], markersize=5, elinewidth=0.5, alpha=0.85, label=label)
-        best = rows[rows["front"]]
-        if name == "score":
-            axis.plot(best["held_out"], best[name], "o", ms=12, mfc="none", mec="black", label="Pareto front")
+        for i, (label, part) in enumerate(lines):
+            bars = {f"{end}err": _errors(part, column) for end, column in (("x", "held_out"), ("y", name))}
+            axis.errorbar(part["held_out"], part[name], **bars, color="grey" if i == 0 else COLOURS[(i - 1) % 10],
+                          lw=1.2 if i else 0, marker=MARKERS[i % 10], markersize=5, elinewidth=0.5, label=label)
         axis.axhline(0, color="grey", lw=1, ls=":")
         axis.set(xlabel="held-out accuracy of a linear probe", ylabel="déjà vu score", title=text)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    best = rows[rows["front"]]
+    axes[0, 0].plot(best["held_out"], best["score"], "o", ms=12, mfc="none", mec="black", label="Pareto front")
+    for row in defaults.itertuples():
+        axes[0, 0].annotate(NAMES.get(row.criterion, row.criterion), (row.held_out, row.score), (4, 4),
+                            textcoords="offset points", fontsize=7, color="dimgrey")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def _title(criterion: str, knob: str) -> str:
+    return f"{NAMES.get(criterion, criterion)}: {knobs.NAMES.get(knob, knob)}"
+
+
+def _errors(part, name: str) -> list:
+    """Return what matplotlib draws as bars: how far the interval reaches below and above each value."""
+    return [(part[name] - part[f"{name}_low"]).clip(lower=0), (part[f"{name}_high"] - part[name]).clip(lower=0)]
