@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from dejavu_utils import store, train
 from dejavu_utils.train import Job
 
@@ -126,6 +128,12 @@ class _Worker:
         self.process.wait()
 
 
+def here(job: Job) -> Job:
+    """Return the job with its device "auto" replaced by what this machine has: CUDA, else the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dataclasses.replace(job, device=device) if job.device == "auto" else job
+
+
 if __name__ == "__main__":
     for each in json.load(sys.stdin):
-        fit(train.load_job(each))
+        fit(here(train.load_job(each)))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def _checked(label: str, value: Any, default: Any, fill: bool) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, dict) and isinstance(value, dict):
-        if not default or label.split(".")[-1] in OPEN:
+        if not default or re.split("[. ]", label)[-1] in OPEN:
             return value
         return (default if fill else {}) | merged(value, default, label + ".", fill)
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
@@ -151,10 +152,10 @@ class Progress:
     """One line that is updated in place in a notebook (twice a second at most), or printed every 30 s elsewhere."""
 
     def __init__(self, total: int, label: str):
-        from IPython import get_ipython
         self.total, self.label, self.began, self.shown, self.handle = total, label, time.monotonic(), -1e9, None
         self.first = None  # what an earlier run had done already says nothing of the pace
-        self.live = hasattr(get_ipython(), "kernel")
+        shell = sys.modules.get("IPython")  # a plain script runs without it
+        self.live = shell is not None and hasattr(shell.get_ipython(), "kernel")
 
     def update(self, n: int, text: str = "") -> None:
         """Show that `n` of `total` are done, what is left at this pace, and `text`."""
