@@ -103,42 +103,22 @@ def play(game: Game) -> View:
     return View(ipywidgets.VBox([text, picture, choices]), _png(figure))
 
 
-def plane(table):
-    """Return the privacy-utility plane as an SVG in HTML; a point says its setting and numbers under the mouse.
+def hover(figure, spots: list[tuple], label: str):
+    """Return a matplotlib figure as SVG in HTML whose spots say something under the mouse.
 
-    Columns: knob, value, score, low, high, held_out, held_low, held_high, and front: whether no other setting is better
-    in both. A knob is a colour and a shape; settings on the front are filled.
+    A spot is (axis, x, y, text); it is found within a few points of its place. `label` describes the figure in words.
     """
-    figure, [[axis]] = plots._axes(1, width=6.4, height=4.4)
-    texts = {}
-    looks = zip((plots.TARGET, plots.REFERENCE, plots.BAYES, "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX",
-                strict=True)
-    for (knob, part), (colour, shape) in zip(table.groupby("knob", sort=False), list(looks) * 2, strict=False):
-        for row in part.to_dict("records"):
-            x, y, fill = row["held_out"], row["score"], colour if row["front"] else "white"
-            axis.errorbar(x, y, [[y - row["low"]], [row["high"] - y]], [[x - row["held_low"]], [row["held_high"] - x]],
-                          fmt="none", ecolor=colour, elinewidth=1, alpha=0.5)
-            axis.plot(x, y, shape, color=colour, mfc=fill, label=knob, gid=f"setting-{len(texts)}")
-            texts[f"setting-{len(texts)}"] = (
-                f"{knob} = {row['value']}: déjà vu score {y:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], held-out "
-                f"accuracy {x:.3f} [{row['held_low']:.3f}, {row['held_high']:.3f}]{', on the front' * row['front']}")
-    axis.axhline(0, color="grey", lw=1, ls=":")
-    axis.set(xlabel="usefulness: held-out accuracy of a linear probe", ylabel="memory: déjà vu score")
-    once = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(once.values(), once, fontsize=8)
-    return _titled(figure, texts, "déjà vu score against held-out accuracy, a point for each setting")
-
-
-def _titled(figure, texts: dict[str, str], label: str):
-    """Return a figure as SVG in HTML; the parts whose gid is in `texts` show that text under the mouse."""
     import re
     from html import escape
 
     from IPython.display import HTML
 
+    texts = {f"spot-{i}": text for i, (*_, text) in enumerate(spots)}
+    for gid, (axis, x, y, _) in zip(texts, spots, strict=True):
+        axis.plot(x, y, "o", ms=11, alpha=0, gid=gid)  # nothing to see, but there for the mouse
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()
-    svg = re.sub(r'<g id="([\w-]+)">', lambda found: found[0] + (
-        f"<title>{escape(texts[found[1]])}</title>" if found[1] in texts else ""), svg[svg.index("<svg"):])
+    svg = re.sub(r'<g id="(spot-\d+)">', lambda found: f"{found[0]}<title>{escape(texts[found[1]])}</title>",
+                 svg[svg.index("<svg"):])
     return HTML(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dejavu_utils import game, plots, references, widgets
+from dejavu_utils import game, planes, plots, references, widgets
 
 CLASSES = ("anchor", "star", "sun")
 
@@ -140,16 +140,21 @@ def test_a_menu_draws_a_figure_when_it_is_chosen_and_once():
     assert len(drawn) == 2 and picture.value == first
 
 
-def test_a_point_of_the_plane_says_its_setting_and_numbers():
+def test_a_point_of_the_plane_says_its_setting_and_numbers_under_the_mouse():
     from bs4 import BeautifulSoup
-    both = {"low": 0.01, "high": 0.05, "held_low": 0.4, "held_high": 0.6}
-    rows = [{"knob": "λ <b>", "value": "25", "score": 0.031, "held_out": 0.5, "front": True},
-            {"knob": "layer", "value": "backbone", "score": 0.02, "held_out": 0.55, "front": False}]
-    table = pd.DataFrame([one | both for one in rows])
-    svg = BeautifulSoup(widgets.plane(table).data, "html.parser").svg
-    assert svg["role"] == "img" and svg["aria-label"].startswith("déjà vu score")
-    assert [title.text for title in svg.find_all("title")] == [
-        "λ <b> = 25: déjà vu score +0.031 [+0.010, +0.050], held-out accuracy 0.500 [0.400, 0.600], on the front",
-        "layer = backbone: déjà vu score +0.020 [+0.010, +0.050], held-out accuracy 0.550 [0.400, 0.600]"]
-    assert [title.parent["id"] for title in svg.find_all("title")] == ["setting-0", "setting-1"]
-    assert all(title.parent.find("use") for title in svg.find_all("title"))  # it is the marker
+    ends = {f"{name}{end}": value for name, values in
+            {"score": (0.03, 0.01, 0.05), "score_20": (0.1, 0.0, 0.2), "held_out": (0.5, 0.4, 0.6)}.items()
+            for end, value in zip(("", "_low", "_high"), values, strict=True)}
+    rows = pd.DataFrame([{"criterion": "vicreg", "knob": "default", "value": "default", "front": True, "n": 600} | ends,
+                         {"criterion": "vicreg", "knob": "a <b>", "value": "25", "front": False, "n": 600} | ends])
+    figure = planes.plane(rows)
+    before = [axis.axis() for axis in figure.axes]
+    svg = BeautifulSoup(widgets.hover(figure, planes.spots(figure, rows), 'the "plane"').data, "html.parser").svg
+    assert svg["role"] == "img" and svg["aria-label"] == 'the "plane"'
+    titles = svg.find_all("title")
+    assert [title.parent["id"] for title in titles] == ["spot-0", "spot-1", "spot-2", "spot-3"]
+    assert all(title.parent.find("use") for title in titles)  # a place in the figure
+    assert titles[1].text == ("VICReg: a <b>: 25\ndéjà vu score +0.030 [+0.010, +0.050], n = 600\n"
+                              "held-out accuracy 0.500 [0.400, 0.600]")
+    assert titles[0].text.endswith("\non the Pareto front") and "score +0.100 [+0.000, +0.200]" in titles[3].text
+    assert [axis.axis() for axis in figure.axes] == before  # the drawing is the same
