@@ -110,6 +110,19 @@ def test_module_is_readable(path):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
+def test_the_lecturers_page_sends_nobody_to_a_place_that_is_not_there():
+    text = (store.PACKAGE.parent / "notebooks" / "TEACHING.md").read_text()
+    books = {path.stem: " ".join(path.read_text().split()) for path in NOTEBOOKS}
+    everywhere = " ".join([*books.values(), (store.PACKAGE.parent / "README.md").read_text()])
+    assert set(re.findall(r"`(\d\d_\w+)`", text)) <= books.keys() | {"03_reconstruction"}
+    answers = text.partition("## Ten misunderstandings")[2]
+    headings = set(re.findall(r'[`"](?:, to)? "([A-Z][^"]+)"|README "([A-Z][^"]+)"|and "([A-Z][^"]+)"', answers))
+    assert len(headings) >= 7
+    assert [name for found in headings for name in found if name and f"# {name}" not in everywhere] == []
+    parts = {int(number) for number in re.findall(r"part (\d)", answers)}
+    assert all(f"## {number}. " in books["00_tour"] for number in parts)
+
+
 def test_lint_finds_what_a_lesson_lacks(repository):
     path = repository.add("02_attack", "dv.plots.over_p(x)")
     content = json.loads(path.read_text())
