@@ -114,7 +114,7 @@ def verdicts() -> str:
     if not path.is_file():
         return f"<p>There is no {path.name}: results/claims.py makes it from a study.</p>"
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    cells = [[escape(row["id"]), escape(row["claim"]), escape(row["value"]), escape(row["n"]),
+    cells = [[escape(row["id"]), escape(row["claim"]), escape(row["value"]), row["n"].strip("0") and escape(row["n"]),
               f"{VERDICTS.get(row['verdict'], '')}&nbsp;{escape(row['verdict'])}"] for row in rows]
     return f"<div class=claims>{report.table(['', 'claim', 'what we found', 'images', 'verdict'], cells)}</div>"
 
@@ -138,7 +138,8 @@ def index(folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dic
             f'{meta["parameters"].get("seeds", "of the tables read")}; executed in {meta["seconds"]:.0f} s</small>'
             for (stem, book), meta in zip(books.items(), metas, strict=True) for title, text in [claim(book)]]
     texts = {name: (f"{stem}.html", alt) for stem, book in books.items() for name, alt in described(book).items()}
-    made = {"profile": folder.name, "device": metas[-1]["device"], "code": ", ".join({meta["code"] for meta in metas}),
+    made = {"profile": folder.name, "device": metas[-1]["device"],
+            "code": ", ".join(sorted({meta["code"] for meta in metas})),
             "versions": " · ".join(f"{name} {value}" for name, value in metas[-1]["versions"].items()),
             "made": metas[-1]["created"]}
     facts = "".join(f"<tr><th scope=row>{name}<td>{escape(str(value))}" for name, value in made.items())
