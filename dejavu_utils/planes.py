@@ -77,6 +77,19 @@ def plane(rows):
     return figure
 
 
+def spots(figure, rows) -> list[tuple]:
+    """Return what `widgets.hover` says at each point of a `plane`: its setting, both numbers, their intervals, n."""
+    found = []
+    for axis, name in zip(figure.axes, ("score", "score_20"), strict=True):
+        for row in rows.to_dict("records"):
+            score, useful = (f"{row[one]:{form}} [{row[one + '_low']:{form}}, {row[one + '_high']:{form}}]"
+                             for one, form in ((name, "+.3f"), ("held_out", ".3f")))
+            text = (f"{_title(row['criterion'], row['knob'])}: {row['value']}\ndéjà vu score {score}, n = {row['n']}\n"
+                    f"held-out accuracy {useful}" + "\non the Pareto front" * bool(row["front"] and name == "score"))
+            found.append((axis, row["held_out"], row[name], text))
+    return found
+
+
 def _title(criterion: str, knob: str) -> str:
     return f"{NAMES.get(criterion, criterion)}: {knobs.NAMES.get(knob, knob)}"
 
