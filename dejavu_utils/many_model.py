@@ -98,7 +98,8 @@ def images(table):
     not mean certain. `memorized` is 1 where memorization is above 1.96 errors (without memory, of 2.5 % of images), and
     NaN, with a `reason`, below SINGLE encoders: then no single image can be told.
     """
-    wide = table.pivot(index=["id", "label", "direction", "seed", "encoders"], columns="role", values="correct")
+    key = ["id", "label", "direction", "seed", "encoders"]
+    wide = table.astype({"correct": float}).pivot(index=key, columns="role", values="correct")
     rows = wide.rename(columns={"target": "inside", "reference": "outside"}).reset_index().rename_axis(columns=None)
     n = rows["encoders"]
     shares = [(rows[side] * n + 1) / (n + 2) for side in ("inside", "outside")]

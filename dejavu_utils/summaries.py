@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from dejavu_utils import attack
 
 SETTING = ["criterion", "rho", "epoch", "layer", "k", "attacked"]
@@ -136,36 +134,4 @@ def criteria(log, probes):
                      "last_loss": loss.iloc[-1],
                      "images_per_second": (lines["images"] / lines["seconds"]).median(),
                      "minutes": lines["seconds"].sum() / 60 / lines["name"].nunique()})
-    return pd.DataFrame(rows)
-
-
-def compare(table, resamples: int = 2000, seed: int = 0):
-    """Return a row per criterion and reference: the déjà vu score against it, over all examples, and its offset.
-
-    `table`: rows of the attack with a column `reference` ("two-model", "resnet", ...), `attacked` "attacked" and, where
-    there are any, "control": images of neither set. `score`, `target`, `reference_accuracy`; `offset`: the score of
-    the control images, that is there without memory, and `calibrated`: score minus offset (NaN without control); with
-    `_low` and `_high` (of the score low and high). `difference`, on the same images: calibrated minus the two-model
-    score. The last row, "bayes", is the known accuracy on scenes: of the background alone, so an upper bound.
-    """
-    import pandas as pd
-
-    rows = []
-    for criterion, group in table.groupby("criterion", sort=False):
-        two = group[group["reference"] == "two-model"]
-        base = _resampled(two[two["attacked"] == "attacked"], resamples, seed)
-        for name, part in group.groupby("reference", sort=False):
-            own, control = (part[part["attacked"] == which] for which in ("attacked", "control"))
-            both = _resampled(own, resamples, seed)
-            offset = np.subtract(*_resampled(control, resamples, seed)) if len(control) else np.full(1, np.nan)
-            row = {"criterion": criterion, "reference": name} | _bounds("score", np.subtract(*both))
-            row |= {"target": both[0][0], "reference_accuracy": both[1][0]} | _bounds("offset", offset)
-            row |= _bounds("calibrated", np.subtract(*both) - offset)
-            if name != "two-model" and own["seed"].nunique() == two["seed"].nunique():
-                lead = (both[0] - base[0]) - (both[1] - base[1])
-                row |= _bounds("difference", lead - (0 if np.isnan(offset).all() else offset))
-            rows.append(row | {"n": len(own) // 2, "seeds": own["seed"].nunique()})
-        known = truth_of(two)
-        rows.append({"criterion": criterion, "reference": "bayes"} | _bounds("score", base[0] - known) |
-                    {"target": base[0][0], "reference_accuracy": known, "n": len(two), "seeds": 0})
     return pd.DataFrame(rows)
