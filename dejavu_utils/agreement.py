@@ -40,28 +40,41 @@ def scores(table, resamples: int = 1000, seed: int = 0):
     """Return a row per criterion and reference: the déjà vu score against it over all examples, and its offset.
 
     `score`, `target`, `reference_accuracy`; `offset`: the score of the control images, which is there without any
-    memory (NaN without such images); `calibrated`: the score minus the offset, or where that is NaN the score itself;
-    `difference`: calibrated minus the two-model score of the same images. Intervals: low and high of the score, else
-    `_low` and `_high`. The reference "bayes", on scenes alone, is the known accuracy from the background, which no
-    model has to reach.
+    memory (absent without such images). `calibrated`, of one-model tests: score minus offset; two encoders are alike,
+    their offset is noise around 0. `difference`: the calibrated score, or where there is none the score, minus the
+    two-model score of the same images. Intervals: low and high of the score, else `_low` and `_high`. The reference
+    "bayes", on scenes alone, is the known accuracy from the background, which no model has to reach.
     """
     import pandas as pd
 
     rows = []
     for (criterion, name), part in table.groupby(["criterion", "reference"], sort=False):
         own, control = _sets(part)
-        base = _sets(table[(table["criterion"] == criterion) & (table["reference"] == TWO)])[0]
-        right, two = (_accuracies(one, resamples, seed) for one in (own, base[base["seed"].isin(own["seed"])]))
-        offset = np.subtract(*_accuracies(control, resamples, seed)) if len(control) else np.full(1 + resamples, np.nan)
-        net = np.subtract(*right) - np.nan_to_num(offset)
-        row = {"criterion": criterion, "reference": name, "n": len(own) // 2, "seeds": own["seed"].nunique(),
-               "target": right[0, 0], "reference_accuracy": right[1, 0], **_bounds("", np.subtract(*right))}
-        rows.append(row | _bounds("offset", offset) | _bounds("calibrated", net))
+        row = {"criterion": criterion, "reference": name, "n": len(own) // 2, "seeds": own["seed"].nunique()}
+        right, rho = _accuracies(own, resamples, seed), own["rho"].iloc[0]
+        rows.append(row | _numbers(right[0], right[1]))
+        net = np.subtract(*right)
+        if len(control):
+            offset = np.subtract(*_accuracies(control, resamples, seed))
+            rows[-1] |= _bounds("offset", offset)
+            if name in one_model.KINDS:
+                net = net - offset
+                rows[-1] |= _bounds("calibrated", net)
         if name != TWO:
+            two = _sets(table[(table["criterion"] == criterion) & (table["reference"] == TWO)])[0]
+            two = _accuracies(two[two["seed"].isin(own["seed"])], resamples, seed)
             rows[-1] |= _bounds("difference", net - np.subtract(*two))
-        elif np.isfinite(known := _known(own)):
-            rows.append(row | {"reference": "bayes", "reference_accuracy": known, **_bounds("", right[0] - known)})
+        elif np.isfinite(rho):
+            known = np.full_like(right[0], scenes.bayes_accuracy(rho, own["label"].nunique()))
+            rows.append(row | {"reference": "bayes"} | _numbers(right[0], known))
     return pd.DataFrame(rows)
+
+
+def _numbers(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Return score with low and high, target and reference accuracy, of accuracies (1 + resamples,)."""
+    names = ("score", "low", "high")
+    bounded = dict(zip(names, attack._bounded(target - reference, 0.95), strict=True))
+    return bounded | {"target": target[0], "reference_accuracy": reference[0]}
 
 
 def _sets(table) -> list:
@@ -75,15 +88,8 @@ def _accuracies(table, resamples: int, seed: int) -> np.ndarray:
 
 
 def _bounds(name: str, values) -> dict[str, float]:
-    """Return a value with its interval by name; without a name, it is the score."""
-    names = (name, f"{name}_low", f"{name}_high") if name else ("score", "low", "high")
+    names = (name, f"{name}_low", f"{name}_high")
     return dict(zip(names, attack._bounded(values, 0.95), strict=True))
-
-
-def _known(table) -> float:
-    """Return the Bayes accuracy from the background; NaN on real pictures, where nobody knows it."""
-    rho = float(table["rho"].iloc[0])
-    return scenes.bayes_accuracy(rho, table["label"].nunique()) if np.isfinite(rho) else float("nan")
 
 
 def labels(table, resamples: int = 2000, seed: int = 0):

@@ -101,7 +101,7 @@ def images(table):
     key = ["id", "label", "direction", "seed", "encoders"]
     wide = table.astype({"correct": float}).pivot(index=key, columns="role", values="correct")
     rows = wide.rename(columns={"target": "inside", "reference": "outside"}).reset_index().rename_axis(columns=None)
-    n = rows["encoders"]
+    rows["encoders"] = n = rows["encoders"].astype(int)
     shares = [(rows[side] * n + 1) / (n + 2) for side in ("inside", "outside")]
     rows["memorization"], many = rows["inside"] - rows["outside"], 2 * n
     rows["error"] = np.sqrt(sum(share * (1 - share) / n for share in shares))
