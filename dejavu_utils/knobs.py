@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dejavu_utils import checkpoints, data, launch, methods, pairs, store, train
 
-NAMES = {"constants.invariance": "VICReg's invariance λ", "constants.temperature": "SimCLR's temperature τ",
+NAMES = {"constants.invariance": "invariance λ", "constants.temperature": "temperature τ",
          "views.scale_min": "smallest crop of the views", "weight_decay": "weight decay", "encoder": "trunk",
          "projector": "projector", "trained": "images a class, fixed epochs",
          "trained_steps": "images a class, fixed steps", "sizes.attacked": "images a class, the paper's design",
          "distinct": "near-duplicates removed above", "finetune": "epochs of fine-tuning on X",
-         "layer": "layer released", "epoch": "early stopping: epoch", "noise": "noise on what is released", "bits": "bits a number"}
+         "layer": "layer released", "epoch": "stopped at epoch",
+         "noise": "noise on the release", "bits": "bits a number (0: all)"}
 
 
 def trained(params: dict, folder: Path, knobs: dict, device: str = "cpu") -> list[tuple[str, object, pairs.Pair]]:
@@ -45,7 +46,7 @@ def _pair(params, folder, criterion, rho, seed, device, knob: str, value, values
         more = {"distinct": value}
     elif field == "sizes" and key in params["sizes"]:
         params = params | {"sizes": params["sizes"] | {key: value}}
-    elif key in ("constants", "views") or not hasattr(how, field):
+    elif not hasattr(how, field) or bool(key) != (field in ("constants", "views")):
         raise ValueError(f'knob "{knob}" is not known: expected a field of the recipe (see train.Recipe) or one of '
                          f"{', '.join(name for name in NAMES if '.' not in name)}, sizes.attacked")
     elif value != _default(how, field, key):
@@ -65,8 +66,11 @@ def _default(how: train.Recipe, field: str, key: str):
 def finetuned(pair: pairs.Pair, epoch: int, epochs: int, criterion: str = "supervised") -> pairs.Pair:
     """Return the pair after `epochs` more epochs on the public set X, from the encoders of `epoch`; trains if need be.
 
-    "supervised" uses X's labels, with the pair's own recipe otherwise. Neither encoder sees an attacked image again.
+    "supervised" uses X's labels, with the pair's own recipe otherwise. No attacked image is seen again. With
+    0 epochs it is the pair as it was.
     """
+    if not epochs:
+        return pair
     jobs = {}
     for model, job in pair.jobs.items():
         how = dataclasses.replace(job.recipe, criterion=criterion, constants={}, views=_two(job.recipe.views))
