@@ -21,6 +21,7 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 TABLES = ["scores", "shares", "differences", "controls", "truth", "fig2_probe", "curve"]
+LATER = ["references", "agreement", "companions", "atypical", "many_model"]  # where the run wrote them
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
 
@@ -35,8 +36,9 @@ def copy(profile: str, changes: str = "") -> None:
     source, target = store.runs(profile), HERE / profile
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for name in [*TABLES, "criteria", "sweeps", "per_class"]:
-        store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
+    for name in [*TABLES, "criteria", "sweeps", "per_class", *LATER]:
+        if name not in LATER or (source / "tables" / f"{name}.csv").exists():
+            store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
     meta = json.loads((source / "notebooks" / "02_attack.ipynb.json").read_text())
     busy = store.read_table(source / "tables" / "losses.csv")["seconds"].sum()  # of all encoders, whenever trained
     jobs = store.cores()
