@@ -211,6 +211,35 @@ def layers(scores):
     return figure
 
 
+REFERENCES = {"two-model": TARGET, "start 1": "#56B4E9", "many-model": "#000000", "resnet": "#CC79A7",
+              "naive_bayes": "#E69F00", "bayes": BAYES}
+
+
+def references(table):
+    """Return the déjà vu score against every reference, all examples: a group a criterion, with 95 % intervals.
+
+    Filled: calibrated on images of neither set, where that can be done; hollow: as measured. Columns:
+    `agreement.scores`.
+    """
+    kinds = list(dict.fromkeys(table["criterion"]))
+    figure, [[axis]] = _axes(1, width=2.0 + 1.5 * len(kinds), height=3.6)
+    names = [name for name in REFERENCES if name in set(table["reference"])]
+    for i, name in enumerate(names):
+        one = table[table["reference"] == name].set_index("criterion")
+        x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * ((i + 0.5) / len(names) - 0.5)
+        known = one["calibrated"].notna().to_numpy()
+        best = one[["calibrated", "calibrated_low", "calibrated_high"]].to_numpy()
+        value, low, high = np.where(known[:, None], best, one[["score", "low", "high"]]).T
+        axis.errorbar(x, value, yerr=[value - low, high - value], fmt="o", ms=5, capsize=2, color=REFERENCES[name],
+                      label=name.replace("_", " "))
+        axis.plot(x[known], one["score"][known], "o", ms=5, mfc="white", mec=REFERENCES[name])
+    axis.axhline(0, color="grey", lw=1, ls=":")
+    axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
+    axis.set_ylabel("déjà vu score, all examples")
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    return figure
+
+
 SWEEPS = {"layer": "layer", "k": "k: neighbours that vote", "min_side": "periphery crop: smallest side (px)",
           "fraction": "corner crop: share of each side"}
 
