@@ -74,7 +74,7 @@ def lint_lesson(path):
         if kinds.count(kind) != 3:
             wrong.append(f"{kinds.count(kind)} {kind[1]} cells are tagged `{kind[0]}`, expected 3")
     drawing = [cell for cell in cells if cell["cell_type"] == "code"
-               and re.search(r"dv\.(plots|widgets)\.", source[cell["id"]])]
+               and re.search(r"dv\.(plots|planes|widgets)\.", source[cell["id"]])]
     return wrong + [f"{cell['id']} draws, but its metadata has no `alt`" for cell in drawing
                     if not cell["metadata"].get("alt")]
 
