@@ -106,16 +106,20 @@ def play(game: Game) -> View:
 def hover(figure, spots: list[tuple], label: str):
     """Return a matplotlib figure as SVG in HTML whose spots say something under the mouse.
 
-    A spot is (axis, x, y, text); it is found within a few points of its place. `label` describes the figure in words.
+    A spot is (axis, x, y, text); it is found within a few points of its place, and says the texts of all spots there.
+    `label` describes the figure in words.
     """
     import re
     from html import escape
 
     from IPython.display import HTML
 
-    texts = {f"spot-{i}": text for i, (*_, text) in enumerate(spots)}
-    for gid, (axis, x, y, _) in zip(texts, spots, strict=True):
-        axis.plot(x, y, "o", ms=11, alpha=0, gid=gid)  # nothing to see, but there for the mouse
+    places: dict[tuple, list[str]] = {}
+    for *place, text in spots:
+        places.setdefault(tuple(place), []).append(text)
+    for i, (axis, x, y) in enumerate(places):  # nothing to see, but there for the mouse, above all else
+        axis.plot(x, y, "o", ms=11, alpha=0, zorder=10, gid=f"spot-{i}")
+    texts = {f"spot-{i}": "\n\n".join(each) for i, each in enumerate(places.values())}
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()
