@@ -188,8 +188,9 @@ def summary(tables, resamples: int = 2000):
 def choose(infer, count: int, how: str, seed: int = 0) -> list[str]:
     """Return ids for the gallery by the paper's ranking of the k-NN attack: "memorized", "correlated" or "random".
 
-    `infer` is the table of `references.two_model`. Memorized: only the target is right, largest difference of confidences first. Correlated: both are right, largest
-    smaller confidence first. Nothing else decides, in particular nothing that was drawn.
+    `infer` is the table of `references.two_model`. Memorized: only the target is right, largest difference of
+    confidences first. Correlated: both are right, largest smaller confidence first. Nothing else decides, in
+    particular nothing that was drawn.
     """
     if how != "correlated":
         return references.choose(infer, count, how, seed)
