@@ -7,6 +7,19 @@ import numpy as np
 from dejavu_utils import plots
 
 
+def samples(rows):
+    """Return whole pictures, in the first column, and what a decoder draws of their representations beside them.
+
+    `rows` as `reconstruct.redrawn` returns them: image, name, drawn (list of (picture, name that the judge reads)).
+    """
+    figure, axes = plots._axes(1 + len(rows[0]["drawn"]), len(rows), 1.0, 1.18)
+    for line, row in zip(axes, rows, strict=True):
+        plots._picture(line[0], row["image"], row["name"], "black", False)
+        for axis, (picture, name) in zip(line[1:], row["drawn"], strict=True):
+            plots._picture(axis, picture, name, plots.TARGET, name == row["name"])
+    return figure
+
+
 def reconstructions(rows, title: str = ""):
     """Return the paper's first figure: crop, true image, what target and reference draw, and the nearest public images.
 

@@ -137,7 +137,7 @@ def table(bench: Bench, condition: str, attacked: str = "attacked", device: str 
     Columns as in `references.two_model`, and of each image's reconstructions against the image: `class`, `attribute`
     (read rightly within the true class; NaN where there is none), `ssim` and `colour` (CIE 1976 difference of the mean
     colours) of the object's box, `feature` (1 - cosine of the judge's features to those of the object alone).
-    `attacked="control"` takes images of neither set.
+    `attacked="control"` takes images of neither set, "whole" the same ones not cropped: what could be read at best.
     """
     make = functools.partial(_table, bench, condition, attacked, device)
     jobs = [Path(job.folder).name for job in bench.jobs()]
@@ -152,6 +152,7 @@ def _table(bench: Bench, condition: str, attacked: str, device: str):
     scores, targets, measured = {}, references._attacked(bench.pair, attacked), []
     for side, images in targets.items():
         rects, keep = crops.background(images, bench.pair.crop)
+        rects = np.c_[0 * images.sizes, images.sizes] if attacked == "whole" else rects
         targets[side] = images = images.subset(np.flatnonzero(keep))
         work = functools.partial(draw, bench, condition, images, rects[keep], samples=bench.sampling["samples"],
                                  device=device)
@@ -217,6 +218,21 @@ def gallery(bench: Bench, ids: list[str], condition: str = "projector", samples:
             row[role] = {"nearest": row[role], "drawn": list(zip(drawn, names, strict=True))}
         rows.append(row)
     return rows
+
+
+def redrawn(bench: Bench, count: int, samples: int = 6, device: str = "cpu") -> list[dict]:
+    """Return rows for `plots_reconstruction.samples`: whole control pictures, one a class, redrawn by decoder A.
+
+    Each is embedded and drawn from its projector: nobody has seen it. Keys: image, name, drawn (picture, name) pairs.
+    """
+    control, condition = bench.pair.parts["control"], next(iter(CONDITIONS))
+    some = control.subset(np.unique(control.labels, return_index=True)[1][:count])
+    drawn = draw(bench, condition, some, np.c_[0 * some.sizes, some.sizes], "A", samples, device)
+    told = bench.judge.read(drawn.flatten(0, 1), device)[0].sum(2).argmax(1).reshape(len(some), samples)
+    return [{"image": image, "name": some.classes[label],
+             "drawn": [(picture, some.classes[kind]) for picture, kind in zip(pictures, kinds, strict=True)]}
+            for image, label, pictures, kinds in zip(some.squares(drawn.shape[-1]), some.labels, drawn, told,
+                                                     strict=True)]
 
 
 def cost(bench: Bench, pictures: int = 8, device: str = "cpu"):
