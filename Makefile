@@ -1,6 +1,6 @@
 # The front door. Plain `make` lists what it can do.
 .DEFAULT_GOAL := help
-.PHONY: help figures lab test test-all data controls audit bench lock clean
+.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench lock clean
 SHELL := /bin/sh
 
 PROFILE ?= laptop
@@ -9,30 +9,44 @@ CORES ?= 1
 PYTHON := .venv/bin/python
 UV := .venv/bin/uv
 export P
+# What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
+EXECUTOR_FLAGS ?=
 # One notebook at a time unless a cluster is asked for; the store's keys decide what is out of date, not Snakemake's own.
 SNAKEMAKE = $(PYTHON) -m snakemake --snakefile notebooks/Snakefile --rerun-triggers mtime --rerun-incomplete --nolock \
-	$(if $(EXECUTOR),--executor $(EXECUTOR) --jobs 32 --latency-wait 60,--cores $(CORES)) $(if $(DRY),--dry-run --quiet host rules reason,--quiet all)
+	$(if $(EXECUTOR),--executor $(EXECUTOR) --jobs 32 --latency-wait 60 $(EXECUTOR_FLAGS),--cores $(CORES)) $(if $(DRY),--dry-run --quiet host rules reason,--quiet all)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="rhos=[0.5] k=10", DRY=1
 	@$(if $(DRY),$(PYTHON) notebooks/batch.py plan --profile "$(PROFILE)" --set "$$P",true)
+	@$(if $(EXECUTOR),$(PYTHON) notebooks/cluster.py --profile "$(PROFILE)" --set "$$P",true)
 	@keys=$$($(PYTHON) notebooks/batch.py keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
-	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)"; }
+	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)" fan="$(EXECUTOR)"; }
 	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
+
+report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
+	@$(PYTHON) notebooks/site/pages.py "$(PROFILE)"
+
+student: .venv/.installed  ## the notebooks without their solutions, into OUT=student
+	@$(PYTHON) -m nbconvert --log-level WARN --to notebook --output-dir "$(or $(OUT),student)" \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags solution notebooks/[0-9][0-9]_*.ipynb
+	@echo "the exercises are in $(or $(OUT),student)/"
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
 	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
-	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks/batch.py
+	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
-	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks/batch.py
+	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@$(PYTHON) -m pytest -q
+
+test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Debian: apt install slurm-wlm munge)
+	@$(PYTHON) -m pytest -q -rs tests/test_slurm.py
 
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
 	@test -n "$(NAME)" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
@@ -49,6 +63,10 @@ audit: .venv/.installed  ## audit an encoder: ENCODER=file|name IMAGES=folder|da
 	@$(PYTHON) notebooks/batch.py run 05_audit --set "$$P" --out "$${DEJAVU_RUNS:-runs}/audit/notebooks/05_audit.ipynb" \
 	  -p profile '"audit"' -p encoder.target '"$(ENCODER)"' -p encoder.reference '"$(REFERENCE)"' \
 	  -p sets.images '"$(IMAGES)"' -p sets.public '"$(PUBLIC)"' -p sets.held_out '"$(HELD_OUT)"' -p audit.report '"$(OUT)"'
+
+reference: .venv/.installed  ## real photographs in pieces of some minutes, on a GPU: PIECES="vicreg-100 …", MINUTES=25
+	@$(PYTHON) results/reference.py run $(PIECES) $(if $(MINUTES),--minutes $(MINUTES))
+	@$(PYTHON) results/reference.py merge
 
 bench: .venv/.installed  ## measure this machine: training and k-NN throughput
 	@$(PYTHON) tests/bench.py

@@ -248,3 +248,22 @@ def parts(images: Images, frame) -> dict[str, Images]:
     classes = images.classes[:int(frame["label"].max()) + 1] if len(frame) else images.classes
     rows = {part: sorted(frame["id"][frame["part"] == part]) for part in PARTS}
     return {part: replace(images.subset([place[i] for i in ids]), classes=classes) for part, ids in rows.items()}
+
+
+def distinct(images: Images, threshold: float) -> np.ndarray:
+    """Return which pictures to keep, bool (n,), so that no two resemble each other more than `threshold`.
+
+    Resemblance is the correlation of 16-px thumbnails, 1 for a copy; of two that are too alike the later id goes.
+    """
+    from dejavu_utils import knn
+    if not len(images):
+        return np.ones(0, bool)
+    small = images.squares(16).flatten(1).double()
+    small = torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
+    keep = np.ones(len(images), bool)
+    near, columns = knn.search(small.float(), small.float(), min(10, len(images)))
+    for row, column in torch.nonzero(1 - near / 2 > threshold).tolist():  # |x - y|^2 = 2 - 2 correlation
+        other = int(columns[row, column])
+        if other < row and keep[other]:
+            keep[row] = False
+    return keep

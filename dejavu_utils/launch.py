@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from dejavu_utils import store, train
 from dejavu_utils.train import Job
 
@@ -73,8 +75,8 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
     """Train all jobs, `workers` at a time, each worker a process of its own; those that are done cost nothing.
 
     `workers` defaults to the cores divided by a job's threads; on GPUs to one. `progress(done, total, text)` is called
-    about once a second, in epochs. RuntimeError carries the last lines of a worker that failed; the others' work is
-    kept.
+    about once a second, in epochs of all jobs. RuntimeError carries the last lines of a worker that failed; the
+    others' work is kept.
     """
     todo = [job for job in jobs if not job.done()]
     if not todo:
@@ -83,9 +85,9 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
     whole = not todo[0].device.startswith("cpu") or recipe.processes > 1 or recipe.engine == "vissl"
     workers = workers or (1 if whole else max(1, store.cores() // recipe.threads))
     if workers == 1 or len(todo) == 1:
-        for i, job in enumerate(todo):
+        for job in todo:
             if progress:
-                progress(i, len(todo), job.recipe.criterion)
+                progress(*_state(jobs))
             fit(job)
         return
     running = [_Worker(todo[i::workers]) for i in range(min(workers, len(todo)))]
@@ -94,7 +96,7 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
             time.sleep(0.5)
             codes = [worker.process.poll() for worker in running]
             if progress:
-                progress(*_state(todo))
+                progress(*_state(jobs))
             if failed := [worker for worker, code in zip(running, codes, strict=True) if code]:
                 raise RuntimeError(f"training failed: {_last_words(failed[0].log)}")
             if None not in codes:
@@ -106,7 +108,8 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
 
 def _state(jobs: list[Job]) -> tuple[int, int, str]:
     logs = [train.read_log(Path(job.folder) / "log.jsonl") for job in jobs]
-    done = sum(log[-1]["epoch"] if log else 0 for log in logs)
+    done = sum(max(job.epochs) if job.done() else log[-1]["epoch"] if log else 0
+               for log, job in zip(logs, jobs, strict=True))
     losses = [f"{log[-1]['loss']:.2f}" for log, job in zip(logs, jobs, strict=True) if log and not job.done()]
     return done, sum(max(job.epochs) for job in jobs), "loss " + " ".join(losses) if losses else ""
 
@@ -129,6 +132,12 @@ class _Worker:
         self.process.wait()
 
 
+def here(job: Job) -> Job:
+    """Return the job with its device "auto" replaced by what this machine has: CUDA, else the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dataclasses.replace(job, device=device) if job.device == "auto" else job
+
+
 if __name__ == "__main__":
     for each in json.load(sys.stdin):
-        fit(train.load_job(each))
+        fit(here(train.load_job(each)))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 from dejavu_utils import store
 
-OPEN = {"constants"}  # fields of a recipe whose names belong to somebody else (the criterion checks them)
+OPEN = {"constants", "trained"}  # dicts whose names belong to somebody else (a criterion, `knobs`), who checks them
 
 
 class ParameterError(ValueError):
@@ -87,7 +88,7 @@ def _checked(label: str, value: Any, default: Any, fill: bool) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, dict) and isinstance(value, dict):
-        if not default or label.split(".")[-1] in OPEN:
+        if not default or re.split("[. ]", label)[-1] in OPEN:
             return value
         return (default if fill else {}) | merged(value, default, label + ".", fill)
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
@@ -151,17 +152,19 @@ class Progress:
     """One line that is updated in place in a notebook (twice a second at most), or printed every 30 s elsewhere."""
 
     def __init__(self, total: int, label: str):
-        from IPython import get_ipython
         self.total, self.label, self.began, self.shown, self.handle = total, label, time.monotonic(), -1e9, None
-        self.live = hasattr(get_ipython(), "kernel")
+        self.first = None  # what an earlier run had done already says nothing of the pace
+        shell = sys.modules.get("IPython")  # a plain script runs without it
+        self.live = shell is not None and hasattr(shell.get_ipython(), "kernel")
 
     def update(self, n: int, text: str = "") -> None:
         """Show that `n` of `total` are done, what is left at this pace, and `text`."""
         now = time.monotonic()
         if n < self.total and now - self.shown < (0.5 if self.live else 30):
             return
-        self.shown, spent = now, now - self.began
-        ending = f"{spent:.0f} s" if n >= self.total else f"{spent * (self.total - n) / max(n, 1) / 60:.1f} min left"
+        self.shown, spent, self.first = now, now - self.began, n if self.first is None else self.first
+        left = spent * (self.total - n) / max(n - self.first, 1) / 60
+        ending = f"{spent:.0f} s" if n >= self.total else f"{left:.1f} min left" if n > self.first else ""
         line = ", ".join(filter(None, [f"{self.label}: {n}/{self.total}", text, ending]))
         if status := os.environ.get("DEJAVU_PROGRESS"):  # the runner shows it in the terminal
             Path(status).write_text(line)

@@ -7,17 +7,22 @@ that learned it from other images' crops. It is cross-fitted: no image is judged
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from dejavu_utils import train
+from dejavu_utils import attack, crops, references, store, subject, train
 from dejavu_utils.models import embed
+from dejavu_utils.pairs import Pair
 
 COMPONENTS = 8  # of the features, whitened: few enough for naive Bayes' independence to be nearly true
 EPOCHS = 30     # of the network, in which it reaches the accuracy that it keeps
+KINDS = ("resnet", "naive_bayes")
+KEPT = ("encoder", "projector", "size", "batch", "precision", "threads")  # of a recipe, by the network
+SAID = ["prediction", "correct", "correct5", "confidence"]
 Fit = Callable  # (x, labels, classes, name of its random stream) -> function of x to probabilities (n, classes)
 
 
@@ -64,7 +69,7 @@ def network(recipe: train.Recipe | None = None, epochs: int = EPOCHS, device: st
     return fit
 
 
-def assign(ids, groups, folds: int, seed: int = 0) -> np.ndarray:
+def assign(ids, groups, folds: int, seed: int | str = 0) -> np.ndarray:
     """Return the fold of each image (n,), 0 to folds - 1: the images of each group (their class) are dealt out in turn.
 
     Depends on ids, groups and seed, not on the order of rows. ValueError unless 2 <= folds.
@@ -79,7 +84,7 @@ def assign(ids, groups, folds: int, seed: int = 0) -> np.ndarray:
     return fold
 
 
-def cross_fit(fit: Fit, x, labels, fold, classes: int, learn=None, seed: int = 0) -> np.ndarray:
+def cross_fit(fit: Fit, x, labels, fold, classes: int, learn=None, seed: int | str = 0) -> np.ndarray:
     """Return class probabilities (n, classes): row i from a classifier of the rows in other folds than its own.
 
     `x` (n, ...) is what the classifier reads, `fold` (n,). Rows where `learn` (n,) is False are judged, never learned
@@ -99,3 +104,60 @@ def cross_fit(fit: Fit, x, labels, fold, classes: int, learn=None, seed: int = 0
                              "images a class or more. Leave the class out, or use more images.")
         found[judged] = fit(x[known], labels[known], classes, f"{seed}/one model/{part}")(x[judged])
     return found
+
+
+def table(pair: Pair, epoch: int, k: int, kind: str = "resnet", layer: str = "projector", attacked: str = "attacked",
+          folds: int = 2, device: str = "cpu"):
+    """Return `references.two_model`'s table at one layer, with a classifier of crops in the second encoder's place.
+
+    `kind` "resnet": `network` of the pair's trunk; "naive_bayes": of that trunk's backbone, its weights drawn anew.
+    For an image of set a (b) it has seen crops of other images of that set alone, what an auditor of encoder A (B) has.
+    `attacked="control"`: the same classifiers judge images of neither set: their score is the offset that is there
+    without memory. A confidence is minus an entropy in nats, of k votes for the target, of probabilities for the
+    reference: not on one scale, so rank with "own". Columns: those of two_model, and `reference`, the kind.
+    """
+    import pandas as pd
+
+    usual = layer in ("projector", "backbone", "logits")  # one table of two_model for all of them
+    both = references.two_model(pair, epoch, k, None if usual else (layer,), attacked, device=device)
+    target = both[(both["layer"] == layer) & (both["role"] == "target")]
+    judged = _judged(pair, epoch, kind, folds, device)
+    rows = target.drop(columns=SAID).merge(judged, on="id", validate="one_to_one").assign(role="reference")
+    return pd.concat([target, rows[target.columns]], ignore_index=True).assign(reference=kind)
+
+
+def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str):
+    """Return id and SAID of all attacked and control images; pairs of one data set and trunk share the table."""
+    if kind not in KINDS:
+        raise ValueError(f'one_model.table: kind "{kind}"; expected one of {", ".join(KINDS)}.')
+    recipe = pair.jobs["A"].recipe
+    how = {name: getattr(recipe, name) for name in KEPT}
+    code = store.code_version("one_model", "subject", "train", "methods", "feed", "views")
+    fresh = subject.untrained(pair.encoder("A", epoch), pair.setting["seed"])  # nothing is left of its training
+    nobody = dataclasses.replace(pair, jobs={}, setting={"seed": pair.setting["seed"]})
+    make = functools.partial(_judge, nobody, fresh, kind, train.Recipe(**how), folds, device)
+    return references._cached(nobody, kind, make, recipe=how, crop=pair.crop, folds=folds, classifier=code)
+
+
+def _judge(pair: Pair, fresh, kind: str, recipe: train.Recipe, folds: int, device: str):
+    import pandas as pd
+
+    rows, seed = [], pair.setting["seed"]
+    for side in "ab":
+        sets = [references._attacked(pair, which)[side] for which in ("attacked", "control")]
+        found = [crops.background(images, pair.crop) for images in sets]
+        learn = np.repeat([True, False], [int(keep.sum()) for _, keep in found])
+        x = torch.cat([images.subset(keep).squares(recipe.size, rects[keep])
+                       for images, (rects, keep) in zip(sets, found, strict=True)])
+        ids, y = (np.concatenate([getattr(images, name)[keep] for images, (_, keep) in zip(sets, found, strict=True)])
+                  for name in ("ids", "labels"))
+        if kind == "naive_bayes":
+            x = embed(fresh, x, ("backbone",), device=device)["backbone"]
+        fit = naive_bayes if kind == "naive_bayes" else network(recipe, device=device)
+        fold = assign(ids, 2 * y + learn, folds, seed)
+        chances = cross_fit(fit, x, y, fold, len(sets[0].classes), learn, f"{seed}/{side}")
+        said = attack.infer_scores(torch.from_numpy(chances).log())
+        right = said["top5"] == y[:, None]
+        rows.append(pd.DataFrame({"id": ids, "prediction": said["prediction"], "correct": right[:, 0],
+                                  "correct5": right.any(1), "confidence": said["confidence"]}))
+    return pd.concat(rows, ignore_index=True)

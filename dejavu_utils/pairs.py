@@ -23,14 +23,16 @@ TUNED: dict[str, dict] = {
 
 
 @functools.lru_cache(maxsize=4)
-def _parts(dataset: str, seed: int, rho: float, sizes: str) -> tuple[dict, dict]:
+def _parts(dataset: str, seed: int, rho: float, sizes: str, pool: int = 0) -> tuple[dict, dict]:
     """Return {part: Images} of one data set, split, and how many images are attackable and why the others are not.
 
-    The arguments are plain, so that one notebook makes the same data set once.
+    The arguments are plain, so that one notebook makes the same data set once. `pool`: scenes enough for so many
+    attacked images a class are made, so that the splits of different sizes are cut from the same scenes.
     """
     wanted = json.loads(sizes)
     if dataset == "scenes":
-        each = 2 * wanted["attacked"] + sum(wanted[part] for part in ("shared", "public", "probe", "control"))
+        others = sum(wanted[part] for part in ("shared", "public", "probe", "control"))
+        each = 2 * max(wanted["attacked"], pool) + others
         images = data.read("scenes", classes=wanted["classes"], per_class=each, rho=rho, seed=seed)
     else:
         images = data.read(dataset, classes=wanted["classes"])
@@ -100,17 +102,31 @@ class Pair:
         return self.jobs["A"].recipe.size
 
 
-def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, device: str = "cpu") -> Pair:
-    """Return the pair of one setting; nothing is trained yet (`train.fit_all(jobs(pairs))` does).
+def one(params: dict, folder: Path, criterion: str, rho: float, seed: int, device: str = "cpu",
+        trained: int = 0, pool: int = 0, distinct: float = 1.0) -> Pair:
+    """Return the pair of one setting; nothing is trained yet (`launch.fit_all(jobs(pairs))` does).
 
     `params` are a notebook's parameters: dataset, sizes, recipe, epochs, crop. The folder of an encoder is named by the
     key of all that decides its weights: its pixels, recipe, epochs, seed and the code that trains.
+
+    What is trained on may differ from what is attacked: `trained` images a class instead of `sizes.attacked`, of which
+    the attacked ones are the first (`pool` is the largest such number of a sweep: all its sizes then share their
+    images); without those that resemble another one more than `distinct` (see `data.distinct`).
     """
-    parts, counts = _parts(params["dataset"], seed, rho, json.dumps(params["sizes"], sort_keys=True))
+    sizes = params["sizes"]
+    parts, counts = _parts(params["dataset"], seed, rho, json.dumps(sizes, sort_keys=True), pool)
+    larger = json.dumps(sizes | {"attacked": trained or sizes["attacked"]}, sort_keys=True)
+    used = _parts(params["dataset"], seed, rho, larger, pool)[0]
+    if outside := sum(len(np.setdiff1d(parts[side].ids, used[side].ids)) for side in ("a", "b")):
+        raise ValueError(f"pairs: {outside} of the attacked images would not be trained on, with {trained} images a "
+                         f"class of {params['dataset']}: take at least sizes.attacked, and a data set whose split rule "
+                         'is "disjoint" (sweep sizes.attacked instead)')
+    if distinct < 1:
+        used = used | {part: used[part].subset(data.distinct(used[part], distinct)) for part in ("a", "b", "shared")}
     how = recipe(criterion, params["recipe"])
     jobs = {}
     for model in ("A", "B"):
-        source = _training_set(parts, model, how, folder / "pixels", seed)
+        source = _training_set(used, model, how, folder / "pixels", seed)
         own = ("train", "methods", "criteria", "distributed", "feed", "views", "models", "crops")
         code = store.code_version(*(("engine_vissl", "vissl_config") if how.engine == "vissl" else own))
         start = f"{seed}/{model}"

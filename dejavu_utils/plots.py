@@ -184,7 +184,8 @@ def over_rho(table):
     _line(axis, table, "rho", "reference", REFERENCE, "reference (not trained on it)", "--")
     axis.plot(table["rho"], table["bayes"], color=BAYES, lw=1.5, ls="-.", label="Bayes: all that the background tells")
     axis.axhline(table["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
-    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None))
+    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None),
+             xticks=table["rho"])
     axis.legend(fontsize=8)
     return figure
 
@@ -207,6 +208,35 @@ def layers(scores):
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
     axis.set(ylabel="déjà vu score, all examples", ylim=(None, 1.3 * float(scores["high"].max())))
     axis.legend(loc="upper right", ncols=2, fontsize=8)
+    return figure
+
+
+REFERENCES = {"two-model": TARGET, "start 1": "#56B4E9", "many-model": "#000000", "resnet": "#CC79A7",
+              "naive_bayes": "#E69F00", "bayes": BAYES}
+
+
+def references(table):
+    """Return the déjà vu score against every reference, all examples: a group a criterion, with 95 % intervals.
+
+    Filled: calibrated on images of neither set, where that can be done; hollow: as measured. Columns:
+    `agreement.scores`.
+    """
+    kinds = list(dict.fromkeys(table["criterion"]))
+    figure, [[axis]] = _axes(1, width=2.0 + 1.5 * len(kinds), height=3.6)
+    names = [name for name in REFERENCES if name in set(table["reference"])]
+    for i, name in enumerate(names):
+        one = table[table["reference"] == name].set_index("criterion")
+        x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * ((i + 0.5) / len(names) - 0.5)
+        known = one["calibrated"].notna().to_numpy()
+        best = one[["calibrated", "calibrated_low", "calibrated_high"]].to_numpy()
+        value, low, high = np.where(known[:, None], best, one[["score", "low", "high"]]).T
+        axis.errorbar(x, value, yerr=[value - low, high - value], fmt="o", ms=5, capsize=2, color=REFERENCES[name],
+                      label=name.replace("_", " "))
+        axis.plot(x[known], one["score"][known], "o", ms=5, mfc="white", mec=REFERENCES[name])
+    axis.axhline(0, color="grey", lw=1, ls=":")
+    axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
+    axis.set_ylabel("déjà vu score, all examples")
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return figure
 
 
@@ -252,11 +282,12 @@ def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
 def gallery(rows, neighbours: int = 4):
     """Return a picture table: crop, true image, then the nearest public images under target and reference, with labels.
 
-    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the same).
+    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the same), and title if
+    the crop is to be called otherwise.
     """
     figure, axes = _axes(2 + 2 * neighbours, len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        _picture(line[0], row["crop"], "crop", "black", False)
+        _picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
         _picture(line[1], row["image"], row["name"], "black", False)
         cells = [(*near, colour) for role, colour in (("target", TARGET), ("reference", REFERENCE))
                  for near in row[role][:neighbours]]

@@ -64,3 +64,35 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
     assert {key for key, verdict in found.items() if verdict == "supported"} == {"P1", "P2", "P3", "P5", "P18"}
     assert {key for key, verdict in found.items() if verdict == "contradicted"} == {"P4", "P6", "P7"}
     assert found["P11"] == found["P13"] == "undecided" and found["P8"] == "not tested"
+
+
+def _bounds(name, value, width=0.01):
+    return {name: value, f"{name}_low": value - width, f"{name}_high": value + width}
+
+
+@pytest.mark.parametrize(("value", "p14", "rest"), [
+    (0.01, "supported", "supported"), (0.02, "undecided", "undecided"), (-0.2, "contradicted", "contradicted")])
+def test_claims_about_references_flip_with_their_tables(value, p14, rest):
+    """The two-model score is .1, so one-model scores may differ by .025; all other intervals move with `value`, too."""
+    sign = {"supported": 1, "undecided": 0, "contradicted": -1}[rest]
+    two = {"criterion": "vicreg", "reference": "two-model", "score": 0.1, "low": 0.05, "high": 0.15, "n": 100}
+    one = two | _bounds("calibrated", 0.1 + value) | _bounds("difference", value)
+    odds = _bounds("odds", 2.0**sign, 0.1) | _bounds("control_odds", 1.0) | _bounds("net", 2.0**sign, 0.1)
+    gap = {"auc": 0.5 + 0.05 * sign, "low": 0.49 + 0.05 * sign, "high": 0.51 + 0.05 * sign, "n": 100}
+    statistics = [f"{name}_gap" for name in ("confidence", "correct", "alignment", "similarity")]
+    tables = {"references": [two, *(one | {"reference": kind} for kind in ("resnet", "naive_bayes"))],
+              "agreement": [{"criterion": "vicreg", "reference": "start 1", "what": "memorized", "n": 100} | odds],
+              "companions": [gap | {"statistic": name} for name in statistics],
+              "atypical": [{"difference": 0.1, "low": 0.05, "high": 0.2, "n": 10} | _bounds("net", 0.05 * sign)]}
+    tables = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    found = {key: claims.CLAIMS[key][1](tables) for key in ("P14", "P15", "P16", "P17")}
+    assert [verdict for _, verdict, _ in found.values()] == [p14, rest, rest, rest]
+    assert "+0.100 [+0.050, +0.150]" in found["P14"][0] and f"{2.0**sign:.2f}" in found["P15"][0]
+    missing = {name: pd.DataFrame() for name in tables}
+    assert {claims.CLAIMS[key][1](missing)[1] for key in found} == {"not tested"}
+
+
+def test_what_other_images_show_as_well_does_not_support_p15():
+    odds = _bounds("odds", 3.0) | _bounds("control_odds", 3.0) | _bounds("net", 1.0, 0.2)
+    row = {"criterion": "vicreg", "reference": "start 1", "what": "memorized", "n": 100} | odds
+    assert claims.again({"agreement": pd.DataFrame([row])})[1] == "undecided"

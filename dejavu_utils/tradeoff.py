@@ -1,0 +1,200 @@
+"""Privacy against utility (the paper's §6): what each setting of each knob costs and saves, and advice in words."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from dejavu_utils import attack, crops, knobs, probe, references, store, summaries
+from dejavu_utils.pairs import Pair
+
+SETTING = ["criterion", "knob", "value", "layer"]
+RELEASED = ("layer", "epoch", "noise", "bits")  # knobs that leave the encoders as they are
+
+
+def measure(pair: Pair, epoch: int, k: int, layers=("projector", "backbone"), releases=({},), device: str = "cpu"):
+    """Return the label-inference table of a pair for every layer and release, with its usefulness beside it.
+
+    `releases` are arguments of `knobs.release`, applied to all that leaves the encoder. Columns: those of
+    `references.two_model`, `release` (its number), `held_out`: accuracy on `n_held_out` images that no encoder saw
+    (probe and control set) of a linear probe trained on the target's own images, at that layer and release.
+    """
+    releases = list(releases)
+    make = functools.partial(_measure, pair, epoch, k, layers, releases, device)
+    code = store.code_version("tradeoff", "knobs")
+    return references._cached(pair, f"tradeoff-{epoch:04d}", make, epoch=epoch, k=k, layers=layers, releases=releases,
+                              crop=pair.crop, tradeoff=code)
+
+
+def _measure(pair: Pair, epoch: int, k: int, layers, releases: list[dict], device: str):
+    import pandas as pd
+
+    seen, public = {side: pair.parts[side] for side in ("a", "b")}, pair.parts["public"]
+    held = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
+    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    embed = functools.partial(references.embed_images, size=pair.size(), layers=layers, device=device)
+    at, targets = {}, {}
+    for side, images in seen.items():
+        rects, good = crops.background(images, pair.crop)
+        targets[side] = images.subset(np.flatnonzero(good))
+        at[side] = embed(encoders, targets[side], rects=rects[good])
+        at["own " + side] = embed({attack.TARGETS[side]: encoders[attack.TARGETS[side]]}, images)
+    at["public"] = embed(encoders, public)
+    at["held"] = _joined([embed(encoders, images) for images in held])
+    labels = {side: images.labels for side, images in seen.items()} | {"held": np.concatenate([i.labels for i in held])}
+    tables = []
+    for layer in layers:
+        for number, how in enumerate(releases):
+            out = {name: {model: _released(values, at["public"][layer][model], how, name, model)
+                          for model, values in found[layer].items()} for name, found in at.items()}
+            table = attack.label_inference(
+                {side: out[side] for side in seen}, out["public"], public.labels, {s: targets[s].ids for s in seen},
+                {s: targets[s].labels for s in seen}, k=k, classes=len(public.classes))
+            useful = {side: probe.linear_probe(out["own " + side][model], labels[side], out["held"][model],
+                                               labels["held"], len(public.classes))["test"]
+                      for side, model in attack.TARGETS.items()}
+            tables.append(table.assign(layer=layer, release=number, held_out=table["direction"].map(useful)))
+    return pd.concat(tables, ignore_index=True).assign(**pair.setting, epoch=epoch, k=k, attacked="attacked",
+                                                       n_held_out=len(labels["held"]))
+
+
+def _released(values, like, how: dict, name: str, model: str):
+    return knobs.release(values, like, **how, seed=f"{name}/{model}") if how else values
+
+
+def _joined(found: list[dict]) -> dict:
+    """Return one {layer: {model: (n, d)}} of several, one below the other."""
+    return {layer: {model: torch.cat([one[layer][model] for one in found]) for model in by} for layer, by in
+            found[0].items()}
+
+
+def rows(table, released: str = "projector", resamples: int = 1000):
+    """Return a row per setting: déjà vu score at p = 100 and 20 %, held-out accuracy, and both against the default.
+
+    `table` is of `measure`, with columns `knob` and `value` (text). A value is compared with the knob "default" at its
+    own layer, a layer with the default at `released`, a training-set size with its knob's first value. Columns:
+    `score`, `score_20`, `held_out`, `score_change` and `held_out_change`, each with _low and _high, n, n_held_out.
+    Changes are seed-matched: a t-interval over seeds, or of a knob that leaves the encoders alone, or with one seed,
+    the bootstrap's over images (binomial for the probe), named in `over`. Needs one rho, and one epoch a value.
+    """
+    import pandas as pd
+
+    found = []
+    for (criterion, knob, value, layer), part in table.groupby(SETTING, sort=False):
+        base = _base(table, criterion, knob, released if knob == "layer" else layer)
+        row = {"criterion": criterion, "knob": knob, "value": value, "layer": layer, "seeds": part["seed"].nunique()}
+        for score in attack.curve(part, (100, 20), resamples=resamples):
+            suffix = "" if score["p"] == 100 else "_20"
+            row |= {f"score{suffix}{end}": score["score" if not end else end[1:]] for end in ("", "_low", "_high")}
+            row["n"] = score["n"]
+        row |= _useful(part) | _change(part, base, knob, resamples)
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+def by_seed(table):
+    """Return a row per setting and seed: score over all images and held-out accuracy, for tests that permute seeds."""
+    import pandas as pd
+
+    return pd.DataFrame([dict(zip([*SETTING, "seed"], setting, strict=True)) |
+                         {"score": attack.score(part, resamples=0)["score"], "held_out": _by_seed(part).iloc[0]}
+                         for setting, part in table.groupby([*SETTING, "seed"], sort=False)])
+
+
+def _base(table, criterion: str, knob: str, layer: str):
+    """Return the part of the table that a setting is compared with."""
+    mine = table[table["criterion"] == criterion]
+    if knob.startswith("trained"):
+        mine = mine[(mine["knob"] == knob) & (mine["layer"] == layer)]
+        return mine[mine["value"] == mine["value"].iloc[0]]
+    return mine[(mine["knob"] == "default") & (mine["layer"] == layer)]
+
+
+def _by_seed(part):
+    """Return the held-out accuracy of every seed, the mean over A and B."""
+    return part.drop_duplicates(["seed", "direction"]).groupby("seed")["held_out"].mean()
+
+
+def _useful(part) -> dict:
+    by_seed = _by_seed(part)
+    n = int(part.groupby("seed")["n_held_out"].first().sum())
+    mean, low, high = summaries._interval(by_seed.to_numpy(), by_seed.mean() * (1 - by_seed.mean()) / n)
+    return {"held_out": mean, "held_out_low": low, "held_out_high": high, "n_held_out": n}
+
+
+def _change(part, base, knob: str, resamples: int) -> dict:
+    """Return score_change and held_out_change, each with its interval, and what the interval is over."""
+    useful, before = _by_seed(part), _by_seed(base)
+    n = int(part.groupby("seed")["n_held_out"].first().sum())
+    steps = (useful - before).to_numpy()
+    held = summaries._interval(steps, sum(s.mean() * (1 - s.mean()) for s in (useful, before)) / n)
+    if knob in RELEASED or len(steps) == 1:
+        found, over = attack.difference(part, base, resamples=resamples), "images"
+        score = found["difference"], found["low"], found["high"]
+    else:
+        mine, default = ({seed: attack.score(one, resamples=0)["score"] for seed, one in table.groupby("seed")}
+                         for table in (part, base))
+        score, over = summaries._interval(np.array([mine[seed] - default[seed] for seed in mine]), 0.0), "seeds"
+    ends = ("", "_low", "_high")
+    return ({f"score_change{end}": value for end, value in zip(ends, score, strict=True)} |
+            {f"held_out_change{end}": value for end, value in zip(ends, held, strict=True)} | {"over": over})
+
+
+def front(table):
+    """Return which rows are on the Pareto front, bool: nothing else has a lower score and is as useful, or better."""
+    score, useful = table["score"].to_numpy(), table["held_out"].to_numpy()
+    beaten = [(((score < s) & (useful >= u)) | ((score <= s) & (useful > u))).any()
+              for s, u in zip(score, useful, strict=True)]
+    return ~np.array(beaten, bool)
+
+
+def verdict(low: float, high: float, down: str, up: str) -> str:
+    """Return `down` or `up` where an interval excludes 0, else "undecided"."""
+    return down if high < 0 else up if low > 0 else "undecided"
+
+
+def directions(table):
+    """Return a row per knob: what its farthest value from the default does to the score and to usefulness, two-sided.
+
+    The farthest value is the last one listed, or the first where the last is the default (early stopping). `score` says
+    lower, higher or undecided, `useful` less, more or undecided.
+    """
+    import pandas as pd
+
+    found = []
+    for (criterion, knob), part in table[table["knob"] != "default"].groupby(["criterion", "knob"], sort=False):
+        last = part.iloc[-1 if part["score_change"].iloc[-1] or part["held_out_change"].iloc[-1] else 0]
+        found.append({"criterion": criterion, "knob": knobs.NAMES.get(knob, knob), "value": last["value"],
+                      "score": verdict(last["score_change_low"], last["score_change_high"], "lower", "higher"),
+                      "useful": verdict(last["held_out_change_low"], last["held_out_change_high"], "less", "more")} |
+                     {name: last[name] for name in last.index if "change" in name} |
+                     {name: last[name] for name in ("over", "n", "seeds")})
+    return pd.DataFrame(found)
+
+
+def advice(table, most: float = 0.02) -> str:
+    """Return advice in words: the setting that lowers the score most among those that cost at most `most` accuracy.
+
+    Choosing the best of many settings flatters it: the sentence says among how many it was chosen, and its own interval
+    is not corrected for that. "Undecided" where the interval holds 0.
+    """
+    tried = table[table["knob"] != "default"]
+    cheap = tried[(tried["held_out_change"] >= -most) & (tried["score_change"] < 0)]
+    if not len(cheap):
+        return (f"None of {len(tried)} settings lowers the score and costs at most {most:.2f} of held-out accuracy: "
+                "keep the default, and do not release it where its score matters.")
+    best = cheap.sort_values(["score_change", "held_out_change"], ascending=[True, False], kind="stable").iloc[0]
+    sure = "its interval excludes 0" if best["score_change_high"] < 0 else "undecided: its interval holds 0"
+    useful = verdict(best["held_out_change_low"], best["held_out_change_high"], "a cost", "a gain")
+    name = knobs.NAMES.get(best["knob"], best["knob"])
+    return (f"{name}: {best['value']} ({best['criterion']}). Of {len(tried)} settings, {len(cheap)} lower the déjà vu "
+            f"score at a cost of at most {most:.2f} of held-out accuracy; this one lowers it most, by "
+            f"{_text(best, 'score_change')} to {best['score']:+.3f} ({sure}). Held-out accuracy changes by "
+            f"{_text(best, 'held_out_change')} ({useful}). The best of many is flattered by the choice, and its "
+            f"interval is not corrected for that. {best['seeds']} seed(s), n = {best['n']}.")
+
+
+def _text(row, name: str) -> str:
+    return f"{row[name]:+.3f} [{row[name + '_low']:+.3f}, {row[name + '_high']:+.3f}]"

@@ -1,0 +1,204 @@
+"""The reference results on real photographs, in pieces of some minutes, each one process that leaves one small archive.
+
+    .venv/bin/python results/reference.py list                   # the pieces, and which are done
+    .venv/bin/python results/reference.py run vicreg-100 …       # these; without names all that are missing, in order
+    .venv/bin/python results/reference.py merge                  # tables of all seeds from the archives
+
+A piece runs the notebooks as plain scripts (their code cells, one after the other, with its parameters after the
+parameters cell): no papermill, no Jupyter. It trains in a folder of its own and keeps of it
+results/tiny_imagenet/<piece>.zip: tables, curves and the guess for every attacked image, no picture and no weight. A
+piece is done when its archive is there and was made with the same parameters. No piece needs another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "notebooks")]
+import batch  # noqa: E402  the paths come first
+
+from dejavu_utils import store  # noqa: E402
+from dejavu_utils.notebook import cells, declared  # noqa: E402
+
+PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
+SEEDS = (100, 101, 102)
+NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
+PICTURES = ("examples", "gallery")  # figures that show photographs stay where they were made
+
+
+def pieces() -> dict[str, tuple[list[str], dict]]:
+    """Return {piece: (stages, parameters)}, the most valuable first."""
+    found: dict[str, tuple[list[str], dict]] = {
+        "pilot": (["01_training"], {"seeds": [0], "criteria": ["vicreg"], "epochs": [0, 2]})}
+    both, others = ["01_training", "02_attack"], ["simclr", "barlow_twins", "byol", "dino", "supervised"]
+    found |= {f"vicreg-{seed}": (both, {"seeds": [seed], "criteria": ["vicreg"]}) for seed in SEEDS}
+    found |= {f"{name}-{seed}": (both, {"seeds": [seed], "criteria": [name]}) for seed in SEEDS for name in others}
+    for criterion, wanted in batch.given(PROFILE, {})["04_mitigation"]["trained"].items():
+        for knob, values in wanted.items():
+            own = {"criteria": [criterion], "trained": {criterion: {knob: values}}, "free": NOTHING_FREE}
+            if knob.startswith("trained"):  # the smallest training set is the one that is attacked
+                own["sizes"] = {"attacked": min(values)}
+            found |= {f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]}) for seed in SEEDS}
+    return found
+
+
+def script(stage: str, values: dict) -> str:
+    """Return a notebook as a plain script: its code cells, with `values` set after the parameters cell."""
+    parameters, given = cells(stage, "parameters")[0], [f"{name} = {value!r}" for name, value in values.items()]
+    code = [source for source in _code(stage) if source != parameters]
+    return "\n\n".join([parameters, "\n".join(given), *code])
+
+
+def _code(stage: str) -> list[str]:
+    found = json.loads((store.root() / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
+    skipped = {"exercise", "solution"}
+    return ["".join(cell["source"]) for cell in found
+            if cell["cell_type"] == "code" and not skipped & set(cell["metadata"].get("tags", []))]
+
+
+def _parameters(name: str, changes: dict) -> dict[str, dict]:
+    """Return the parameters of every stage of a piece: the profile's, the piece's over them, `changes` over both."""
+    stages, own = pieces()[name]
+    values = {}
+    for stage in stages:
+        known = declared(stage)
+        mine = {key: value for key, value in (own | changes).items() if key in known}
+        values[stage] = batch.given(PROFILE, mine, only=stage)[stage]
+    return values
+
+
+def done(name: str, changes: dict) -> bool:
+    """Return whether the archive of a piece is there, undamaged, and was made with these parameters."""
+    try:
+        return store.verify(OUT / f"{name}.zip")["key"] == _key(name, changes)
+    except (FileNotFoundError, store.StoreError, KeyError):
+        return False
+
+
+def _key(name: str, changes: dict) -> str:
+    return store.key(piece=name, parameters=_parameters(name, changes))
+
+
+def run(name: str, changes: dict) -> Path:
+    """Return the archive of a piece after running its notebooks in this process."""
+    began, parameters = time.time(), _parameters(name, changes)
+    with tempfile.TemporaryDirectory(prefix="dejavu-") as folder:
+        os.environ["DEJAVU_RUNS"] = folder
+        guesses = []
+        for stage, values in parameters.items():
+            print(f"{name}: {stage}", flush=True)
+            names: dict = {"__name__": "__main__"}
+            exec(compile(script(stage, values), f"{stage}.py", "exec"), names)
+            guesses += [names[table] for table in ("attacks", "everything") if table in names]
+            guesses += names.get("unseen", [])  # the negative control of 02_attack
+        return _pack(name, Path(folder) / PROFILE, guesses, parameters, changes, time.time() - began)
+
+
+def _pack(name: str, folder: Path, guesses: list, parameters: dict, changes: dict, seconds: float) -> Path:
+    """Return the archive of what a piece leaves, with a sidecar that says how it was made."""
+    import pandas as pd
+
+    kept = [path for kind in ("tables", "metrics", "figures") for path in sorted((folder / kind).glob("*"))
+            if path.suffix in (".csv", ".json", ".png") and not path.name.startswith(PICTURES)
+            and not path.name.startswith("partition")]
+    first = next(iter(parameters.values()))
+    meta = {"command": f"make reference PIECES={name}", "key": _key(name, changes), "parameters": parameters,
+            "seed": first["seeds"], "n": max((table["id"].nunique() for table in guesses), default=0),
+            "commit": _commit(), "hardware": _hardware(), "minutes": round(seconds / 60, 1)}
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{name}.zip"
+    with store.artifact(path, meta) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for one in kept:
+            archive.write(one, one.relative_to(folder))
+        if guesses:
+            buffer = io.BytesIO()
+            pd.concat(guesses, ignore_index=True).to_parquet(buffer, index=False, compression="zstd")
+            archive.writestr("guesses.parquet", buffer.getvalue())
+    if path.stat().st_size > LIMIT:
+        raise SystemExit(f"{path} has {path.stat().st_size >> 20} MiB, more than {LIMIT >> 20}: leave something out")
+    print(f"{name}: {seconds / 60:.1f} min, {path.stat().st_size >> 10} KiB, {path}", flush=True)
+    return path
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"cpu, {store.cores()} cores, {platform.machine()}"
+
+
+def _read(name: str):
+    """Return the guesses of all archives whose table has the column `name`, or has it not ("-name"), as one table."""
+    import pandas as pd
+
+    found = []
+    for path in sorted(OUT.glob("*.zip")):
+        store.verify(path)
+        with zipfile.ZipFile(path) as archive:
+            if "guesses.parquet" in archive.namelist():
+                found.append(pd.read_parquet(io.BytesIO(archive.read("guesses.parquet"))))
+    found = [table for table in found if (name.strip("-") in table) != name.startswith("-")]
+    return pd.concat(found, ignore_index=True) if found else None
+
+
+def merge() -> None:
+    """Write the tables of all seeds together, from the guesses in the archives."""
+    from dejavu_utils import summaries, tradeoff
+
+    made, one = {}, ["criterion", "seed", "epoch", "layer", "direction", "role", "id"]
+    if (table := _read("-knob")) is not None:
+        attacked, epochs = table[table["attacked"] == "attacked"], sorted(map(int, table["epoch"].unique()))
+        last = attacked[(attacked["epoch"] == epochs[-1]) & (attacked["layer"] == "projector")]
+        made |= {"scores": summaries.scores(attacked, [100, 20, 5]), "shares": summaries.shares(attacked),
+                 "differences": summaries.differences(attacked, epochs), "curve": summaries.curve(last)}
+        unseen = table[table["attacked"] == "control"]
+        made["controls"] = summaries.scores(unseen, [100], rankings=("own",))
+    if (turned := _read("knob")) is not None:
+        turned = turned[turned["layer"] == "projector"].drop_duplicates([*one, "knob", "value"])
+        made["mitigation"] = tradeoff.rows(turned)
+    if not made:
+        raise SystemExit(f"no archive with guesses in {OUT}: run `make reference` on a machine with a GPU first")
+    for name, frame in made.items():
+        store.write_table(OUT / f"{name}.csv", frame, {"command": "results/reference.py merge"})
+        print(f"{name}: {len(frame)} rows")
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("list", "run", "merge"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--set", default="", metavar="'NAME=VALUE …'", help="parameters over the profile's, for tests")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no piece after so many minutes")
+    options = parser.parse_args()
+    changes, known, began = batch._overrides([], options.set), pieces(), time.time()
+    if unknown := set(options.names) - set(known):
+        sys.exit(f"error: no piece {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    if options.command == "merge":
+        return merge()
+    for name in options.names or [name for name in known if name != "pilot"]:
+        if options.command == "list" or done(name, changes):
+            print(f"{name}: {'done' if done(name, changes) else 'to do'}")
+        elif time.time() - began < 60 * options.minutes:
+            run(name, changes)
+
+
+if __name__ == "__main__":
+    main()
