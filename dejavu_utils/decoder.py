@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         self.size, self.constants = size, known
         self.net = _unet(size, *(known[name] for name in ("channels", "layers", "attention", "patch")))
         inner = self.net.time_embedding.linear_2.out_features
+        widths = dict(sorted(widths.items()))  # one order, whoever asks: equal seeds make equal weights
         self.parts = nn.ModuleDict({name: nn.Linear(width, inner) for name, width in widths.items()})
         for name, width in widths.items():
             self.register_buffer(f"mean_{name}", torch.zeros(width))
