@@ -6,6 +6,8 @@ import numpy as np
 
 from dejavu_utils import plots
 
+OTHER = {"control": ", images of neither set", "whole": ", those not cropped"}
+
 
 def samples(rows):
     """Return whole pictures, in the first column, and what a decoder draws of their representations beside them.
@@ -51,8 +53,8 @@ def read_off(table, chance: float, truth: float | None = None):
     measure. `chance` and `truth`, the best that the background allows (scenes only), are drawn as lines.
     """
     figure, [[axis]] = plots._axes(1, width=6.4, height=0.9 + 0.42 * len(table))
-    names = [row["condition"] + (", images of neither set" if row["attacked"] == "control" else "")
-             for _, row in table.iterrows()]
+    rows = zip(table["condition"], table["attacked"], strict=True)
+    names = [condition + OTHER.get(attacked, "") for condition, attacked in rows]
     for shift, role, colour in ((-0.12, "target", plots.TARGET), (0.12, "reference", plots.REFERENCE)):
         values, low, high = (table[role + end].to_numpy(float) for end in ("", "_low", "_high"))
         axis.errorbar(values, np.arange(len(table)) + shift, xerr=[values - low, high - values], fmt="o", markersize=5,

@@ -220,12 +220,12 @@ def gallery(bench: Bench, ids: list[str], condition: str = "projector", samples:
     return rows
 
 
-def redrawn(bench: Bench, count: int, samples: int = 6, device: str = "cpu") -> list[dict]:
+def redrawn(bench: Bench, count: int, condition: str = "projector", samples: int = 6, device: str = "cpu"):
     """Return rows for `plots_reconstruction.samples`: whole control pictures, one a class, redrawn by decoder A.
 
-    Each is embedded and drawn from its projector: nobody has seen it. Keys: image, name, drawn (picture, name) pairs.
+    No encoder, decoder or judge was trained on them. Keys: image, name, drawn ([(picture, what is read)]).
     """
-    control, condition = bench.pair.parts["control"], next(iter(CONDITIONS))
+    control = bench.pair.parts["control"]
     some = control.subset(np.unique(control.labels, return_index=True)[1][:count])
     drawn = draw(bench, condition, some, np.c_[0 * some.sizes, some.sizes], "A", samples, device)
     told = bench.judge.read(drawn.flatten(0, 1), device)[0].sum(2).argmax(1).reshape(len(some), samples)

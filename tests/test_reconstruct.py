@@ -78,7 +78,8 @@ def test_every_attacked_image_appears_once_under_each_model(bench, table):
         assert sorted(table.loc[table["role"] == role, "id"]) == sorted(ids)
     assert table[["ssim", "colour", "feature", "attribute", "class"]].notna().all().all()
     assert set(table["attribute"]) <= {0.0, 1.0}
-    control = reconstruct.table(bench, "projector", "control")
+    control, whole = (reconstruct.table(bench, "projector", which) for which in ("control", "whole"))
+    assert list(control["id"]) == list(whole["id"]) and not control["ssim"].equals(whole["ssim"])
     assert set(control["id"]) <= set(bench.pair.parts["control"].ids) and not set(control["id"]) & set(ids)
 
 
