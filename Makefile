@@ -1,6 +1,6 @@
 # The front door. Plain `make` lists what it can do.
 .DEFAULT_GOAL := help
-.PHONY: help figures lab test test-all test-slurm data controls audit reference bench lock clean
+.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench lock clean
 SHELL := /bin/sh
 
 PROFILE ?= laptop
@@ -25,16 +25,24 @@ figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|
 	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)" fan="$(EXECUTOR)"; }
 	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
 
+report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
+	@$(PYTHON) notebooks/site/pages.py "$(PROFILE)"
+
+student: .venv/.installed  ## the notebooks without their solutions, into OUT=student
+	@$(PYTHON) -m nbconvert --log-level WARN --to notebook --output-dir "$(or $(OUT),student)" \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags solution notebooks/[0-9][0-9]_*.ipynb
+	@echo "the exercises are in $(or $(OUT),student)/"
+
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
 	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
-	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks/batch.py
+	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
-	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks/batch.py
+	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@$(PYTHON) -m pytest -q
 
 test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Debian: apt install slurm-wlm munge)

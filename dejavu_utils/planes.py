@@ -16,8 +16,9 @@ def per_knob(rows):
     `rows` is of `tradeoff.rows`: values stand in the order of the table, at equal distances.
     """
     groups = list(rows[rows["knob"] != "default"].groupby(["criterion", "knob"], sort=False))
-    wide = min(len(groups), 4)
-    figure, axes = _axes(wide, 2 * -(-len(groups) // wide), 3.1, 2.3)
+    deep = -(-len(groups) // 5)
+    wide = -(-len(groups) // deep)
+    figure, axes = _axes(wide, 2 * deep, 3.0, 2.3)
     columns = [axes[start:start + 2, i] for start in range(0, len(axes), 2) for i in range(wide)]
     for unused in columns[len(groups):]:
         for axis in unused:
@@ -60,23 +61,33 @@ def plane(rows):
     Down and to the right is better. Bars are 95 % intervals on both axes, rings mark the Pareto front (`front`).
     """
     figure, axes = _axes(2, 1, 5.4, 4.4, sharex=True)
-    defaults, turned = rows[rows["knob"] == "default"], rows[rows["knob"] != "default"]
-    lines = [("default of each criterion", defaults)]
-    lines += [(_title(*name), part) for name, part in turned.groupby(["criterion", "knob"], sort=False)]
+    lines = list(rows.groupby(["criterion", "knob"], sort=False))
+    turned = [name for name, _ in lines if name[1] != "default"]
     for axis, name, text in zip(axes[0], ("score", "score_20"), ("all images", "the 20 % most confident"), strict=True):
-        for i, (label, part) in enumerate(lines):
+        for i, (setting, part) in enumerate(lines):
             bars = {f"{end}err": _errors(part, column) for end, column in (("x", "held_out"), ("y", name))}
-            axis.errorbar(part["held_out"], part[name], **bars, color="grey" if i == 0 else COLOURS[(i - 1) % 10],
-                          lw=1.2 if i else 0, marker=MARKERS[i % 10], markersize=5, elinewidth=0.5, label=label)
+            colour = COLOURS[turned.index(setting) % 10] if setting in turned else "grey"
+            axis.errorbar(part["held_out"], part[name], **bars, color=colour, lw=1.2, marker=MARKERS[i % 10],
+                          markersize=5, elinewidth=0.5, label=_title(*setting))
         axis.axhline(0, color="grey", lw=1, ls=":")
         axis.set(xlabel="held-out accuracy of a linear probe", ylabel="déjà vu score", title=text)
     best = rows[rows["front"]]
     axes[0, 0].plot(best["held_out"], best["score"], "o", ms=12, mfc="none", mec="black", label="Pareto front")
-    for row in defaults.itertuples():
-        axes[0, 0].annotate(NAMES.get(row.criterion, row.criterion), (row.held_out, row.score), (4, 4),
-                            textcoords="offset points", fontsize=7, color="dimgrey")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
+
+
+def spots(figure, rows) -> list[tuple]:
+    """Return what `widgets.hover` says at each point of a `plane`: its setting, both numbers, their intervals, n."""
+    found = []
+    for axis, name in zip(figure.axes, ("score", "score_20"), strict=True):
+        for row in rows.to_dict("records"):
+            score, useful = (f"{row[one]:{form}} [{row[one + '_low']:{form}}, {row[one + '_high']:{form}}]"
+                             for one, form in ((name, "+.3f"), ("held_out", ".3f")))
+            text = (f"{_title(row['criterion'], row['knob'])}: {row['value']}\ndéjà vu score {score}, n = {row['n']}\n"
+                    f"held-out accuracy {useful}" + "\non the Pareto front" * bool(row["front"] and name == "score"))
+            found.append((axis, row["held_out"], row[name], text))
+    return found
 
 
 def _title(criterion: str, knob: str) -> str:

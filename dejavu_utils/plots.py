@@ -184,7 +184,8 @@ def over_rho(table):
     _line(axis, table, "rho", "reference", REFERENCE, "reference (not trained on it)", "--")
     axis.plot(table["rho"], table["bayes"], color=BAYES, lw=1.5, ls="-.", label="Bayes: all that the background tells")
     axis.axhline(table["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
-    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None))
+    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None),
+             xticks=table["rho"])
     axis.legend(fontsize=8)
     return figure
 
@@ -271,11 +272,12 @@ def sweeps(table):
 def gallery(rows, neighbours: int = 4):
     """Return a picture table: crop, true image, then the nearest public images under target and reference, with labels.
 
-    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the same).
+    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the same), and title if
+    the crop is to be called otherwise.
     """
     figure, axes = _axes(2 + 2 * neighbours, len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        cells = [(row["crop"], "crop", "black"), (row["image"], row["name"], "black")]
+        cells = [(row["crop"], row.get("title", "crop"), "black"), (row["image"], row["name"], "black")]
         cells += [(*near, colour) for role, colour in (("target", TARGET), ("reference", REFERENCE))
                   for near in row[role][:neighbours]]
         for column, (axis, (picture, name, frame)) in enumerate(zip(line, cells, strict=True)):

@@ -33,11 +33,13 @@ def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     found = len(y.unique())
     strength = (2 if found == 2 else 1) / (len(y) * penalty)  # of two classes scikit-learn keeps one weight vector
     model = LogisticRegression(C=strength, tol=1e-6, max_iter=steps) if found > 1 else DummyClassifier()
-    return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
+    with threadpool_limits(1):  # such small products are no faster with more, and its bits do not depend on the cores
+        return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
 
 
 def _fit_sgd(x: Tensor, y: Tensor, classes: int, seed: int, epochs: int, rates: tuple[float, float], batch: int):

@@ -83,14 +83,14 @@ def _gallery(title: str, lines: list[list[tuple]]) -> str:
     return f"<section><h3>{title}</h3>{rows or '<p>There is none.</p>'}</section>"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """Return a table; its cells are HTML already."""
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     titles = "".join(f"<th scope=col>{cell}</th>" for cell in head)
     return f"<div class=wide><table><thead><tr>{titles}</thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
-def _scored(frame, first: str, name, level: int, more: dict) -> str:
+def scored(frame, first: str, name, level: int, more: dict) -> str:
     """Return a table of scores: `name(row)`, points, interval, a drawing of both with a line at 0, and `more`."""
     left, rows = min(frame["low"].min(), 0) - 0.02, []
     scale = 100 / (max(frame["high"].max(), 0) + 0.02 - left)
@@ -100,7 +100,7 @@ def _scored(frame, first: str, name, level: int, more: dict) -> str:
                  f'{high - low:.1f}%"></i><b style="left:{dot:.1f}%"></b></div>')
         text = f"<b>{points(row['score'])}</b> ({points(row['low'])} to {points(row['high'])})"
         rows.append([name(row), text + drawn, *(cell(row) for cell in more.values())])
-    return _table([first, f"points ({level} % interval)", *more], rows)
+    return table([first, f"points ({level} % interval)", *more], rows)
 
 
 def _split(shares: dict) -> str:
@@ -108,7 +108,7 @@ def _split(shares: dict) -> str:
     bars = "".join(f'<i style="flex:{shares[name]:.4f};background:{plots.SPLIT[name]}"></i>' for name in attack.CELLS)
     rows = [[f'<span class=key style="background:{plots.SPLIT[name]}"></span>{name}', KINDS[name],
              *(points(shares[name + end], sign=False) for end in ("", "_low", "_high"))] for name in attack.CELLS]
-    return f"<div class=bar aria-hidden=true>{bars}</div>" + _table(["kind", "who is right", "%", "from", "to"], rows)
+    return f"<div class=bar aria-hidden=true>{bars}</div>" + table(["kind", "who is right", "%", "from", "to"], rows)
 
 
 def page(case: Subject, found: dict) -> str:
@@ -141,18 +141,18 @@ object is. The score is how much more often they are right than {reference}, who
 memory. Images that nobody trained on, where there are any, are treated alike: their score is the offset of the
 reference, which need not be 0. The calibrated score is free of it. It compares the encoder with how often it would be
 right without memory, as the unseen images tell.</p>
-{_scored(found["scores"], "score", _reading, 95, share | {"images": number["images"]})}
+{scored(found["scores"], "score", _reading, 95, share | {"images": number["images"]})}
 <h2>Four kinds of images</h2><p>Without memory, “memorized” and “misrepresented” would be equally frequent, if the
 reference were as strong as the encoder. Some “memorized” images are therefore luck.</p>{_split(found["split"])}
 <h2>Look at them</h2><p>Crop, whole image, and the public pictures that the encoder finds nearest to the crop. First
 the most confidently memorized images, chosen because they are; the others are drawn at random.</p>
 <div class=pair>{_gallery("Most memorized", found["memorized"])}{_gallery("Drawn at random", found["random"])}</div>
 <h2>Class by class</h2><p>Not calibrated, and not corrected for the number of classes: the first rows look large by
-selection.</p>{_scored(classes.head(SHOWN), "class", lambda row: escape(row["class"]), 95, number)}
+selection.</p>{scored(classes.head(SHOWN), "class", lambda row: escape(row["class"]), 95, number)}
 <p><small>{min(SHOWN, len(classes))} of {len(classes)} classes.</small></p>
 <h2>Negative controls</h2><p>The same audit where there is nothing to find, on the same images. If one fails, there is
 no verdict. About three audits in a hundred lose theirs by chance.</p>
-{_scored(found["controls"], "control", lambda row: escape(row["control"]), 99, {"images": number["images"],
+{scored(found["controls"], "control", lambda row: escape(row["control"]), 99, {"images": number["images"],
          "": lambda row: "✓ holds 0" if row["passed"] else "✗ does not hold 0"})}
 <h2>What could not be checked</h2><ul>{"".join(f"<li>{escape(each)}" for each in case.limits)}</ul>
 <h2>Where this comes from</h2><div class=facts><table><tbody>{facts}</table></div>

@@ -94,6 +94,15 @@ def rows(table, released: str = "projector", resamples: int = 1000):
     return pd.DataFrame(found)
 
 
+def by_seed(table):
+    """Return a row per setting and seed: score over all images and held-out accuracy, for tests that permute seeds."""
+    import pandas as pd
+
+    return pd.DataFrame([dict(zip([*SETTING, "seed"], setting, strict=True)) |
+                         {"score": attack.score(part, resamples=0)["score"], "held_out": _by_seed(part).iloc[0]}
+                         for setting, part in table.groupby([*SETTING, "seed"], sort=False)])
+
+
 def _base(table, criterion: str, knob: str, layer: str):
     """Return the part of the table that a setting is compared with."""
     mine = table[table["criterion"] == criterion]
@@ -149,13 +158,14 @@ def verdict(low: float, high: float, down: str, up: str) -> str:
 def directions(table):
     """Return a row per knob: what its farthest value from the default does to the score and to usefulness, two-sided.
 
-    The farthest value is the last one listed; `score` says lower, higher or undecided, `useful` likewise.
+    The farthest value is the last one listed, or the first where the last is the default (early stopping). `score` says
+    lower, higher or undecided, `useful` less, more or undecided.
     """
     import pandas as pd
 
     found = []
     for (criterion, knob), part in table[table["knob"] != "default"].groupby(["criterion", "knob"], sort=False):
-        last = part.iloc[-1]
+        last = part.iloc[-1 if part["score_change"].iloc[-1] or part["held_out_change"].iloc[-1] else 0]
         found.append({"criterion": criterion, "knob": knobs.NAMES.get(knob, knob), "value": last["value"],
                       "score": verdict(last["score_change_low"], last["score_change_high"], "lower", "higher"),
                       "useful": verdict(last["held_out_change_low"], last["held_out_change_high"], "less", "more")} |

@@ -21,7 +21,8 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 TABLES = ["scores", "shares", "differences", "controls", "truth", "fig2_probe", "curve"]
-LATER = ["references", "agreement", "companions", "atypical", "many_model"]  # where the run wrote them
+LATER = ["references", "agreement", "companions", "atypical", "many_model", "trained", "mitigation",
+         "mitigation_backbone", "mitigation_seeds", "mitigation_directions"]  # where the run wrote them
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
 
@@ -143,13 +144,32 @@ def truths(name: str) -> list[str]:
     return lines
 
 
+def turned(name: str) -> list[str]:
+    """Return a table with a row per knob of 04_mitigation: what its farthest value does to score and usefulness."""
+    path = HERE / name / "mitigation_directions.csv"
+    if not path.exists():
+        return []
+    lines = ["", "| knob | criterion | value | score, change | held-out accuracy, change | interval over | seeds | n |",
+             "|---" * 8 + "|"]
+    for row in pd.read_csv(path, dtype={"value": str}).to_dict("records"):
+        cells = []
+        for column in ("score_change", "held_out_change"):
+            low, high = row[f"{column}_low"], row[f"{column}_high"]
+            mark = "" if low <= 0 <= high else "**"
+            cells.append(f"{mark}{_number(row[column], low, high)}{mark}")
+        cells = [row["knob"], NAMES[row["criterion"]], row["value"], *cells, row["over"], row["seeds"], row["n"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, "", f"Changes from the default (released: the projector); **bold**: the interval excludes 0, on "
+            f"either side. [`results/{name}/mitigation.csv`](results/{name}/mitigation.csv)."]
+
+
 def block(name: str) -> str:
     """Return the generated text of one README block."""
     entry = json.loads((HERE / name / "provenance.json").read_text())
     sizes = entry["parameters"]["sizes"]
     controls = pd.read_csv(HERE / name / "controls.csv")
     missed = int(((controls["low"] > 0) | (controls["high"] < 0)).sum())
-    lines = [*claims(name), "", *learned(name), *truths(name)]
+    lines = [*claims(name), "", *learned(name), *truths(name), *turned(name)]
     lines += ["", f"Negative controls: {missed} of {len(controls)} intervals miss 0 (about 5 % should, by chance), "
               f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "

@@ -96,3 +96,30 @@ def test_what_other_images_show_as_well_does_not_support_p15():
     odds = _bounds("odds", 3.0) | _bounds("control_odds", 3.0) | _bounds("net", 1.0, 0.2)
     row = {"criterion": "vicreg", "reference": "start 1", "what": "memorized", "n": 100} | odds
     assert claims.again({"agreement": pd.DataFrame([row])})[1] == "undecided"
+
+
+@pytest.mark.parametrize(("lam", "probe", "tau", "size", "width", "found"), [
+    (-0.05, 0.0, 0.1, 0.001, -0.05, ("supported", "supported", "supported", "supported")),
+    (0.05, 0.0, 0.0, 0.2, 0.05, ("contradicted", "undecided", "contradicted", "contradicted")),
+    (-0.05, -0.3, 0.1, 0.022, 0.0, ("contradicted", "supported", "undecided", "undecided")),
+    (0.0, 0.0, 0.0, -0.2, 0.0, ("undecided", "undecided", "contradicted", "undecided"))])
+def test_claims_about_knobs_flip_with_their_tables(lam, probe, tau, size, width, found):
+    """P8, P9, P10 and P12 from made-up changes of score and probe, each with an interval of +-0.01."""
+    row = {"criterion": "vicreg", "score": 0.1, "seeds": 3, "n": 900}
+    turned = [row | {"knob": knob, "value": value} | _bounds("score_change", change) | _bounds("held_out_change", probe)
+              for knob, value, change in (("constants.invariance", "25.0", 0.0), ("constants.invariance", "100.0", lam),
+                                          ("encoder", "small16", width), ("encoder", "small32", 0.0))]
+    turned += [row | {"criterion": "simclr", "knob": "constants.temperature", "value": value} |
+               _bounds("score_change", 0.0) | _bounds("held_out_change", 0.0) for value in ("0.05", "0.2", "0.5")]
+    sizes = [row | {"knob": "trained_steps", "value": value} | _bounds("score_change", change) |
+             _bounds("held_out_change", 0.0) for value, change in (("30", 0.0), ("120", size))]
+    seeds = [{"criterion": "simclr", "knob": "constants.temperature", "value": value, "seed": seed,
+              "score": 0.1 + tau * place + (0.0 if tau else 0.03) * ((seed + place) % 3)}
+             for seed in range(3) for place, value in enumerate(("0.05", "0.2", "0.5"))]
+    tables = {"mitigation": pd.DataFrame(turned), "mitigation_backbone": pd.DataFrame(turned),
+              "mitigation_seeds": pd.DataFrame(seeds), "trained": pd.DataFrame(sizes)}
+    judged = [judge(tables)[1] for judge in (claims.invariance, claims.temperature, claims.size, claims.width)]
+    assert tuple(judged) == found
+    empty = dict.fromkeys(tables, pd.DataFrame())
+    assert {judge(empty)[1] for judge in (claims.invariance, claims.temperature, claims.size, claims.width)} == {
+        "not tested"}
