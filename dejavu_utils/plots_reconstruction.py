@@ -27,22 +27,22 @@ def reconstructions(rows, title: str = ""):
 
     `rows` as `reconstruct.gallery` returns them. Names over drawings are what the judge reads there.
     """
-    roles = (("target", plots.TARGET, "was trained on the picture"), ("reference", plots.REFERENCE, "was not"))
+    roles = (("target", plots.TARGET), ("reference", plots.REFERENCE))
     drawn, near = (len(rows[0]["target"][kind]) for kind in ("drawn", "nearest"))
     figure, axes = plots._axes(2 + 2 * (drawn + near), len(rows), 0.95, 1.15)
     for line, row in zip(axes, rows, strict=True):
         plots._picture(line[0], row["crop"], "crop", "black", False)
         plots._picture(line[1], row["image"], row["name"], "black", False)
-        cells = [(*cell, colour) for kind in ("drawn", "nearest") for role, colour, _ in roles
+        cells = [(*cell, colour) for kind in ("drawn", "nearest") for role, colour in roles
                  for cell in row[role][kind]]
         for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
             plots._picture(axis, picture, name, frame, name == row["name"])
-    heads = [(2 + i * drawn, f"drawn from the crop by an encoder that {text}", colour)
-             for i, (_, colour, text) in enumerate(roles)]
-    heads += [(2 + 2 * drawn + i * near, f"nearest to it, {role}", colour) for i, (role, colour, _) in enumerate(roles)]
+    heads = [(2 + i * drawn, f"drawn from the crop by the {role}", colour) for i, (role, colour) in enumerate(roles)]
+    heads += [(2 + 2 * drawn + i * near, f"nearest to it, {role}", colour) for i, (role, colour) in enumerate(roles)]
     for column, text, colour in heads:
-        axes[0, column].annotate(text, (0, 1.32), xycoords="axes fraction", color=colour, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+        head = axes[0, column].annotate(text, (0, 1.3), xycoords="axes fraction", color=colour, fontsize=8)
+        head.set_in_layout(False)  # it is wider than the column that it begins in, which must not grow with it
+    figure.suptitle(f"{title}\n", fontsize=10, x=0.01, ha="left")  # the second line keeps room for the heads
     return figure
 
 
