@@ -177,20 +177,22 @@ def directions(table):
 def advice(table, most: float = 0.02) -> str:
     """Return advice in words: the setting that lowers the score most among those that cost at most `most` accuracy.
 
-    Choosing the best of many settings flatters it: the sentence says among how many it was chosen, and its own interval
-    is not corrected for that. "Undecided" where the interval holds 0.
+    Settings whose interval excludes 0 come first; if there is none, the advice is called undecided. Choosing the best
+    of many flatters it: the sentence says among how many it was chosen, and its interval is not corrected for that.
     """
     tried = table[table["knob"] != "default"]
     cheap = tried[(tried["held_out_change"] >= -most) & (tried["score_change"] < 0)]
     if not len(cheap):
         return (f"None of {len(tried)} settings lowers the score and costs at most {most:.2f} of held-out accuracy: "
                 "keep the default, and do not release it where its score matters.")
-    best = cheap.sort_values(["score_change", "held_out_change"], ascending=[True, False], kind="stable").iloc[0]
+    decided = cheap[cheap["score_change_high"] < 0]
+    best = (decided if len(decided) else cheap).sort_values("score_change", kind="stable").iloc[0]
     sure = "its interval excludes 0" if best["score_change_high"] < 0 else "undecided: its interval holds 0"
     useful = verdict(best["held_out_change_low"], best["held_out_change_high"], "a cost", "a gain")
     name = knobs.NAMES.get(best["knob"], best["knob"])
     return (f"{name}: {best['value']} ({best['criterion']}). Of {len(tried)} settings, {len(cheap)} lower the déjà vu "
-            f"score at a cost of at most {most:.2f} of held-out accuracy; this one lowers it most, by "
+            f"score at a cost of at most {most:.2f} of held-out accuracy, {len(decided)} of them beyond doubt of their "
+            f"intervals; of these it lowers the score most, by "
             f"{_text(best, 'score_change')} to {best['score']:+.3f} ({sure}). Held-out accuracy changes by "
             f"{_text(best, 'held_out_change')} ({useful}). The best of many is flattered by the choice, and its "
             f"interval is not corrected for that. {best['seeds']} seed(s), n = {best['n']}.")
