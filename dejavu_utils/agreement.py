@@ -67,7 +67,13 @@ def scores(table, resamples: int = 1000, seed: int = 0):
         elif np.isfinite(rho):
             known = np.full_like(right[0], scenes.bayes_accuracy(rho, own["label"].nunique()))
             rows.append(row | {"reference": "bayes"} | _numbers(right[0], known))
-    return pd.DataFrame(rows)
+    return _with(pd.DataFrame(rows), "offset", "calibrated", "difference")
+
+
+def _with(table, *names: str):
+    """Return the table with columns for these values and their intervals, empty where nothing could measure them."""
+    wanted = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    return table.reindex(columns=[*table, *(name for name in wanted if name not in table)])
 
 
 def _numbers(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -115,7 +121,7 @@ def labels(table, resamples: int = 2000, seed: int = 0):
             if control:
                 there = _odds(control[what])
                 rows[-1] |= _bounds("control_odds", there) | _bounds("net", _odds(cells) / there)
-    return pd.DataFrame(rows)
+    return _with(pd.DataFrame(rows), "control_odds", "net")
 
 
 def _cells(one, two, resamples: int, seed: int) -> dict[str, np.ndarray]:

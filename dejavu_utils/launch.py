@@ -1,4 +1,4 @@
-"""Starts trainings: jobs side by side in processes of their own, one job over several devices, VISSL's engine."""
+"""Starts trainings: jobs side by side in processes of their own, one job over several devices, other engines."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def fit(job: Job) -> None:
             from dejavu_utils import engine_vissl
 
             engine_vissl.fit(job)
+        elif job.recipe.engine == "decoder":
+            from dejavu_utils import decoder
+
+            decoder.fit(job)
         elif job.recipe.processes * job.recipe.nodes > 1:
             _run_torchrun(job)
         else:

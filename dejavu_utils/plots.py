@@ -269,6 +269,16 @@ def sweeps(table):
     return figure
 
 
+def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
+    """Show a picture in a frame of a colour, under its name, which is green and bold where it is the right one."""
+    axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
+    style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
+    axis.set_title(name if len(name) < 13 else name[:11] + "…", fontsize=7.5, pad=2, **style)
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(visible=True, color=frame, linewidth=1.5)
+
+
 def gallery(rows, neighbours: int = 4):
     """Return a picture table: crop, true image, then the nearest public images under target and reference, with labels.
 
@@ -277,15 +287,10 @@ def gallery(rows, neighbours: int = 4):
     """
     figure, axes = _axes(2 + 2 * neighbours, len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        cells = [(row["crop"], row.get("title", "crop"), "black"), (row["image"], row["name"], "black")]
-        cells += [(*near, colour) for role, colour in (("target", TARGET), ("reference", REFERENCE))
-                  for near in row[role][:neighbours]]
-        for column, (axis, (picture, name, frame)) in enumerate(zip(line, cells, strict=True)):
-            axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
-            right = column >= 2 and name == row["name"]
-            style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
-            axis.set_title(name if len(name) < 13 else name[:11] + "…", fontsize=7.5, pad=2, **style)
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set(visible=True, color=frame)
+        _picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
+        _picture(line[1], row["image"], row["name"], "black", False)
+        cells = [(*near, colour) for role, colour in (("target", TARGET), ("reference", REFERENCE))
+                 for near in row[role][:neighbours]]
+        for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
+            _picture(axis, picture, name, frame, name == row["name"])
     return figure
