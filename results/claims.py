@@ -235,7 +235,7 @@ def again(tables):
     row = rows.iloc[0]
     text = [f"{name} {row[key]:.2f} [{row[f'{key}_low']:.2f}, {row[f'{key}_high']:.2f}]" for key, name in
             (("odds", "odds ratio"), ("control_odds", "among images of neither set"), ("net", "their quotient"))]
-    verdict = _all(rows.assign(low=rows[["odds_low", "net_low"]].min(1), high=rows["odds_high"]), 1.0)
+    verdict = _all(rows.assign(low=rows[["odds_low", "net_low"]].min(axis=1), high=rows["odds_high"]), 1.0)
     return ", ".join(text), verdict, int(row["n"])
 
 
