@@ -34,7 +34,8 @@ from dejavu_utils.notebook import cells, declared  # noqa: E402
 PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
 SEEDS = (100, 101, 102)
 NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
-PICTURES = ("examples", "gallery")  # figures that show photographs stay where they were made
+# Figures that show photographs stay where they were made.
+PICTURES = ("examples", "gallery", *(f"reconstruction_{name}" for name in ("whole", "memorized", "correlated", "random")))
 
 
 def pieces() -> dict[str, tuple[list[str], dict]]:
@@ -50,6 +51,8 @@ def pieces() -> dict[str, tuple[list[str], dict]]:
             if knob.startswith("trained"):  # the smallest training set is the one that is attacked
                 own["sizes"] = {"attacked": min(values)}
             found |= {f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]}) for seed in SEEDS}
+    found |= {f"rcdm-{seed}": (["03_reconstruction"], {"seeds": [seed], "criteria": ["vicreg"]}) for seed in SEEDS}
+    found["many-100"] = both, {"seeds": [100], "criteria": ["vicreg"], "more": {"starts": 2, "many": 8}}
     return found
 
 
