@@ -35,7 +35,8 @@ PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
 SEEDS = (100, 101, 102)
 NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
 # Figures that show photographs stay where they were made.
-PICTURES = ("examples", "gallery", *(f"reconstruction_{name}" for name in ("whole", "memorized", "correlated", "random")))
+PICTURES = ("examples", "gallery", "reconstruction_whole", "reconstruction_memorized", "reconstruction_correlated",
+            "reconstruction_random")
 
 
 def pieces() -> dict[str, tuple[list[str], dict]]:

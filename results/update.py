@@ -21,8 +21,8 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 TABLES = ["scores", "shares", "differences", "controls", "truth", "fig2_probe", "curve"]
-LATER = ["references", "agreement", "companions", "atypical", "many_model", "trained", "mitigation",
-         "mitigation_backbone", "mitigation_seeds", "mitigation_directions", "reconstruction", "judge"]  # where the run wrote them
+LATER = ["references", "agreement", "companions", "atypical", "many_model", "trained", "mitigation",  # if there
+         "mitigation_backbone", "mitigation_seeds", "mitigation_directions", "reconstruction", "judge"]
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
 
