@@ -18,7 +18,7 @@ import pandas as pd
 HERE = Path(__file__).resolve().parent
 SSL = ("vicreg", "barlow_twins", "simclr", "byol", "dino")
 LATER = ("references", "agreement", "companions", "atypical", "mitigation", "mitigation_backbone", "mitigation_seeds",
-         "trained", "reconstruction")  # a folder of an older run may lack them
+         "trained", "reconstruction", "judge")  # a folder of an older run may lack them
 SHARE = 0.25  # two scores agree if they differ by no more of the two-model score: fixed before anything was measured
 NOT_RUN = ("not run on these seeds yet", "not tested", 0)
 
@@ -273,7 +273,7 @@ def reconstructed(tables):
     rows = rows.query("condition == 'projector' and attacked == 'attacked'").set_index("measure")
     text = "; ".join(f"{name} {_number(rows.loc[name])}" for name in ("class", "attribute"))
     return (f"read off drawings by a judge, target minus reference: {text}", _all(rows.loc[["attribute"]]),
-            int(rows.loc["attribute", "n"]))
+            int(rows.loc["attribute", "n"]), len(tables["judge"]) // 2)  # a judge of class and attribute for each seed
 
 
 CLAIMS = {
@@ -305,8 +305,8 @@ def table(name: str) -> pd.DataFrame:
     seeds = int(tables["scores"]["seeds"].iloc[0])
     rows = []
     for key, (claim, judge) in CLAIMS.items():
-        value, verdict, n = judge(tables)
-        rows.append({"id": key, "claim": claim, "value": value, "n": n, "seeds": seeds if n else 0,
+        value, verdict, n, *own = judge(tables)
+        rows.append({"id": key, "claim": claim, "value": value, "n": n, "seeds": (own or [seeds])[0] if n else 0,
                      "verdict": verdict})
     return pd.DataFrame(sorted(rows, key=lambda row: int(row["id"][1:])))
 
