@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int):
     The loss is convex: the answer depends on neither a seed nor the order of the rows, up to the tolerance.
     """
     from sklearn.dummy import DummyClassifier
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -38,7 +41,10 @@ def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int):
     found = len(y.unique())
     strength = (2 if found == 2 else 1) / (len(y) * penalty)  # of two classes scikit-learn keeps one weight vector
     model = LogisticRegression(C=strength, tol=1e-6, max_iter=steps) if found > 1 else DummyClassifier()
-    with threadpool_limits(1):  # such small products are no faster with more, and its bits do not depend on the cores
+    # On one thread: such small products are no faster with more, and the bits do not depend on the cores. Where nearly
+    # collapsed features need more than `steps` iterations, that limit is the recipe's: no warning for each of them.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
 
 
