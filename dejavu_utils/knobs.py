@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dejavu_utils import checkpoints, data, launch, methods, pairs, store, train
+from dejavu_utils import checkpoints, data, methods, pairs, store, train
 
 NAMES = {"constants.invariance": "invariance λ", "constants.temperature": "temperature τ",
          "views.scale_min": "smallest crop of the views", "weight_decay": "weight decay", "encoder": "trunk",
@@ -119,9 +119,3 @@ def release(values: Tensor, like: Tensor, noise: float = 0.0, bits: int = 0, see
         step = (high - low).clamp_min(1e-12) / (2**bits - 1)
         values = low + ((values - low) / step).round().clamp(0, 2**bits - 1) * step
     return values
-
-
-def fit(settings: list[tuple[str, object, pairs.Pair]], progress=None) -> None:
-    """Train the pairs of `trained`, the shortest jobs' neighbours side by side; those that are done cost nothing."""
-    unique = {job.folder: job for job in pairs.jobs([pair for *_, pair in settings])}
-    launch.fit_all(list(unique.values()), progress=progress)

@@ -109,7 +109,11 @@ def _base(table, criterion: str, knob: str, layer: str):
     if knob.startswith("trained"):
         mine = mine[(mine["knob"] == knob) & (mine["layer"] == layer)]
         return mine[mine["value"] == mine["value"].iloc[0]]
-    return mine[(mine["knob"] == "default") & (mine["layer"] == layer)]
+    mine = mine[(mine["knob"] == "default") & (mine["layer"] == layer)]
+    if not len(mine):
+        raise ValueError(f"tradeoff.rows: {knob} of {criterion}: there is no default at layer {layer} to compare with. "
+                         "Measure the default pair of every criterion whose knobs are turned.")
+    return mine
 
 
 def _by_seed(part):

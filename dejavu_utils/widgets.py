@@ -29,6 +29,16 @@ class View:
         return (self.widget._repr_mimebundle_(**options) or {}) | {"image/png": base64.b64encode(self.still).decode()}
 
 
+class Html:
+    """Text that a notebook shows as HTML; unlike IPython's own it needs no IPython, which a plain script may lack."""
+
+    def __init__(self, data: str):
+        self.data = data
+
+    def _repr_html_(self) -> str:
+        return self.data
+
+
 def _png(figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, dpi=100, bbox_inches="tight")
@@ -112,8 +122,6 @@ def hover(figure, spots: list[tuple], label: str):
     import re
     from html import escape
 
-    from IPython.display import HTML
-
     places: dict[tuple, list[str]] = {}
     for *place, text in spots:
         places.setdefault(tuple(place), []).append(text)
@@ -125,4 +133,4 @@ def hover(figure, spots: list[tuple], label: str):
     svg = file.getvalue()
     svg = re.sub(r'<g id="(spot-\d+)">', lambda found: f"{found[0]}<title>{escape(texts[found[1]])}</title>",
                  svg[svg.index("<svg"):])
-    return HTML(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))
+    return Html(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import store
-from dejavu_utils.notebook import ParameterError, cells, declared, merged, stages
+from dejavu_utils.notebook import OPEN, ParameterError, cells, declared, merged, stages
 
 RATE = 200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16
 RUNNER = "../notebooks/batch"  # this file, as a module of the package: a change of it makes every notebook run again
@@ -67,8 +67,9 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
         mine = {name: value for name, value in general.items() if name in known}
         mine |= merged(sections.get(stage, {}), known, f"{profile}.yaml, {stage}: ")
         for name, value in overrides.items():
-            if name in known:  # one key of a dict overrides that key only
-                mine[name] = mine.get(name, {}) | value if isinstance(value, dict) else value
+            if name in known:  # one key of a dict overrides that key only; of an open one, such as `trained`, all of it
+                whole = not isinstance(value, dict) or name in OPEN
+                mine[name] = value if whole else mine.get(name, {}) | value
         values[stage] = merged(mine, known, f"{stage}: ")
     return values
 

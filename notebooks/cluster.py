@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import batch
 
-from dejavu_utils import knobs, pairs, store
+from dejavu_utils import knobs, many_model, pairs, store
 from dejavu_utils.notebook import declared
 
 
@@ -27,9 +27,22 @@ def jobs(profile: str, overrides: dict) -> dict[str, dict]:
         if not {"criteria", "recipe", "epochs"} <= params.keys():
             continue  # this notebook trains nothing
         made = pairs.make(params, folder, "auto")
-        made += [pair for *_, pair in knobs.trained(params, folder, params.get("trained", {}), "auto")]
+        turned = params.get("trained", {})
+        made += [pair for *_, pair in knobs.trained(params, folder, turned, "auto")]
+        if others := [name for name in turned if name not in params["criteria"]]:  # their defaults
+            made += pairs.make(params | {"criteria": others, "rhos": params["rhos"][:1]}, folder, "auto")
+        made += _more(made, params)
         found |= {job.folder: job for job in pairs.jobs(made) if not job.done()}
     return {path: dataclasses.asdict(job) for path, job in found.items()}
+
+
+def _more(made: list, params: dict) -> list:
+    """Return the further pairs that the references of 02_attack ask for: other starts, random halves."""
+    more = params.get("more", {"starts": 1, "many": 0})
+    first = [pair for pair in made if pair.setting["criterion"] == params["criteria"][0]
+             and pair.setting["rho"] not in params["rhos"][1:]][:len(params["seeds"])]
+    again = [many_model.again(pair, start) for start in range(1, more["starts"]) for pair in first]
+    return again + (many_model.halves(first[0], more["many"]) if more["many"] else [])
 
 
 def write(profile: str, overrides: dict) -> int:

@@ -356,3 +356,11 @@ def test_keys_of_an_unchanged_batch_need_no_torch(light):
             "assert batch['main'](['keys', '--profile', 'tiny', '--set', 'recipe.lr=0.1']) == 0\n"
             "assert not {'torch', 'pandas', 'papermill'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=store.PACKAGE.parent, env=os.environ)
+
+
+def test_an_open_dict_is_replaced_and_another_is_overridden_by_key(repository, batch):
+    parameters = 'trained = {"vicreg": {"a.b": [1]}}  # knobs\nsizes = {"a": 1, "b": 2}  # images\n'
+    repository.add("02_attack", parameters=parameters)
+    repository.profile("long", "02_attack: {trained: {vicreg: {x.y: [1]}, simclr: {z: [2]}}, sizes: {a: 5}}")
+    found = batch.given("long", {"trained": {"byol": {"q": [3]}}, "sizes": {"b": 7}})["02_attack"]
+    assert found["trained"] == {"byol": {"q": [3]}} and found["sizes"] == {"a": 5, "b": 7}

@@ -73,6 +73,24 @@ def test_pieces_run_without_jupyter_are_recognised_and_merge(tmp_path, reference
     assert set(merged["seeds"]) == {2} and merged["n"].max() == both
 
 
+@pytest.mark.slow
+def test_every_kind_of_piece_runs_and_merges(tmp_path, reference):
+    """Knobs, set sizes, many encoders; decoders need diffusers, which has to be carried to a bare machine."""
+    dataset = _dataset()
+    names = ["invariance-100", "trained-100", "many-100"]
+    done = _run(tmp_path, "run", *names, dataset=dataset)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {path.stem for path in (tmp_path / "out").glob("*.zip")} == set(names)
+    reference.merge()
+    merged = store.read_table(tmp_path / "out" / "mitigation.csv")
+    knobs = set(merged["knob"])
+    assert {"default", "constants.invariance", "trained"} <= knobs and "constants.temperature" not in knobs
+    whole = merged[merged["knob"] != "trained"]["n"]
+    assert whole.nunique() == 1 and merged[merged["knob"] == "trained"]["n"].max() <= whole.iloc[0]
+    lacking = _run(tmp_path, "run", "rcdm-100", dataset=dataset + " decoder.batch=16")
+    assert lacking.returncode != 0 and "diffusers" in lacking.stderr
+
+
 def test_a_damaged_archive_is_to_do(reference):
     reference.OUT.mkdir()
     store.write_json(reference.OUT / "other.json", {})

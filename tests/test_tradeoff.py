@@ -83,6 +83,12 @@ def test_layers_are_compared_with_the_released_one_and_sizes_with_the_smallest()
     assert rows.loc[("default", "default", "backbone"), "score_change"] == 0
 
 
+def test_a_knob_without_its_default_is_an_error():
+    turned = _table(knob="weight_decay", value="0.1")
+    with pytest.raises(ValueError, match="weight_decay of vicreg: there is no default at layer projector"):
+        tradeoff.rows(pd.concat([turned, _table(layer="backbone")]), resamples=10)
+
+
 def test_front_holds_what_nothing_beats():
     table = pd.DataFrame({"score": [0.1, 0.05, 0.05, 0.0, 0.2], "held_out": [0.9, 0.8, 0.7, 0.5, 0.85]})
     assert tradeoff.front(table).tolist() == [True, True, False, True, False]
