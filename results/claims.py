@@ -1,6 +1,6 @@
-"""The paper's claims, each with our number and a verdict, from the tables of one results folder: results/claims.csv.
+"""The paper's claims, each with our number and a verdict, from the tables of one results folder: its claims.csv.
 
-    .venv/bin/python results/claims.py study
+    .venv/bin/python results/claims.py study        # reads results/study, writes results/study/claims.csv
 
 A verdict is "supported", "contradicted", "undecided" (the interval holds the null), or "not tested" with its reason.
 Nothing here computes a score or an interval: they are read from the tables that the notebooks wrote.
@@ -8,6 +8,7 @@ Nothing here computes a score or an interval: they are read from the tables that
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -17,18 +18,19 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 SSL = ("vicreg", "barlow_twins", "simclr", "byol", "dino")
-LATER = ("references", "agreement", "companions", "atypical", "mitigation", "mitigation_backbone", "mitigation_seeds",
-         "trained", "reconstruction", "judge")  # a folder of an older run may lack them
+LATER = ("truth", "sweeps", "references", "agreement", "companions", "atypical", "mitigation", "mitigation_backbone",
+         "mitigation_seeds", "trained", "reconstruction", "judge")  # a folder of an older run may lack them
 SHARE = 0.25  # two scores agree if they differ by no more of the two-model score: fixed before anything was measured
 NOT_RUN = ("not run on these seeds yet", "not tested", 0)
 
 
 def _read(name: str) -> dict[str, pd.DataFrame]:
     tables = {key: pd.read_csv(HERE / name / f"{key}.csv", dtype={"value": str}) for key in
-              ("scores", "shares", "differences", "fig2_probe", "truth", "sweeps")}
+              ("scores", "shares", "differences", "fig2_probe")}
     for key in LATER:
         path = HERE / name / f"{key}.csv"
-        tables[key] = pd.read_csv(path, dtype={"value": str}) if path.exists() else pd.DataFrame()
+        empty = not path.exists() or path.stat().st_size < 5
+        tables[key] = pd.DataFrame() if empty else pd.read_csv(path, dtype={"value": str})
     rho = tables["scores"]["rho"].iloc[0]
     for key in ("scores", "shares", "differences"):
         tables[key] = tables[key][(tables[key]["rho"] == rho) | tables[key]["rho"].isna()]
@@ -110,6 +112,8 @@ def layer(tables):
 def supervised(tables):
     """P6."""
     rows = pd.concat([_steps(tables, f"- supervised ({kind})").assign(kind=kind) for kind in ("projector", "logits")])
+    if not len(rows):
+        return NOT_RUN
     text = "; ".join(f"against its {kind}: {_listed(part, 'difference')}" for kind, part in rows.groupby("kind"))
     return text, _all(rows), int(rows["n"].iloc[0])
 
@@ -117,6 +121,8 @@ def supervised(tables):
 def several(tables):
     """P7."""
     rows = _end(tables).query("p == 20 and criterion in @SSL[:4]")
+    if len(rows) < 3:
+        return NOT_RUN
     shown = int((rows["low"] > 0).sum())
     verdict = "supported" if shown >= 3 else "contradicted" if (rows["low"] > 0).sum() <= 1 else "undecided"
     return f"{shown} of {len(rows)} above 0 at p = 20 %: {_listed(rows)}", verdict, int(rows["n"].iloc[0])
@@ -160,18 +166,18 @@ def temperature(tables):
             "supported" if chance < 0.05 else "undecided", int(rows["n"].iloc[0]))
 
 
-def size(tables):
-    """P10."""
-    rows = _knob(tables, "trained_steps", "vicreg", "trained")
+def size(tables, knob: str = "trained", fixed: str = "epochs"):
+    """P10, at as many epochs (the paper's way: more steps) or as many steps."""
+    rows = _knob(tables, knob, "vicreg", "trained")
     if not len(rows):
         return NOT_RUN
     first, last = rows.iloc[0], rows.iloc[-1]
     margin = SHARE * abs(first["score"])
     inside, outside = last["low"] >= -margin and last["high"] <= margin, last["low"] > margin or last["high"] < -margin
     verdict = "supported" if inside else "contradicted" if outside else "undecided"
-    return (f"{last['value']} images a class against {first['value']}, as many steps: score {first['score']:+.3f} → "
+    return (f"{last['value']} images a class against {first['value']}, as many {fixed}: score {first['score']:+.3f} → "
             f"{last['score']:+.3f}, change {_number(last, 'score_change')}; constant is an interval within "
-            f"±{margin:.3f}; fixed epochs, the paper's way: not tested"), verdict, int(last["n"])
+            f"±{margin:.3f}"), verdict, int(last["n"])
 
 
 def width(tables):
@@ -189,12 +195,16 @@ def width(tables):
 
 def corner(tables):
     """P11."""
+    if not len(tables["sweeps"]):
+        return NOT_RUN
     rows = tables["sweeps"].query("sweep == 'fraction' and value == '0.3' and p == 100 and top == 1")
     return f"share .3 of each side: {_number(rows.iloc[0])}", _all(rows), int(rows["n"].iloc[0])
 
 
 def neighbours(tables):
     """P13."""
+    if not len(tables["sweeps"]):
+        return NOT_RUN
     rows = tables["sweeps"].query("sweep == 'k' and p == 100 and top == 1")
     rows = rows[rows["value"].astype(float) >= 5]
     text = "; ".join(f"k = {row['value']} {_number(row)}" for _, row in rows.iterrows())
@@ -256,13 +266,13 @@ def members(tables):
 
 def truth(tables):
     """P18."""
-    rows = tables["truth"][tables["truth"]["rho"] == 0]
+    rows = tables["truth"].query("rho == 0") if len(tables["truth"]) else tables["truth"]
     if not len(rows):
         return "no set with rho = 0", "not tested", 0
     row = rows.iloc[0]
     value = f"target {row['target']:.3f} [{row['target_low']:.3f}, {row['target_high']:.3f}], Bayes {row['bayes']:.2f}"
     verdict = "supported" if row["target_low"] > row["bayes"] else "undecided"
-    return f"{value}; more images at fixed steps: see P10", verdict, int(row["n"])
+    return f"{value}; more images at fixed steps: see P10b", verdict, int(row["n"])
 
 
 def reconstructed(tables):
@@ -286,7 +296,9 @@ CLAIMS = {
     "P7": ("several criteria show it (at least 3 of VICReg, Barlow Twins, SimCLR, BYOL)", several),
     "P8": ("a larger invariance coefficient lowers the score at little cost (VICReg)", invariance),
     "P9": ("the temperature matters (SimCLR)", temperature),
-    "P10": ("the score hardly depends on the size of the training set, here at fixed steps (VICReg)", size),
+    "P10a": ("the score hardly depends on the size of the training set, at fixed epochs (VICReg)", size),
+    "P10b": ("the same at fixed steps, so that each image is seen less often", functools.partial(
+        size, knob="trained_steps", fixed="steps")),
     "P11": ("corner crops show it too (VICReg)", corner),
     "P12": ("larger models score higher (VICReg)", width),
     "P13": ("the sign does not depend on k (VICReg)", neighbours),
@@ -308,10 +320,10 @@ def table(name: str) -> pd.DataFrame:
         value, verdict, n, *own = judge(tables)
         rows.append({"id": key, "claim": claim, "value": value, "n": n, "seeds": (own or [seeds])[0] if n else 0,
                      "verdict": verdict})
-    return pd.DataFrame(sorted(rows, key=lambda row: int(row["id"][1:])))
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
-    table(sys.argv[1]).to_csv(HERE / "claims.csv", index=False)
+    table(sys.argv[1]).to_csv(HERE / sys.argv[1] / "claims.csv", index=False)
     print(table(sys.argv[1])[["id", "verdict", "value"]].to_string(index=False))

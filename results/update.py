@@ -21,7 +21,8 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 TABLES = ["scores", "shares", "differences", "controls", "truth", "fig2_probe", "curve"]
-LATER = ["references", "agreement", "companions", "atypical", "many_model", "trained", "mitigation",  # if there
+LATER = ["references", "agreement", "companions", "correlations", "atypical", "beyond_scores", "beyond_readable",
+         "many_model", "trained", "mitigation",  # if there
          "mitigation_backbone", "mitigation_seeds", "mitigation_directions", "reconstruction", "judge"]
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
@@ -163,13 +164,27 @@ def turned(name: str) -> list[str]:
             f"either side. [`results/{name}/mitigation.csv`](results/{name}/mitigation.csv)."]
 
 
+def more_than_label(name: str) -> list[str]:
+    """Return a line per attribute beyond the class: what the crop reveals, and what a probe reads off full pictures."""
+    scores, lines = HERE / name / "beyond_scores.csv", []
+    for row in pd.read_csv(scores).to_dict("records") if scores.exists() else []:
+        read = pd.read_csv(HERE / name / "beyond_readable.csv")
+        read = read.loc[read["attribute"] == row["attribute"], "accuracy"]
+        lines += ["", f"More than the class: the object's {row['attribute']}, inferred from the crop's neighbours "
+                  f"within the true class, score {_cell(row['score'], row['low'], row['high'])} "
+                  f"(target {row['target']:.3f}, label alone {row['chance']:.3f}, n = {row['n']}); a probe reads it "
+                  f"off full pictures at {read.min():.2f} to {read.max():.2f}. "
+                  f"[`results/{name}/beyond_scores.csv`](results/{name}/beyond_scores.csv)."]
+    return lines
+
+
 def block(name: str) -> str:
     """Return the generated text of one README block."""
     entry = json.loads((HERE / name / "provenance.json").read_text())
     sizes = entry["parameters"]["sizes"]
     controls = pd.read_csv(HERE / name / "controls.csv")
     missed = int(((controls["low"] > 0) | (controls["high"] < 0)).sum())
-    lines = [*claims(name), "", *learned(name), *truths(name), *turned(name)]
+    lines = [*claims(name), "", *learned(name), *truths(name), *turned(name), *more_than_label(name)]
     lines += ["", f"Negative controls: {missed} of {len(controls)} intervals miss 0 (about 5 % should, by chance), "
               f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "
@@ -194,23 +209,27 @@ def controls_block() -> str:
                       "a rate of 5 %. [`results/controls.csv`](results/controls.csv)."])
 
 
-def claims_block() -> str:
-    """Return the table of the paper's claims and our verdicts, from results/claims.csv (made by results/claims.py)."""
-    table = pd.read_csv(HERE / "claims.csv")
+def judged(name: str) -> str:
+    """Return the table of the paper's claims and our verdicts, from results/<name>/claims.csv (by results/claims.py).
+
+    On the study all claims are listed, elsewhere those that were tested.
+    """
+    table = pd.read_csv(HERE / name / "claims.csv")
+    table = table if name == "study" else table[table["verdict"] != "not tested"]
     lines = ["| | claim | what we found | n | seeds | verdict |", "|---|---|---|---|---|---|"]
     for row in table.itertuples(index=False):
         counts = (row.n, row.seeds) if row.n else ("", "")
         lines.append(f"| {row.id} | {row.claim} | {row.value} | {counts[0]} | {counts[1]} | {row.verdict} |")
-    return "\n".join([*lines, "", "`.venv/bin/python results/claims.py study`, from the tables of the study above; "
-                      "[`results/claims.csv`](results/claims.csv)."])
+    return "\n".join([*lines, "", f"`.venv/bin/python results/claims.py {name}`, from the tables in "
+                      f"`results/{name}/`; [`results/{name}/claims.csv`](results/{name}/claims.csv)."])
 
 
 def readme(text: str) -> str:
     """Return README's text with every generated block made anew."""
     for folder in sorted(path.parent.name for path in HERE.glob("*/provenance.json")):
         text = _replaced(text, folder, block(folder))
-    if (HERE / "claims.csv").exists():
-        text = _replaced(text, "claims", claims_block())
+        if (HERE / folder / "claims.csv").exists():
+            text = _replaced(text, f"claims:{folder}", judged(folder))
     return _replaced(text, "controls", controls_block())
 
 

@@ -70,10 +70,10 @@ def site(repository, pages):
            "score": 0.0434, "low": -0.01, "high": 0.09, "target": 0.2, "reference": 0.1566, "n": 600}
     others = [{"epoch": 1, "score": 0.77}, {"layer": "backbone", "score": 0.66}, {"ranking": "paired", "score": 0.55}]
     store.write_table(folder / "tables" / "scores.csv", pd.DataFrame([row | other for other in [{}, *others]]))
-    (repository.root / "results").mkdir()
+    (repository.root / "results" / "study").mkdir(parents=True)
     claims = [["P1", f"it, {EVIL}", "+0.1", "600", "3", "supported"], ["P2", "b", "", "", "", "not tested"]]
     claims = pd.DataFrame(claims, columns=["id", "claim", "value", "n", "seeds", "verdict"])
-    claims.to_csv(repository.root / "results" / "claims.csv", index=False)
+    claims.to_csv(repository.root / "results" / "study" / "claims.csv", index=False)
     first = pages.build("tiny")
     assert first == folder / "report" / "index.html"
     return {path.stem: BeautifulSoup(path.read_text(), "html.parser") for path in first.parent.glob("*.html")}

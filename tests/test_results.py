@@ -60,10 +60,17 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
         pd.DataFrame(table).to_csv(tmp_path / "made" / f"{name}.csv", index=False)
     monkeypatch.setattr(claims, "HERE", tmp_path)
     found = claims.table("made").set_index("id")["verdict"].to_dict()
-    assert list(found) == [f"P{i}" for i in range(1, 20)]
+    assert list(found) == [f"P{i}" for i in (*range(1, 10), "10a", "10b", *range(11, 20))]
     assert {key for key, verdict in found.items() if verdict == "supported"} == {"P1", "P2", "P3", "P5", "P18"}
-    assert {key for key, verdict in found.items() if verdict == "contradicted"} == {"P4", "P6", "P7"}
-    assert found["P11"] == found["P13"] == "undecided" and found["P8"] == "not tested"
+    assert {key for key, verdict in found.items() if verdict == "contradicted"} == {"P4", "P6"}
+    assert found["P11"] == found["P13"] == "undecided" and found["P8"] == found["P7"] == "not tested"
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(1, "contradicted"), (2, "undecided"), (3, "supported")])
+def test_claim_about_several_criteria_counts_them(above, verdict):
+    rows = [{"criterion": name, "epoch": 9, "p": 20, "score": 0.1, "low": 0.05 if i < above else -0.05, "high": 0.2,
+             "n": 100} for i, name in enumerate(claims.SSL[:4])]
+    assert claims.several({"scores": pd.DataFrame(rows)})[1] == verdict
 
 
 def _bounds(name, value, width=0.01):
@@ -111,8 +118,9 @@ def test_claims_about_knobs_flip_with_their_tables(lam, probe, tau, size, width,
                                           ("encoder", "small16", width), ("encoder", "small32", 0.0))]
     turned += [row | {"criterion": "simclr", "knob": "constants.temperature", "value": value} |
                _bounds("score_change", 0.0) | _bounds("held_out_change", 0.0) for value in ("0.05", "0.2", "0.5")]
-    sizes = [row | {"knob": "trained_steps", "value": value} | _bounds("score_change", change) |
-             _bounds("held_out_change", 0.0) for value, change in (("30", 0.0), ("120", size))]
+    sizes = [row | {"knob": knob, "value": value} | _bounds("score_change", change) | _bounds("held_out_change", 0.0)
+             for knob, change in (("trained", size), ("trained_steps", -0.3)) for value, change in
+             (("30", 0.0), ("120", change))]
     seeds = [{"criterion": "simclr", "knob": "constants.temperature", "value": value, "seed": seed,
               "score": 0.1 + tau * place + (0.0 if tau else 0.03) * ((seed + place) % 3)}
              for seed in range(3) for place, value in enumerate(("0.05", "0.2", "0.5"))]
@@ -120,6 +128,7 @@ def test_claims_about_knobs_flip_with_their_tables(lam, probe, tau, size, width,
               "mitigation_seeds": pd.DataFrame(seeds), "trained": pd.DataFrame(sizes)}
     judged = [judge(tables)[1] for judge in (claims.invariance, claims.temperature, claims.size, claims.width)]
     assert tuple(judged) == found
+    assert claims.CLAIMS["P10b"][1](tables)[1] == "contradicted"  # fixed steps are judged apart
     empty = dict.fromkeys(tables, pd.DataFrame())
     assert {judge(empty)[1] for judge in (claims.invariance, claims.temperature, claims.size, claims.width)} == {
         "not tested"}

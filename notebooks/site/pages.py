@@ -109,8 +109,8 @@ def results(folder: Path) -> str:
 
 
 def verdicts() -> str:
-    """Return the paper's claims and our verdicts, from results/claims.csv."""
-    path = store.root() / "results" / "claims.csv"
+    """Return the paper's claims and our verdicts, from results/study/claims.csv."""
+    path = store.root() / "results" / "study" / "claims.csv"
     if not path.is_file():
         return f"<p>There is no {path.name}: results/claims.py makes it from a study.</p>"
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
