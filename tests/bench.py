@@ -24,7 +24,7 @@ PARTS = {"training": bench_training.rows, "embedding": bench_forward.embedding, 
 
 
 def sizes(device: str) -> dict:
-    """Return what is measured on a device: on a GPU the sizes of the profiles, on a CPU those of the notebooks."""
+    """Return what is measured on a device: on a CPU what the notebooks do, on a GPU something larger."""
     from dejavu_utils import methods, store
 
     cores = store.cores()

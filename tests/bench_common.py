@@ -71,8 +71,8 @@ def text(found: dict) -> str:
 
     return (f"{found['part']:9} {found['what']:45} {shown('value', '.4g', 8)} {found['unit']:10} "
             f"{shown('limit', '.4g', 8)} {shown('share', '.0%', 5)} {shown('right', '.4%', 9)} "
-            f"{shown('gib', '.2f', 6)}  {found['precision']:8} {found['note']}").rstrip()
+            f"{shown('gib', '.3f', 7)}  {found['precision']:8} {found['note']}").rstrip()
 
 
-HEADER = (f"{'part':9} {'what':45} {'value':>8} {'unit':10} {'limit':>8} {'share':>5} {'right':>9} {'GiB':>6}  "
+HEADER = (f"{'part':9} {'what':45} {'value':>8} {'unit':10} {'limit':>8} {'share':>5} {'right':>9} {'GiB':>7}  "
           f"{'in':8} note")

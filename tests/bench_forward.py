@@ -41,13 +41,12 @@ def _embedding(device: str, spec: str, projector: str, side: int, images: int, c
         took = bench_common.best(lambda: models.embed(encoder, squares, layers, device=device), device,
                                  sizes["repeats"])
     encoder.to(device)
-    ready = [views.normalize(part.to(device)).contiguous(memory_format=torch.channels_last)
-             for part in squares[:batch].split(500)]
+    ready = views.normalize(squares[:batch].to(device)).contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def alone():
         for _ in range(images // batch):
-            encoder.layers(ready[0])
+            encoder.layers(ready)
 
     limit = bench_common.best(alone, device, sizes["repeats"])
     return {"value": images / took, "limit": images // batch * batch / limit}
