@@ -134,7 +134,8 @@ def test_a_piece_whose_modules_are_missing_is_left_out_unless_named(tmp_path):
 def test_vissls_engine_trains_a_piece_that_is_attacked(tmp_path, reference):
     dataset, here = _dataset(), [name for name in ABSENT if name not in ("vissl", "classy_vision")]
     for name, encoder in (("vissl-100", "resnet50"), ("simclr-100", "small4")):
-        done = _run(tmp_path, "run", name, dataset=dataset, changes=f"recipe.encoder={encoder}", absent=here)
+        changes = f"recipe.encoder={encoder} 'sweeps.layer=[\"projector\", \"block1\", \"backbone\"]'"
+        done = _run(tmp_path, "run", name, dataset=dataset, changes=changes, absent=here)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     recipe = store.verify(tmp_path / "out" / "vissl-100.zip")["parameters"]["02_attack"]["recipe"]
     assert recipe["engine"] == "vissl" and recipe["optimizer"] == "sgd" and recipe["encoder"] == "resnet50"
