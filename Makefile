@@ -68,7 +68,7 @@ reference: .venv/.installed  ## real photographs in pieces of some minutes, on a
 	@$(PYTHON) results/reference.py run $(PIECES) $(if $(MINUTES),--minutes $(MINUTES))
 	@$(PYTHON) results/reference.py merge
 
-bench: .venv/.installed  ## measure this machine: training and k-NN throughput
+bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sampling, each beside its limit
 	@$(PYTHON) tests/bench.py
 
 lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock

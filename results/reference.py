@@ -7,12 +7,14 @@
 A piece runs the notebooks as plain scripts (their code cells, one after the other, with its parameters after the
 parameters cell): no papermill, no Jupyter. It trains in a folder of its own and keeps of it
 results/tiny_imagenet/<piece>.zip: tables, curves and the guess for every attacked image, no picture and no weight. A
-piece is done when its archive is there and was made with the same parameters. No piece needs another.
+piece is done when its archive is there and was made with the same parameters. No piece needs another. `bench` measures
+the card instead (tests/bench.py). A piece whose modules are not installed is left out, unless it was asked for by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -25,18 +27,23 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "notebooks")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "notebooks"), str(HERE.parent / "tests")]
 import batch  # noqa: E402  the paths come first
 
 from dejavu_utils import store  # noqa: E402
-from dejavu_utils.notebook import cells, declared  # noqa: E402
+from dejavu_utils.notebook import OPEN, cells, declared  # noqa: E402
 
 PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
 SEEDS = (100, 101, 102)
+VISSLS = " (VISSL)"  # what the merged tables add to the criteria of VISSL's engine
 NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
 # Figures that show photographs stay where they were made.
 PICTURES = ("examples", "gallery", "reconstruction_whole", "reconstruction_memorized", "reconstruction_correlated",
             "reconstruction_random")
+# VISSL's engine has no net smaller than this one and makes its views on the CPU: fewer epochs. Not tuned.
+VISSL = {"seeds": [100], "criteria": ["simclr"], "epochs": [0, 50, 100],
+         "recipe": {"engine": "vissl", "encoder": "resnet50", "optimizer": "sgd", "lr": 0.3}}
+NEEDS = {"rcdm": ("diffusers",), "vissl": ("vissl", "pkg_resources")}  # modules that a bare machine may lack
 
 
 def pieces() -> dict[str, tuple[list[str], dict]]:
@@ -46,15 +53,24 @@ def pieces() -> dict[str, tuple[list[str], dict]]:
     both, others = ["01_training", "02_attack"], ["simclr", "barlow_twins", "byol", "dino", "supervised"]
     found |= {f"vicreg-{seed}": (both, {"seeds": [seed], "criteria": ["vicreg"]}) for seed in SEEDS}
     found |= {f"{name}-{seed}": (both, {"seeds": [seed], "criteria": [name]}) for seed in SEEDS for name in others}
-    for criterion, wanted in batch.given(PROFILE, {})["04_mitigation"]["trained"].items():
-        for knob, values in wanted.items():
-            own = {"criteria": [criterion], "trained": {criterion: {knob: values}}, "free": NOTHING_FREE}
-            if knob.startswith("trained"):  # the smallest training set is the one that is attacked
-                own["sizes"] = {"attacked": min(values)}
-            found |= {f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]}) for seed in SEEDS}
+    sweeps = [(criterion, knob, values) for criterion, wanted in _trained().items() for knob, values in wanted.items()]
+    for criterion, knob, values in sorted(sweeps, key=lambda sweep: sweep[1].startswith("trained")):
+        own = {"criteria": [criterion], "trained": {criterion: {knob: values}}, "free": NOTHING_FREE}
+        if knob.startswith("trained"):  # the smallest training set is the one that is attacked
+            own["sizes"] = {"attacked": min(values)}
+        found |= {f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]}) for seed in SEEDS}
     found |= {f"rcdm-{seed}": (["03_reconstruction"], {"seeds": [seed], "criteria": ["vicreg"]}) for seed in SEEDS}
     found["many-100"] = both, {"seeds": [100], "criteria": ["vicreg"], "more": {"starts": 2, "many": 8}}
-    return found
+    return found | {"bench": (["bench"], {"seeds": [0]}), "vissl-100": (both, VISSL)}
+
+
+def _trained() -> dict:
+    return batch.given(PROFILE, {})["04_mitigation"]["trained"]
+
+
+def lacking(name: str) -> list[str]:
+    """Return the modules that a piece needs and that are not installed."""
+    return [module for module in NEEDS.get(name.split("-")[0], ()) if importlib.util.find_spec(module) is None]
 
 
 def script(stage: str, values: dict) -> str:
@@ -74,12 +90,14 @@ def _code(stage: str) -> list[str]:
 def _parameters(name: str, changes: dict) -> dict[str, dict]:
     """Return the parameters of every stage of a piece: the profile's, the piece's over them, `changes` over both."""
     stages, own = pieces()[name]
-    values = {}
-    for stage in stages:
-        known = declared(stage)
-        mine = {key: value for key, value in (own | changes).items() if key in known}
-        values[stage] = batch.given(PROFILE, mine, only=stage)[stage]
-    return values
+    if stages == ["bench"]:  # its sizes depend on the machine: only what was asked for is a parameter
+        return {"bench": own | {"sizes": changes.get("bench", {})}}
+    for key, value in changes.items():
+        whole = not isinstance(value, dict) or key in OPEN
+        own = own | {key: value if whole else own.get(key, {}) | value}
+    known = {stage: declared(stage) for stage in stages}
+    mine = {stage: {key: value for key, value in own.items() if key in known[stage]} for stage in stages}
+    return {stage: batch.given(PROFILE, mine[stage], only=stage)[stage] for stage in stages}
 
 
 def done(name: str, changes: dict) -> bool:
@@ -95,13 +113,18 @@ def _key(name: str, changes: dict) -> str:
 
 
 def run(name: str, changes: dict) -> Path:
-    """Return the archive of a piece after running its notebooks in this process."""
+    """Return the archive of a piece after running its notebooks, or the benchmarks, in this process."""
     began, parameters = time.time(), _parameters(name, changes)
     with tempfile.TemporaryDirectory(prefix="dejavu-") as folder:
         os.environ["DEJAVU_RUNS"] = folder
         guesses = []
         for stage, values in parameters.items():
             print(f"{name}: {stage}", flush=True)
+            if stage == "bench":
+                import bench
+
+                store.write_table(store.runs(PROFILE) / "tables" / "bench.csv", bench.rows(values["sizes"]))
+                continue
             names: dict = {"__name__": "__main__"}
             exec(compile(script(stage, values), f"{stage}.py", "exec"), names)
             guesses += [names[table] for table in ("attacks", "everything") if table in names]
@@ -154,10 +177,12 @@ def _read(name: str):
 
     found = []
     for path in sorted(OUT.glob("*.zip")):
-        store.verify(path)
+        parameters = store.verify(path).get("parameters", {})
         with zipfile.ZipFile(path) as archive:
             if "guesses.parquet" in archive.namelist():
                 found.append(pd.read_parquet(io.BytesIO(archive.read("guesses.parquet"))))
+                if any(stage.get("recipe", {}).get("engine") == "vissl" for stage in parameters.values()):
+                    found[-1]["criterion"] += VISSLS
     for i, table in enumerate(found):  # a sweep of set sizes attacks fewer images: its default is not the others'
         if "knob" in table and table["knob"].str.startswith("trained").any():
             found[i] = table[table["knob"].str.startswith("trained")]
@@ -165,23 +190,37 @@ def _read(name: str):
     return pd.concat(found, ignore_index=True) if found else None
 
 
+def _attacked(table) -> dict:
+    """Return the tables of attacks that were trained for the same epochs."""
+    from dejavu_utils import summaries
+
+    attacked, epochs = table[table["attacked"] == "attacked"], sorted(map(int, table["epoch"].unique()))
+    last = attacked[(attacked["epoch"] == epochs[-1]) & (attacked["layer"] == "projector")]
+    return {"scores": summaries.scores(attacked, [100, 20, 5]), "shares": summaries.shares(attacked),
+            "differences": summaries.differences(attacked, epochs), "curve": summaries.curve(last),
+            "controls": summaries.scores(table[table["attacked"] == "control"], [100], rankings=("own",))}
+
+
 def merge() -> None:
-    """Write the tables of all seeds together, from the guesses in the archives."""
-    from dejavu_utils import summaries, tradeoff
+    """Write the tables of all seeds together, from the guesses in the archives, and the benchmarks as they are."""
+    import pandas as pd
+
+    from dejavu_utils import tradeoff
 
     made, one = {}, ["criterion", "seed", "epoch", "layer", "direction", "role", "id"]
-    if (table := _read("-knob")) is not None:
-        attacked, epochs = table[table["attacked"] == "attacked"], sorted(map(int, table["epoch"].unique()))
-        last = attacked[(attacked["epoch"] == epochs[-1]) & (attacked["layer"] == "projector")]
-        made |= {"scores": summaries.scores(attacked, [100, 20, 5]), "shares": summaries.shares(attacked),
-                 "differences": summaries.differences(attacked, epochs), "curve": summaries.curve(last)}
-        unseen = table[table["attacked"] == "control"]
-        made["controls"] = summaries.scores(unseen, [100], rankings=("own",))
+    if (table := _read("-knob")) is not None:  # the many-model piece has attacked an encoder that is there already
+        table = table.drop_duplicates([*one, "attacked"], keep="last")
+        parts = [_attacked(part) for _, part in table.groupby(table["criterion"].str.endswith(VISSLS))]
+        made |= {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
     if (turned := _read("knob")) is not None:
         turned = turned[turned["layer"] == "projector"].drop_duplicates([*one, "knob", "value"])
         made["mitigation"] = tradeoff.rows(turned)
+    if (OUT / "bench.zip").exists():
+        store.verify(OUT / "bench.zip")
+        with zipfile.ZipFile(OUT / "bench.zip") as archive:
+            made["bench"] = pd.read_csv(io.BytesIO(archive.read("tables/bench.csv")))
     if not made:
-        raise SystemExit(f"no archive with guesses in {OUT}: run `make reference` on a machine with a GPU first")
+        raise SystemExit(f"no archive in {OUT}: run `make reference` on a machine with a GPU first")
     for name, frame in made.items():
         store.write_table(OUT / f"{name}.csv", frame, {"command": "results/reference.py merge"})
         print(f"{name}: {len(frame)} rows")
@@ -200,8 +239,15 @@ def main() -> None:
         sys.exit(f"error: no piece {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     if options.command == "merge":
         return merge()
-    for name in options.names or [name for name in known if name != "pilot"]:
-        if options.command == "list" or done(name, changes):
+    names = options.names or [name for name in known if name != "pilot"]
+    missing = {name: f"needs {', '.join(lacking(name))}, not installed here" for name in names
+               if lacking(name) and not done(name, changes)}
+    if missing and options.names and options.command == "run":
+        sys.exit("\n".join(f"error: {name} {words}" for name, words in missing.items()))
+    for name in names:
+        if name in missing:
+            print(f"{name}: left out, it {missing[name]}", flush=True)
+        elif options.command == "list" or done(name, changes):
             print(f"{name}: {'done' if done(name, changes) else 'to do'}")
         elif time.time() - began < 60 * options.minutes:
             run(name, changes)
