@@ -31,17 +31,15 @@ class Votes(NamedTuple):
     confidence: Tensor
 
 
-def tree_sum(values: Tensor) -> Tensor:
-    """Return the sum over the last axis, halving it until one value is left; `values` is overwritten.
+def tree_sum(values: Tensor, left: int = 1) -> Tensor:
+    """Return sums over the last axis, halved until at most `left` values are left; `values` is overwritten.
 
     Library reductions choose their order, element-wise additions do not: the same bits everywhere, and a small error.
     """
-    length = values.shape[-1]
-    while length > 1:
-        half = (length + 1) // 2
-        values[..., : length - half] += values[..., half:length]
-        length = half
-    return values[..., 0].clone()
+    while values.shape[-1] > left:
+        values, rest = values.tensor_split(2, -1)  # where the length is odd, the middle one stays
+        values.narrow(-1, 0, rest.shape[-1]).add_(rest)
+    return values.clone()
 
 
 def _check(queries: Tensor, bank: Tensor, k: int, backend: str, tile: int | None) -> None:
@@ -87,7 +85,9 @@ def _smallest(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, memo
     folds, limit = bounds.unflatten(1, (FOLD, -1)), best.amax(1, keepdim=True)
     lowest = folds.amin(1)
     if keep < lowest.shape[1] and limit.isinf().any():  # `keep` minima are `keep` values: nothing larger is needed
-        limit = lowest.topk(keep, largest=False, sorted=False).values.amax(1, keepdim=True)
+        some = lowest[:, : -(lowest.shape[1] % 4) or None].unflatten(1, (4, -1)).amin(1)
+        some = some if 2 * keep <= some.shape[1] else lowest  # any minima do, and fewer are sorted sooner
+        limit = some.topk(keep, largest=False, sorted=False).values.amax(1, keepdim=True)
     row, place = (lowest <= limit).nonzero(as_tuple=True)
     found = folds[row, :, place]
     hit, fold = (found <= limit[row]).nonzero(as_tuple=True)
@@ -147,16 +147,17 @@ def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, en
 
 def _distances(queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor) -> Tensor:
     """Return float64 squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p, c)."""
-    (p, c), width = columns.shape, queries.shape[1]
+    c, width, found = columns.shape[1], queries.shape[1], []
     step = max(1, DIFFERENCES * (GPU if queries.is_cuda else torch.get_num_threads()) // (width * c))
-    memory, found = (queries.new_empty(*shape, dtype=torch.float64) for shape in ((min(step, p), c, width), (p, c)))
-    for start in range(0, p, step):
-        part = columns[start : start + step].flatten().to(bank.device)
-        difference = memory[: len(part) // c]
-        difference.view(-1, width).copy_(bank.index_select(0, part).float())
-        difference.sub_(queries.index_select(0, rows[start : start + step]).double()[:, None])
-        found[start : start + step] = tree_sum(difference.mul_(difference))
-    return found
+    memory = queries.new_empty(min(step, len(rows)), c, width, dtype=torch.float64)
+    near = bank.new_empty(len(memory) * c, width)
+    for part, row in zip(columns.split(step), rows.split(step), strict=True):
+        difference, part = memory[: len(row)], part.flatten().to(bank.device)
+        torch.index_select(bank, 0, part, out=near[: len(part)])
+        difference.view(-1, width).copy_(near[: len(part)].float())
+        difference.sub_(queries.index_select(0, row).double()[:, None])
+        found.append(tree_sum(difference.mul_(difference), left=16))
+    return tree_sum(torch.cat(found))[..., 0]  # the last steps at once: they are many and small
 
 
 def _attempt(queries: Tensor, bank: Tensor, k: int, keep: int, dtype: torch.dtype, engine: str, tile: int | None):
@@ -190,11 +191,11 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     if "mps" in (queries.device.type, bank.device.type):  # Apple's GPU has no float64
         queries, bank = queries.cpu(), bank.cpu()
     plain = 8 * queries.shape[1] * max(_largest("queries", queries), _largest("bank", bank)) ** 2 < 1e37
-    queries, n, few = queries.float(), len(bank), k + k // 2 + 24
+    queries, n, few = queries.float(), len(bank), k + k // 2 + 14
     coarse = {"cuda": "high", "cpu": "medium" if torch.cpu._is_amx_tile_supported() else "highest"}
     engine = coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"  # few rows: doubt costs more
     engines = dict.fromkeys(["faiss" if backend == "faiss" else engine, "highest"]) if plain else []
-    plan = [*((few, torch.float32, engine) for engine in engines), (4 * few, torch.float64, "highest")]
+    plan = [*((few if BITS[engine] < 24 else k + k // 8 + 8, torch.float32, engine) for engine in engines), (4 * few, torch.float64, "highest")]
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     columns, todo = torch.empty_like(distances, dtype=torch.int64), torch.arange(len(queries), device=queries.device)
     for keep, dtype, engine in [*plan, (n, torch.float64, "highest")]:
@@ -213,7 +214,7 @@ def _negative_entropy(counts: Tensor, k: int) -> Tensor:
     """
     terms = torch.tensor([0.0, *(i / k * math.log(i / k) for i in range(1, k + 1))], dtype=torch.float64)
     largest = counts.topk(min(k, counts.shape[1]), dim=1).values
-    return tree_sum(terms.to(counts.device)[largest])
+    return tree_sum(terms.to(counts.device)[largest])[:, 0]
 
 
 def vote(labels: Tensor, distances: Tensor, classes: int) -> Votes:
