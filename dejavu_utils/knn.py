@@ -183,9 +183,8 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     """Return squared L2 distances (q, k) float64, ascending, and bank rows (q, k) int64; ties by the lower row.
 
     Exact in the float32 values of `queries` (q, d) and `bank` (n, d): half types widen, float64 is rounded. Identical
-    for every `tile` (rows per block, either side), `backend` ("torch" or "faiss"; "auto" is torch, the faster one when
-    measured) and device. Works on the device of `queries`; the bank may stay elsewhere and is streamed. ValueError on
-    NaN, on widths that differ and on k > n. The paper's attack: L2, raw embeddings, neighbours in the public set X.
+    for every `tile` (rows per block, either side), `backend` ("torch" or "faiss"; "auto" is torch, the faster one) and
+    device. It works where `queries` are; the bank may stay elsewhere and is streamed. ValueError on NaN and bad sizes.
     """
     _check(queries, bank, k, backend, tile)
     if "mps" in (queries.device.type, bank.device.type):  # Apple's GPU has no float64
