@@ -18,7 +18,7 @@ from torch import Tensor
 BACKENDS = ("auto", "torch", "faiss")
 BITS = {"faiss": 24, "highest": 24, "high": 11, "medium": 8}  # of factors, by engine: float32, float32, TF32, bfloat16
 FOLD, AGAIN, PAIRS = 8, 4, 1 << 20  # bounds, and minima, whose minimum is looked at first; pairs ranked at a time
-TILE, ROWS, DIFFERENCES, GPU = 1 << 21, 512, 1 << 17, 32  # of the bank, of queries: fit in caches; GPU: times as much
+TILE, ROWS, DIFFERENCES, GPU = 1 << 21, 512, 1 << 17, 32  # bank values, queries, differences: fit in caches; GPU: more
 
 
 class Votes(NamedTuple):
