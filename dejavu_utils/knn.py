@@ -2,9 +2,8 @@
 
 A fast matrix product gives, for every pair, a *lower bound* of the squared distance: |q|^2 - 2 q.b + |b|^2, less the
 largest possible error. The smallest bounds are candidates. The first k are measured in float64, from differences, and
-so is every other whose bound does not exceed the largest of these k distances. If that leaves a candidate over, no
-other row can be closer: the answer is proven. The few queries where it does not go through the same steps more
-precisely, and at last with all of the bank. The fast step decides only how long the search takes.
+so is every other that may be as close as the k-th of them. If a candidate is left over, so is every other row: proven.
+The few queries where none is go through the same steps more precisely, and at last with all of the bank.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "faiss")
 BITS = {"faiss": 24, "highest": 24, "high": 11, "medium": 8}  # of factors, by engine: float32, float32, TF32, bfloat16
-FOLD, PAIRS = 8, 1 << 22  # bounds whose minimum is looked at first; (query, candidate) pairs ranked at a time
-TILE, ROWS, DIFFERENCES = 1 << 21, 512, 1 << 17  # values of the bank, queries, float64 values at a time: fit in caches
-GPU = 32  # times as much there
+FOLD, AGAIN, PAIRS = 8, 4, 1 << 20  # bounds, and minima, whose minimum is looked at first; pairs ranked at a time
+TILE, ROWS, DIFFERENCES, GPU = 1 << 21, 512, 1 << 17, 32  # bank values, queries, differences: fit in caches; GPU: more
 
 
 class Votes(NamedTuple):
@@ -31,17 +29,15 @@ class Votes(NamedTuple):
     confidence: Tensor
 
 
-def tree_sum(values: Tensor) -> Tensor:
-    """Return the sum over the last axis, halving it until one value is left; `values` is overwritten.
+def tree_sum(values: Tensor, left: int = 1) -> Tensor:
+    """Return sums over the last axis, halved until at most `left` values are left; `values` is overwritten.
 
     Library reductions choose their order, element-wise additions do not: the same bits everywhere, and a small error.
     """
-    length = values.shape[-1]
-    while length > 1:
-        half = (length + 1) // 2
-        values[..., : length - half] += values[..., half:length]
-        length = half
-    return values[..., 0].clone()
+    while values.shape[-1] > left:
+        values, rest = values.tensor_split(2, -1)  # where the length is odd, the middle one stays
+        values.narrow(-1, 0, rest.shape[-1]).add_(rest)
+    return values.clone()
 
 
 def _check(queries: Tensor, bank: Tensor, k: int, backend: str, tile: int | None) -> None:
@@ -80,14 +76,15 @@ def _smallest(queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, memo
 
     They are few, and the minimum of every FOLD says where to look. `queries` come times -2.
     """
-    (q, keep), n, across = best.shape, len(points), len(points) + -len(points) % FOLD
+    (q, keep), n, across = best.shape, len(points), len(points) + -len(points) % (FOLD * AGAIN)
     bounds = memory[: q * across].view(q, across)
     bounds[:, n:] = torch.inf
     torch.mm(queries, points.T, out=bounds[:, :n]).add_(norms)
     folds, limit = bounds.unflatten(1, (FOLD, -1)), best.amax(1, keepdim=True)
     lowest = folds.amin(1)
     if keep < lowest.shape[1] and limit.isinf().any():  # `keep` minima are `keep` values: nothing larger is needed
-        limit = lowest.topk(keep, largest=False, sorted=False).values.amax(1, keepdim=True)
+        fewer = lowest.unflatten(1, (AGAIN, -1)).amin(1) if lowest.shape[1] >= 2 * AGAIN * keep else lowest
+        limit = fewer.topk(keep, largest=False, sorted=False).values.amax(1, keepdim=True)
     row, place = (lowest <= limit).nonzero(as_tuple=True)
     found = folds[row, :, place]
     hit, fold = (found <= limit[row]).nonzero(as_tuple=True)
@@ -128,7 +125,7 @@ def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, en
     points, own, moved = _points(queries, centre, engine, memory)
     mine, furthest = points * -2, torch.zeros_like(own[0])
     best, column = mine.new_full((q, keep), torch.inf), torch.zeros(q, keep, dtype=torch.int64, device=mine.device)
-    bounds = mine.new_empty(min(q, step) * (tile + FOLD))
+    bounds = mine.new_empty(min(q, step) * (tile + FOLD * AGAIN))
     for start in range(0, len(bank), tile):
         points, norms, shift = _points(bank[start : start + tile], centre, engine, memory)
         norms, furthest = norms.mul_(1 - share), torch.maximum(furthest, shift.amax())
@@ -145,18 +142,17 @@ def _candidates(queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, en
     return column.gather(1, order), bound
 
 
-def _distances(queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor) -> Tensor:
-    """Return float64 squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p, c)."""
-    (p, c), width = columns.shape, queries.shape[1]
+def _distances(queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor, dtype=torch.float64) -> Tensor:
+    """Return squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p, c)."""
+    c, width, found = columns.shape[1], queries.shape[1], []
     step = max(1, DIFFERENCES * (GPU if queries.is_cuda else torch.get_num_threads()) // (width * c))
-    memory, found = (queries.new_empty(*shape, dtype=torch.float64) for shape in ((min(step, p), c, width), (p, c)))
-    for start in range(0, p, step):
-        part = columns[start : start + step].flatten().to(bank.device)
-        difference = memory[: len(part) // c]
-        difference.view(-1, width).copy_(bank.index_select(0, part).float())
-        difference.sub_(queries.index_select(0, rows[start : start + step]).double()[:, None])
-        found[start : start + step] = tree_sum(difference.mul_(difference))
-    return found
+    memory = queries.new_empty(min(step, len(rows)), c, width, dtype=dtype)
+    for part, row in zip(columns.split(step), rows.split(step), strict=True):
+        difference = memory[: len(row)]
+        difference.view(-1, width).copy_(bank.index_select(0, part.flatten().to(bank.device)).float())
+        difference.sub_(queries.index_select(0, row).to(dtype)[:, None])
+        found.append(tree_sum(difference.mul_(difference), left=16))
+    return tree_sum(torch.cat(found))[..., 0]  # the last steps at once: they are many and small
 
 
 def _attempt(queries: Tensor, bank: Tensor, k: int, keep: int, dtype: torch.dtype, engine: str, tile: int | None):
@@ -166,13 +162,18 @@ def _attempt(queries: Tensor, bank: Tensor, k: int, keep: int, dtype: torch.dtyp
         after.enter_context(torch.autocast(queries.device.type, enabled=False))
         torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
         column, bound = _candidates(queries, bank, keep, dtype, engine, tile)
-    distance = torch.full_like(bound, torch.inf)
-    distance[:, :k] = _distances(queries, torch.arange(len(queries), device=queries.device), bank, column[:, :k])
+    (q, width), distance = queries.shape, torch.full_like(bound, torch.inf)
+    distance[:, :k] = _distances(queries, torch.arange(q, device=queries.device), bank, column[:, :k])
     limit = distance[:, :k].amax(1, keepdim=True)
     proven = (bound[:, -1:] > limit) | (keep == len(bank))
-    row, place = (proven & (bound <= limit))[:, k:].nonzero(as_tuple=True)
-    distance[row, place + k] = _distances(queries, row, bank, column[row, place + k][:, None])[:, 0]
-    column, order = column.sort(1)
+    bound[:, :k] = torch.inf  # these are measured
+    row, place = (proven & (bound <= limit)).nonzero(as_tuple=True)
+    if BITS[engine] < 24:  # coarse bounds leave many in doubt: differences in float32, which are cheaper, settle most
+        near = _distances(queries, row, bank, column[row, place][:, None], torch.float32)
+        doubt = near * (1 - (width + 32) * 2.0**-23) - 8 * width * torch.finfo(torch.float32).tiny <= limit[row]
+        row, place = row[doubt[:, 0]], place[doubt[:, 0]]
+    distance[row, place] = _distances(queries, row, bank, column[row, place][:, None])[:, 0]
+    column, order = column[:, : int(place.max()) + 1 if len(place) else k].sort(1)
     distance, order = distance.gather(1, order).sort(dim=1, stable=True)
     return distance[:, :k], column.gather(1, order[:, :k]), proven[:, 0]
 
@@ -182,22 +183,21 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     """Return squared L2 distances (q, k) float64, ascending, and bank rows (q, k) int64; ties by the lower row.
 
     Exact in the float32 values of `queries` (q, d) and `bank` (n, d): half types widen, float64 is rounded. Identical
-    for every `tile` (rows per block, either side), `backend` ("torch" or "faiss"; "auto" is torch, the faster one when
-    measured) and device. Works on the device of `queries`; the bank may stay elsewhere and is streamed. ValueError on
-    NaN, on widths that differ and on k > n. The paper's attack: L2, raw embeddings, neighbours in the public set X.
+    for every `tile` (rows per block, either side), `backend` ("torch" or "faiss"; "auto" is torch, the faster one) and
+    device. It works where `queries` are; the bank may stay elsewhere and is streamed. ValueError on NaN and bad sizes.
     """
     _check(queries, bank, k, backend, tile)
     if "mps" in (queries.device.type, bank.device.type):  # Apple's GPU has no float64
         queries, bank = queries.cpu(), bank.cpu()
     plain = 8 * queries.shape[1] * max(_largest("queries", queries), _largest("bank", bank)) ** 2 < 1e37
-    queries, n, few = queries.float(), len(bank), k + k // 2 + 24
+    queries, n, few = queries.float(), len(bank), k + k // 2 + math.isqrt(queries.shape[1])
     coarse = {"cuda": "high", "cpu": "medium" if torch.cpu._is_amx_tile_supported() else "highest"}
-    engine = coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"  # few rows: doubt costs more
-    engines = dict.fromkeys(["faiss" if backend == "faiss" else engine, "highest"]) if plain else []
-    plan = [*((few, torch.float32, engine) for engine in engines), (4 * few, torch.float64, "highest")]
+    coarse = coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"  # few rows: doubt costs more
+    engines = dict.fromkeys(["faiss" if backend == "faiss" else coarse, "highest"]) if plain else {}
+    plan = [(few if BITS[engine] < 24 else k + k // 8 + 8, torch.float32, engine) for engine in engines]
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     columns, todo = torch.empty_like(distances, dtype=torch.int64), torch.arange(len(queries), device=queries.device)
-    for keep, dtype, engine in [*plan, (n, torch.float64, "highest")]:
+    for keep, dtype, engine in [*plan, (4 * few, torch.float64, "highest"), (n, torch.float64, "highest")]:
         keep, missed = min(keep, n), [todo[:0]]
         for rows in filter(len, todo.split(max(1, min(tile or 4096, PAIRS // keep)))):
             distances[rows], columns[rows], proven = _attempt(queries[rows], bank, k, keep, dtype, engine, tile)
@@ -213,7 +213,7 @@ def _negative_entropy(counts: Tensor, k: int) -> Tensor:
     """
     terms = torch.tensor([0.0, *(i / k * math.log(i / k) for i in range(1, k + 1))], dtype=torch.float64)
     largest = counts.topk(min(k, counts.shape[1]), dim=1).values
-    return tree_sum(terms.to(counts.device)[largest])
+    return tree_sum(terms.to(counts.device)[largest])[:, 0]
 
 
 def vote(labels: Tensor, distances: Tensor, classes: int) -> Votes:
