@@ -8,16 +8,17 @@ picking the memorized ones picks by the models' own guesses, and so by what they
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import binomtest
 
-from dejavu_utils import attack, crops, data, probe, references, store
+from dejavu_utils import attack, crops, data, probe, references
 
 OBJECT = ("colour", "size")
 
 
+@references.cached("beyond", "beyond")
 def table(pair, epoch: int, k: int, attribute: str = "shade", layer: str = "projector", device: str = "cpu",
           attacked: str = "attacked"):
     """Return the attack on an attribute within the true class: a row per image and role, for `score`.
@@ -26,27 +27,24 @@ def table(pair, epoch: int, k: int, attribute: str = "shade", layer: str = "proj
     class, and `chance` whether the commonest public value of the class, all that the label tells, is right.
     `attribute` is a name in `Images.attributes` or in OBJECT; ValueError names what there is.
     """
-    make = functools.partial(_table, pair, epoch, k, attribute, layer, device, attacked)
-    return references._cached(pair, f"beyond-{epoch:04d}", make, epoch=epoch, k=k, attribute=attribute, layer=layer,
-                              attacked=attacked, crop=pair.crop, beyond=store.code_version("beyond"))
-
-
-def _table(pair, epoch: int, k: int, attribute: str, layer: str, device: str, attacked: str):
     parts = {**references._attacked(pair, attacked), "public": pair.parts["public"]}
-    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device, cropped=("a", "b"))
+    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
     ids, labels = ({name: getattr(images, what) for name, images in parts.items()} for what in ("ids", "labels"))
     rows = within(found, ids, labels, values, k)
     return rows.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked, attribute=attribute)
 
 
-def _embedded(pair, epoch: int, attribute: str, parts: dict, layer: str, device: str, cropped=()):
-    """Return {part: {model: embeddings}}, {part: Images}, {part: values} of the pictures whose attribute is known."""
+def _embedded(pair, epoch: int, attribute: str, parts: dict, layer: str, device: str):
+    """Return {part: {model: embeddings}}, {part: Images}, {part: values} of the pictures whose attribute is known.
+
+    Of the parts "a" and "b" background crops are embedded, of others the pictures.
+    """
     encoders, found = {model: pair.encoder(model, epoch) for model in "AB"}, {}
     images, values = {}, _values(attribute, parts)
     for name, every in parts.items():
-        rects, keep = crops.background(every, pair.crop) if name in cropped else (None, np.ones(len(every), bool))
+        rects, keep = crops.background(every, pair.crop) if name in "ab" else (None, np.ones(len(every), bool))
         keep &= values[name] >= 0
-        images[name], values[name] = every.subset(np.flatnonzero(keep)), values[name][keep]
+        images[name], values[name] = every.subset(keep), values[name][keep]
         rects = rects if rects is None else rects[keep]
         found[name] = references.embed_images(encoders, images[name], pair.size(), (layer,), rects, device)[layer]
     return found, images, values
@@ -58,8 +56,6 @@ def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int):
     Parts are "a", "b" and "public", models "A" and "B", values ints from 0. Classes with images in both a and b are
     attacked. ValueError where one has k public images or fewer: all of them would vote, whatever the crop.
     """
-    import pandas as pd
-
     tables, count = [], 1 + max(int(np.max(each)) for each in values.values())
     for label in np.intersect1d(labels["a"], labels["b"]):
         rows = {part: np.flatnonzero(each == label) for part, each in labels.items()}
@@ -91,9 +87,6 @@ def readable(pair, epoch: int, attribute: str = "shade", layer: str = "backbone"
     Trained on the public set, judged on the probe set: accuracy with its 95 % interval (low, high), n, attribute. What
     cannot be read from a full image (below .8) cannot be expected from a crop.
     """
-    import pandas as pd
-    from scipy.stats import binomtest
-
     parts = {name: pair.parts[name] for name in ("public", "probe")}
     found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
     told = {name: torch.nn.functional.one_hot(torch.as_tensor(images.labels), len(images.classes))
@@ -124,8 +117,6 @@ def object_attributes(images, public=None) -> dict[str, np.ndarray]:
     either splits every class in halves. -1 where a picture could not be attacked (no box, box of zero area, box
     that is the whole picture), or nothing like it of its class is in `public`, by default the images themselves.
     """
-    import pandas as pd
-
     own, found = _measures(images), {}
     public, known = (images, own) if public is None else (public, _measures(public))
     for name in OBJECT:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from dejavu_utils import attack
 
 SETTING = ["criterion", "rho", "epoch", "layer", "k", "attacked"]
@@ -22,8 +24,6 @@ def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples:
     `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted. `top` 5 counts a
     guess as right when the class is among the five with the most votes.
     """
-    import pandas as pd
-
     rows = [setting | row for setting, group in _groups(table) for ranking in rankings
             for row in attack.curve(group, percents, ranking, top, resamples)]
     return pd.DataFrame(rows)
@@ -31,8 +31,6 @@ def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples:
 
 def shares(table, resamples: int = 2000):
     """Return a row per setting: the four-way split with intervals, and the ratio memorized / misrepresented."""
-    import pandas as pd
-
     return pd.DataFrame([setting | attack.four_way(group, resamples=resamples) for setting, group in _groups(table)])
 
 
@@ -41,8 +39,6 @@ def probe_rows(table):
 
     From two seeds on the interval is the t-interval over seeds; with one it is the binomial one of the images judged.
     """
-    import pandas as pd
-
     rows = []
     for (criterion, rho, epoch), group in table.groupby(["criterion", "rho", "epoch"], sort=False, dropna=False):
         by_seed = group.groupby("seed")[list(PROBES)].mean()
@@ -91,8 +87,6 @@ def differences(table, epochs: list[int]):
     trained one, the 20 % most confident minus all, and the criterion minus the supervised baseline, which is attacked
     at its projector and by its logits.
     """
-    import pandas as pd
-
     rows, last = [], epochs[-1]
     baseline = table[(table["criterion"] == "supervised") & (table["epoch"] == last)]
     for (criterion, rho), group in table.groupby(["criterion", "rho"], sort=False, dropna=False):
@@ -119,8 +113,6 @@ def criteria(log, probes):
     judged); the loss of the first and last epoch, `images_per_second` of one encoder (median over epochs) and `minutes`
     for one encoder.
     """
-    import pandas as pd
-
     rows = []
     for criterion, judged in probes.groupby("criterion", sort=False):
         by_seed = judged.groupby(["seed", "epoch"])["held_out"].mean().unstack("epoch")

@@ -186,9 +186,9 @@ def test_a_table_of_a_pair_that_scores(pair, attribute):
 
 def test_computed_twice_the_same_and_read_the_third_time(pair, monkeypatch):
     first = beyond.table(pair, 0, 4)
-    again = beyond._table(pair, 0, 4, "shade", "projector", "cpu", "attacked")
+    again = beyond.table.__wrapped__(pair, 0, 4)
     pd.testing.assert_frame_equal(first, again, check_dtype=False)
-    monkeypatch.setattr(beyond, "_table", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(beyond, "within", lambda *a: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(first, beyond.table(pair, 0, 4))
 
 
