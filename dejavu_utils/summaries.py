@@ -45,17 +45,22 @@ def probe_rows(table):
         judged = int(group.groupby("seed")["n_held_out"].first().sum())
         for name, (text, shares) in PROBES.items():
             variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in shares)
-            mean, low, high = _interval(by_seed[name].to_numpy(), variance)
-            rows.append({"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text, "mean": mean, "low": low,
-                         "high": high, "seeds": len(by_seed), "n_held_out": judged})
+            row = {"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text}
+            row |= interval(by_seed[name].to_numpy(), variance, "mean", "")
+            rows.append(row | {"seeds": len(by_seed), "n_held_out": judged})
     return pd.DataFrame(rows)
 
 
-def _interval(values, variance: float) -> tuple[float, float, float]:
-    """Return mean, low and high of one number per seed; of a single seed by the variance of the images judged."""
+def interval(values, variance: float, name: str, ends: str | None = None) -> dict[str, float]:
+    """Return {name: mean of one number per seed} and its 95 % interval, under <ends>low and <ends>high ("<name>_").
+
+    From two seeds on it is the t-interval; for one, that of the `variance` of the images judged.
+    """
+    ends = f"{name}_" if ends is None else ends
+    mean, low, high = values[0], values[0] - 1.96 * variance**0.5, values[0] + 1.96 * variance**0.5
     if len(values) > 1:
-        return tuple(attack.over_seeds(values)[name] for name in ("mean", "low", "high"))
-    return values[0], values[0] - 1.96 * variance**0.5, values[0] + 1.96 * variance**0.5
+        mean, low, high = (attack.over_seeds(values)[key] for key in ("mean", "low", "high"))
+    return {name: mean, f"{ends}low": low, f"{ends}high": high}
 
 
 def curve(table, percents=(5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100), resamples: int = 1000):
@@ -120,10 +125,9 @@ def criteria(log, probes):
         n, lines = int(judged.groupby("seed")["n_held_out"].first().sum()), log[log["criterion"] == criterion]
         loss = lines.groupby("epoch")["loss"].mean()
         variance = sum(share.mean() * (1 - share.mean()) for share in (after, before)) / n
-        gain, low, high = _interval((after - before).to_numpy(), variance)
-        rows.append({"criterion": criterion, "held_out": after.mean(), "untrained": before.mean(), "gain": gain,
-                     "gain_low": low, "gain_high": high, "n": n, "seeds": len(by_seed), "first_loss": loss.iloc[0],
-                     "last_loss": loss.iloc[-1],
+        rows.append({"criterion": criterion, "held_out": after.mean(), "untrained": before.mean(),
+                     **interval((after - before).to_numpy(), variance, "gain"), "n": n, "seeds": len(by_seed),
+                     "first_loss": loss.iloc[0], "last_loss": loss.iloc[-1],
                      "images_per_second": (lines["images"] / lines["seconds"]).median(),
                      "minutes": lines["seconds"].sum() / 60 / lines["name"].nunique()})
     return pd.DataFrame(rows)

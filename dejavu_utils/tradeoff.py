@@ -65,17 +65,16 @@ def rows(table, released: str = "projector", resamples: int = 1000):
         row = {"criterion": criterion, "knob": knob, "value": value, "layer": layer, "seeds": part["seed"].nunique()}
         for score in attack.curve(part, (100, 20), resamples=resamples):
             suffix = "" if score["p"] == 100 else "_20"
-            row |= {f"score{suffix}{end}": score["score" if not end else end[1:]] for end in ("", "_low", "_high")}
+            row |= {f"score{suffix}{end}": score[end[1:] or "score"] for end in ("", "_low", "_high")}
             row["n"] = score["n"]
-        row |= _useful(part) | _change(part, base, knob, resamples)
-        found.append(row)
+        found.append(row | _change(part, base, knob, resamples))
     return pd.DataFrame(found)
 
 
 def by_seed(table):
     """Return a row per setting and seed: score over all images and held-out accuracy, for tests that permute seeds."""
     return pd.DataFrame([dict(zip([*SETTING, "seed"], setting, strict=True)) |
-                         {"score": attack.score(part, resamples=0)["score"], "held_out": _by_seed(part).iloc[0]}
+                         {"score": attack.score(part, resamples=0)["score"], "held_out": _held_out(part).iloc[0]}
                          for setting, part in table.groupby([*SETTING, "seed"], sort=False)])
 
 
@@ -92,34 +91,25 @@ def _base(table, criterion: str, knob: str, layer: str):
     return mine
 
 
-def _by_seed(part):
+def _held_out(part):
     """Return the held-out accuracy of every seed, the mean over A and B."""
     return part.drop_duplicates(["seed", "direction"]).groupby("seed")["held_out"].mean()
 
 
-def _useful(part) -> dict:
-    by_seed = _by_seed(part)
-    n = int(part.groupby("seed")["n_held_out"].first().sum())
-    mean, low, high = summaries._interval(by_seed.to_numpy(), by_seed.mean() * (1 - by_seed.mean()) / n)
-    return {"held_out": mean, "held_out_low": low, "held_out_high": high, "n_held_out": n}
-
-
 def _change(part, base, knob: str, resamples: int) -> dict:
-    """Return score_change and held_out_change, each with its interval, and what the interval is over."""
-    useful, before = _by_seed(part), _by_seed(base)
-    n = int(part.groupby("seed")["n_held_out"].first().sum())
-    steps = (useful - before).to_numpy()
-    held = summaries._interval(steps, sum(s.mean() * (1 - s.mean()) for s in (useful, before)) / n)
+    """Return held_out, score_change and held_out_change, each with its interval, and what that of changes is over."""
+    useful, before = _held_out(part), _held_out(base)
+    n, steps = int(part.groupby("seed")["n_held_out"].first().sum()), (useful - before).to_numpy()
+    one, other = (values.mean() * (1 - values.mean()) / n for values in (useful, before))
+    row = summaries.interval(useful.to_numpy(), one, "held_out") | {"n_held_out": n}
     if knob in RELEASED or len(steps) == 1:
         found, over = attack.difference(part, base, resamples=resamples), "images"
-        score = found["difference"], found["low"], found["high"]
+        row |= {f"score_change{end}": found[end[1:] or "difference"] for end in ("", "_low", "_high")}
     else:
-        mine, default = ({seed: attack.score(one, resamples=0)["score"] for seed, one in table.groupby("seed")}
-                         for table in (part, base))
-        score, over = summaries._interval(np.array([mine[seed] - default[seed] for seed in mine]), 0.0), "seeds"
-    ends = ("", "_low", "_high")
-    return ({f"score_change{end}": value for end, value in zip(ends, score, strict=True)} |
-            {f"held_out_change{end}": value for end, value in zip(ends, held, strict=True)} | {"over": over})
+        scores = [table.groupby("seed").apply(lambda one: attack.score(one, resamples=0)["score"])
+                  for table in (part, base)]
+        row, over = row | summaries.interval((scores[0] - scores[1]).to_numpy(), 0.0, "score_change"), "seeds"
+    return row | summaries.interval(steps, one + other, "held_out_change") | {"over": over}
 
 
 def front(table):
