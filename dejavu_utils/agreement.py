@@ -5,8 +5,6 @@ on the same sets), "resnet" and "naive_bayes" (one_model), "many-model"; `attack
 images of neither set.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

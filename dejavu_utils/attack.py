@@ -6,8 +6,6 @@ set), role ("target": trained with the image; "reference": without), prediction,
 themselves, and strata weigh the same, so a score is the mean over directions (paper section 4, symmetrised).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from typing import NamedTuple

@@ -6,8 +6,6 @@ cross-fitted (the one-model test, Kokhlikyan et al. 2024). Such a classifier may
 even where nothing is remembered: the score of *unseen* images is that offset, and the calibrated score is free of it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import torch

@@ -6,8 +6,6 @@ chance, and what the target infers above the reference is memory of that very ob
 picking the memorized ones picks by the models' own guesses, and so by what they can see.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

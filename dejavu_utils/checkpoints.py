@@ -1,8 +1,6 @@
 """Encoders on disk: our own format (safetensors and a sidecar that says how to rebuild the network), and a reader for
 other people's, which recognises the layout, loads it strictly, and says what it had to assume."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

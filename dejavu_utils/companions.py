@@ -7,8 +7,6 @@ distance between the unit embeddings of the image and of its views (SSLMem: Wang
 A `_gap` is the same minus its value under the other encoder: for a training image, target minus reference.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import chain
 

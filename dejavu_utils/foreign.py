@@ -6,8 +6,6 @@ project's published code. Nothing is guessed in silence: what is assumed stands 
 give different features, StoreError names the option that decides.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Starts trainings: jobs side by side in processes of their own, one job over several devices, other engines."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

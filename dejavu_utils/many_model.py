@@ -5,8 +5,6 @@ that did not (Feldman and Zhang, arXiv 2008.03703, for a classifier). From m = L
 images together, from m = SINGLE on about a single one: before that its standard error is a third.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -4,8 +4,6 @@ For encoders that cannot be retrained. Whether a crop's class can be inferred wi
 that learned it from other images' crops. It is cross-fitted: no image is judged by a classifier that saw it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

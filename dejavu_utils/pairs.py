@@ -1,7 +1,5 @@
 """Pairs of encoders to compare: A trained on set A, B on set B, alike in all else (the paper's §3.1)."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

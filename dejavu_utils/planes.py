@@ -1,7 +1,5 @@
 """Figures of the mitigation notebook: a panel per knob, and the privacy-utility plane (the paper's §6)."""
 
-from __future__ import annotations
-
 from dejavu_utils import knobs, plots
 from dejavu_utils.plots import BAYES, TARGET
 

@@ -1,7 +1,5 @@
 """The paper's figures, drawn from tidy tables; every function returns a matplotlib figure and touches nothing else."""
 
-from __future__ import annotations
-
 import numpy as np
 
 TARGET, REFERENCE, BAYES = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colour-blind-safe palette

@@ -1,7 +1,5 @@
 """A network from the names and shapes of its weights: ResNets, ViTs, projection heads. No file is read here."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """What the target is compared with. The paper's two-model test: encoders A and B, each the other's reference (§3)."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The audit's report: one HTML page that needs no network, for screen, phone and paper."""
 
-from __future__ import annotations
-
 import base64
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where an audit's encoders and images come from: files, pretrained models, data sets, folders, and our own pairs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an audit looks at: an encoder, its training images, unseen and public ones; checked and made comparable."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Tidy tables behind the figures: scores, splits, curves and probe accuracies, each with its interval and n."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from dejavu_utils import attack

@@ -1,7 +1,5 @@
 """Sweeps of the attack that need no training: layer, neighbours, crop (the paper's appendix); the score per class."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from dejavu_utils import attack, references

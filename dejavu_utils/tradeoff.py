@@ -1,7 +1,5 @@
 """Privacy against utility (the paper's §6): what each setting of each knob costs and saves, and advice in words."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Views to play with in JupyterLab (ipywidgets); where nothing runs, a still picture stands in their place."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable, Mapping
