@@ -84,25 +84,21 @@ def _parts(file: File, which: str, trunk: str, *heads: str, **more) -> Parts:
     return Parts(which, under(file.tensors, trunk), under(file.tensors, head) if head else {}, ignored, **more)
 
 
-def torchvision(file: File, which: str | None) -> Parts:
-    """Return the parts of a bare ResNet; torch.hub's VICReg and Barlow Twins and timm's ResNets have the same names."""
-    return _bare(file, which, "fc")
+def bare(file: File, which: str | None) -> Parts:
+    """Return the parts of a network without a head, less its classifier.
 
+    A ResNet, torchvision's or timm's (torch.hub's VICReg and Barlow Twins have the same names), a ViT, torch.hub's DINO
+    included, or the timm model that `encoder` names.
+    """
+    names = "head" if file.has(_NAMES["timm"]) else "fc"
+    if file.encoder:
+        from timm.models import get_pretrained_cfg
 
-def timm(file: File, which: str | None) -> Parts:
-    """Return the parts of a bare ViT, torch.hub's DINO included, or of the timm model that `encoder` names."""
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(file.encoder.partition(":")[0]) if file.encoder else None
-    return _bare(file, which, config.classifier if config and config.classifier else "head")
-
-
-def _bare(file: File, which: str | None, classifier: str | tuple[str, ...]) -> Parts:
-    names = (classifier,) if isinstance(classifier, str) else classifier
+        names = getattr(get_pretrained_cfg(file.encoder.partition(":")[0]), "classifier", None) or names
+    classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     parts = _parts(file, _choose(which, ["student"]), "")
-    last = [name for name in parts.trunk if name.startswith(tuple(f"{name}." for name in names))]
-    parts.ignored += last
-    parts.trunk = {name: value for name, value in parts.trunk.items() if name not in last}
+    parts.ignored += [name for name in parts.trunk if name.startswith(classifier)]
+    parts.trunk = {name: value for name, value in parts.trunk.items() if not name.startswith(classifier)}
     return parts
 
 
@@ -228,7 +224,7 @@ def _vissl_head(heads: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     return chain, [name for name, match in parsed.items() if not match]
 
 
-LAYOUTS = {"torchvision": torchvision, "timm": timm, "dino": dino, "vicreg": backbone, "vissl": vissl,
+LAYOUTS = {"torchvision": bare, "timm": bare, "dino": dino, "vicreg": backbone, "vissl": vissl,
            "lightly": lightly, "solo-learn": solo_learn, "stable-pretraining": backbone, "dejavu": dejavu}
 _NAMES = {"torchvision": r"layer1\.0\.", "timm": r"patch_embed\.", "vissl": r"(base_model\.)?_feature_blocks\.",
           "dejavu": r"net\.", "vicreg": r"backbone\.", "stable-pretraining": r"backbone\.",
