@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dejavu_utils import attack, references, store, subject, train
+from dejavu_utils import attack, references, subject, train
 from dejavu_utils.models import embed
 from dejavu_utils.pairs import Pair
 
@@ -127,11 +127,11 @@ def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str):
         raise ValueError(f'one_model.table: kind "{kind}"; expected one of {", ".join(KINDS)}.')
     recipe = pair.jobs["A"].recipe
     how = {name: getattr(recipe, name) for name in KEPT}
-    code = store.code_version("one_model", "subject", "train", "methods", "feed", "views")
     fresh = subject.untrained(pair.encoder("A", epoch), pair.setting["seed"])  # nothing is left of its training
     nobody = dataclasses.replace(pair, jobs={}, setting={"seed": pair.setting["seed"]})
     make = functools.partial(_judge, nobody, fresh, kind, train.Recipe(**how), folds, device)
-    return references._cached(nobody, kind, make, recipe=how, crop=pair.crop, folds=folds, classifier=code)
+    return references._cached(nobody, kind, make, "one_model", "subject", "train", "methods", "feed", "views",
+                              recipe=how, crop=pair.crop, folds=folds)
 
 
 def _judge(pair: Pair, fresh, kind: str, recipe: train.Recipe, folds: int, device: str):

@@ -214,15 +214,13 @@ def jobs(every: list[Pair]) -> list[train.Job]:
 
 def losses(every: list[Pair]):
     """Return the training logs of all pairs: a row per encoder and epoch with its loss, seconds and images."""
-    rows = [line | pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": _per_epoch(pair, model)}
-            for pair in every for model, job in pair.jobs.items()
-            for line in train.read_log(Path(job.folder) / "log.jsonl")]
+    rows = []
+    for pair in every:
+        for model, job in pair.jobs.items():
+            seen = (len(pair.parts[model.lower()]) + len(pair.parts["shared"])) // job.recipe.batch * job.recipe.batch
+            about = pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": seen}
+            rows += [line | about for line in train.read_log(Path(job.folder) / "log.jsonl")]
     return pd.DataFrame(rows)
-
-
-def _per_epoch(pair: Pair, model: str) -> int:
-    batch = pair.jobs[model].recipe.batch
-    return (len(pair.parts[model.lower()]) + len(pair.parts["shared"])) // batch * batch
 
 
 def partition_table(every: list[Pair]):

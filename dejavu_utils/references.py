@@ -13,11 +13,11 @@ from dejavu_utils.models import embed
 from dejavu_utils.pairs import Pair
 
 
-def _cached(pair: Pair, name: str, make, **parts):
-    """Return the table that `make()` returns, read from disk if the same was made before."""
+def _cached(pair: Pair, name: str, make, *modules: str, **parts):
+    """Return the table that `make()` returns, read from disk if the same was made before, by the same `modules`."""
     encoders = [Path(job.folder).name for job in pair.jobs.values()]
     data_hash = {part: images.digest for part, images in pair.parts.items()}
-    code = store.code_version("attack", "knn", "crops", "models", "probe", "references")
+    code = store.code_version("attack", "knn", "crops", "models", "probe", "references", *modules)
     own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
     path = pair.folder / f"{name}-{own}.parquet"
     if not path.exists():
@@ -38,8 +38,8 @@ def cached(name: str, *modules: str):
             bound.apply_defaults()
             given = dict(bound.arguments)
             pair, _ = given.pop("pair"), given.pop("device")
-            given |= {"crop": given.get("crop") or pair.crop, "own": store.code_version(*modules) if modules else ""}
-            return _cached(pair, f"{name}-{given['epoch']:04d}", lambda: make(**bound.arguments), **given)
+            given["crop"] = given.get("crop") or pair.crop
+            return _cached(pair, f"{name}-{given['epoch']:04d}", lambda: make(**bound.arguments), *modules, **given)
         return table
     return decorate
 

@@ -33,7 +33,7 @@ def measure(pair: Pair, epoch: int, k: int, layers=("projector", "backbone"), re
     tables = []
     for layer in layers:
         for number, how in enumerate(releases):
-            out = {name: {model: _released(values, at["public"][layer][model], how, name, model)
+            out = {name: {model: knobs.release(values, at["public"][layer][model], **how, seed=f"{name}/{model}")
                           for model, values in found[layer].items()} for name, found in at.items()}
             table = attack.label_inference(out, out["public"], public.labels, ids, labels, k, len(public.classes))
             useful = {side: probe.linear_probe(out["own " + side][model], seen[side].labels, out["held"][model], truth,
@@ -42,10 +42,6 @@ def measure(pair: Pair, epoch: int, k: int, layers=("projector", "backbone"), re
             tables.append(table.assign(layer=layer, release=number, held_out=table["direction"].map(useful)))
     return pd.concat(tables, ignore_index=True).assign(**pair.setting, epoch=epoch, k=k, attacked="attacked",
                                                        n_held_out=len(truth))
-
-
-def _released(values, like, how: dict, name: str, model: str):
-    return knobs.release(values, like, **how, seed=f"{name}/{model}") if how else values
 
 
 def rows(table, released: str = "projector", resamples: int = 1000):
