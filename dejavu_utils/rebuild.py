@@ -131,18 +131,21 @@ def _positions(head: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     return dict(sorted(at.items()))
 
 
-def _groups(at: dict[int, dict[str, Tensor]]) -> list[list[int]]:
-    """Return the positions of each block: a linear layer, and the batch normalisation right behind it, if any."""
+def _groups(at: dict[int, dict[str, Tensor]], limit: int | None) -> list[list[int]]:
+    """Return the positions of the first `limit` blocks: a linear layer, and a batch normalisation right behind it."""
     groups: list[list[int]] = []
     for position, tensors in at.items():
-        weight = tensors.get("weight")
-        if weight is not None and weight.ndim == 2:
+        if getattr(tensors.get("weight"), "ndim", 0) == 2:
+            if len(groups) == limit:
+                break
             groups.append([position])
         elif "running_mean" in tensors and groups and groups[-1] == [position - 1]:
             groups[-1].append(position)
         else:
             raise StoreError(f"layer {position} of its head ({', '.join(tensors)}) is neither a linear layer nor a "
                              f"batch normalisation after one. Pass blocks={len(groups)} to read the head up to there")
+    if limit is not None and not 0 < limit <= len(groups):
+        raise StoreError(f"blocks={limit}: its head has {len(groups)} linear layers")
     return groups
 
 
@@ -172,8 +175,8 @@ def head(tensors: dict[str, Tensor], width: int, activation: str, ends_active: b
         return nn.ModuleList(), {}, list(tensors)
     if activation not in ACTIVATIONS:
         raise StoreError(f'activation "{activation}" is not known: expected one of {", ".join(ACTIVATIONS)}')
-    at = _positions(tensors) if limit is None else _up_to(_positions(tensors), limit)
-    groups = _groups(at)
+    at = _positions(tensors)
+    groups = _groups(at, limit)
     active = [*_check_gaps(at, groups), ends_active and limit is None]
     blocks, named, last = [], {}, width
     for i, (group, act) in enumerate(zip(groups, active, strict=False)):
@@ -185,13 +188,5 @@ def head(tensors: dict[str, Tensor], width: int, activation: str, ends_active: b
         blocks.append(nn.Sequential(*layers, *([ACTIVATIONS[activation]()] if act else [])))
         named |= {f"{i}.{k}.{kind}": value for k, position in enumerate(group) for kind, value in at[position].items()}
         last = wide
-    return nn.ModuleList(blocks), named, [name for name in tensors if int(name.partition(".")[0]) not in at]
-
-
-def _up_to(at: dict[int, dict[str, Tensor]], limit: int) -> dict[int, dict[str, Tensor]]:
-    """Return the positions before the linear layer number `limit` + 1; StoreError if there are fewer than `limit`."""
-    linear = [position for position, tensors in at.items() if getattr(tensors.get("weight"), "ndim", 0) == 2]
-    if not 0 < limit <= len(linear):
-        raise StoreError(f"blocks={limit}: its head has {len(linear)} linear layers")
-    end = linear[limit] if limit < len(linear) else math.inf
-    return {position: tensors for position, tensors in at.items() if position < end}
+    used = set().union(*groups)
+    return nn.ModuleList(blocks), named, [name for name in tensors if int(name.partition(".")[0]) not in used]
