@@ -58,7 +58,7 @@ def trunk(tensors: dict[str, Tensor], padding: int | None, encoder: str | None
 def _image_size(tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Return the image size (px) that a ViT's position embeddings were made for, else 224, and a note."""
     position, patch = tensors.get("pos_embed"), tensors.get("patch_embed.proj.weight")
-    if position is None or patch is None or position.ndim != 3 or patch.ndim != 4 or 0 in (*patch.shape, len(position)):
+    if position is None or patch is None or position.ndim != 3 or patch.ndim != 4 or 0 in (*patch.shape, *position.shape):
         return 224, ""
     side = math.isqrt(position.shape[1])  # also with the class token: isqrt(n² + 1) = n
     return side * patch.shape[-1], f"; position embeddings for {side * patch.shape[-1]} px"
@@ -100,7 +100,7 @@ def _resnet(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
 
 def _vit(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
     """Return timm's ViT with a class token and learned position embeddings, of any known width and depth."""
-    patch, position = tensors["patch_embed.proj.weight"], tensors.get("pos_embed")
+    patch = tensors["patch_embed.proj.weight"]
     if patch.ndim != 4 or 0 in patch.shape:
         raise StoreError(f"its patch_embed.proj.weight is {tuple(patch.shape)}: expected (width, 3, patch, patch)")
     width, depth, size = patch.shape[0], _count(tensors, "blocks."), _image_size(tensors)[0]
@@ -108,10 +108,6 @@ def _vit(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
         raise StoreError(f"its trunk is a ViT of width {width} and {depth} blocks; known are widths "
                          f"{', '.join(map(str, VIT_HEADS))} and {', '.join(map(str, VIT_DEPTHS))} blocks. {NAME_IT}, "
                          f'such as "vit_tiny_patch16_224:embed_dim={width},depth={depth},num_heads=…"')
-    tokens = (size // patch.shape[-1]) ** 2 + 1
-    if position is None or "cls_token" not in tensors or position.shape != (1, tokens, width):
-        found = "no pos_embed" if position is None else f"pos_embed {tuple(position.shape)}"
-        raise StoreError(f"its trunk is a ViT with {found}; expected a class token and a square of patches. {NAME_IT}")
     spec = (f"vit_tiny_patch16_224:patch_size={patch.shape[-1]},embed_dim={width},depth={depth},"
             f"num_heads={VIT_HEADS[width]}")
     return models.trunk(spec, size), [
