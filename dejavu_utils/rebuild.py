@@ -57,11 +57,11 @@ def trunk(tensors: dict[str, Tensor], padding: int | None, encoder: str | None
 
 def _image_size(tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Return the image size (px) that a ViT's position embeddings were made for, else 224, and a note."""
-    position, patch = tensors.get("pos_embed"), tensors.get("patch_embed.proj.weight")
-    if position is None or patch is None or position.ndim != 3 or patch.ndim != 4 or 0 in (*patch.shape, *position.shape):
+    position, patch = (getattr(tensors.get(name), "shape", ()) for name in ("pos_embed", "patch_embed.proj.weight"))
+    if (len(position), len(patch)) != (3, 4) or 0 in (*position, *patch):
         return 224, ""
-    side = math.isqrt(position.shape[1])  # also with the class token: isqrt(n² + 1) = n
-    return side * patch.shape[-1], f"; position embeddings for {side * patch.shape[-1]} px"
+    size = math.isqrt(position[1]) * patch[-1]  # also with the class token: isqrt(n² + 1) = n
+    return size, f"; position embeddings for {size} px"
 
 
 def _resnet(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
