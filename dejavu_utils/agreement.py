@@ -111,7 +111,7 @@ def _cells(one, two, resamples: int, seed: int) -> dict[str, np.ndarray]:
     if not len(one) and not len(two):
         return {}
     counts = {"memorized": 0, "reference": 0}
-    for pair in zip(*attack.paired(one, two), strict=True):
+    for pair in zip(*attack.matched(one, two), strict=True):
         both = {"memorized": [each.hits[0] > each.hits[1] for each in pair],
                 "reference": [each.hits[1] > 0 for each in pair]}
         drawn = np.concatenate(list(attack._weights(pair[0], resamples, seed)))

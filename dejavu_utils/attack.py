@@ -195,7 +195,7 @@ def accuracies(table, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     return _accuracies(_strata(table, 1, "own"), [100], resamples, seed)[0]
 
 
-def paired(one, two, top: int = 1, ranking: str = "own") -> tuple[list[Stratum], list[Stratum]]:
+def matched(one, two, top: int = 1, ranking: str = "own") -> tuple[list[Stratum], list[Stratum]]:
     """Return the strata of two tables of the same images, which are resampled alike; ValueError if they are not."""
     sides = _strata(one, top, ranking), _strata(two, top, ranking)
     if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
@@ -284,7 +284,7 @@ def difference(one, two, p: float | tuple[float, float] = 100, ranking: str = "o
     """
     shares = p if isinstance(p, tuple) else (p, p)
     left, right = (np.subtract(*_accuracies(strata, [share], resamples, seed)[0])
-                   for strata, share in zip(paired(one, two, top, ranking), shares, strict=True))
+                   for strata, share in zip(matched(one, two, top, ranking), shares, strict=True))
     row = bounds(left - right, "difference", "", level)
     return row | {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
 
