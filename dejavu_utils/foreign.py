@@ -242,16 +242,11 @@ def _shows(file: File, layout: str) -> bool:
 
 def _guess(file: File) -> str | None:
     """Return the layout that a file's names show, the most telling names first; None if they show none."""
-    for layout in ("vissl", "dino"):
-        if _shows(file, layout):
-            return layout
-    if file.has(r"(student_)?backbone\.\d+\.", r"projection_head\.layers\.", r"student_head\.layers\."):
-        return "lightly"
-    if file.has(r"classifier\.") and file.has(r"(backbone|encoder)\."):
-        return "solo-learn"
-    if file.has(r"backbone\."):
-        return "stable-pretraining" if file.wrapper == "state_dict" or file.has(*_LIGHTNING) else "vicreg"
-    return next((layout for layout in ("dejavu", "torchvision", "timm") if file.has(_NAMES[layout])), None)
+    lightly_own = (r"(student_)?backbone\.\d+\.", r"projection_head\.layers\.", r"student_head\.layers\.")
+    telling = {"vissl": True, "dino": True, "lightly": file.has(*lightly_own), "solo-learn": file.has(r"classifier\."),
+               "stable-pretraining": file.wrapper == "state_dict" or file.has(*_LIGHTNING), "vicreg": True,
+               "dejavu": True, "torchvision": True, "timm": file.has(_NAMES["timm"])}
+    return next((layout for layout, enough in telling.items() if enough and _shows(file, layout)), None)
 
 
 def recognise(tree: dict, layout: str = "auto", which: str | None = None, encoder: str | None = None) -> Parts:
