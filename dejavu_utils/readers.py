@@ -1,14 +1,12 @@
 """Readers of the layouts that data sets come in: Tiny-ImageNet, ImageNet, Pascal VOC, YOLO; folders or zip files."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +32,7 @@ class Lazy(Sequence):
     def __len__(self) -> int:
         return len(self.names)
 
-    def subset(self, index: np.ndarray) -> Lazy:
+    def subset(self, index: np.ndarray) -> Self:
         return Lazy(self.tree, self.names[index], self.stamps[index])
 
     def __getitem__(self, i: int) -> Tensor:
