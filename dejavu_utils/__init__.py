@@ -1,28 +1,17 @@
-"""Public names, loaded on first use: the import takes no time, `dv.attack.score` imports what it needs."""
-
-from __future__ import annotations
+"""The modules, loaded on first use: the import takes no time, `dv.attack.score` imports what it needs."""
 
 import importlib
 import pkgutil
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "start": "notebook",
-    "Images": "data", "read": "data", "partition": "data", "partition_hash": "data", "parts": "data",
-    "search": "knn", "vote": "knn",
-    "label_inference": "attack", "score": "attack", "four_way": "attack", "difference": "attack",
-    "linear_probe": "probe",
-}
-_MODULES = sorted(module.name for module in pkgutil.iter_modules(__path__))
-__all__ = sorted({*_HOME, *_MODULES})
+__all__ = sorted(["start", *(module.name for module in pkgutil.iter_modules(__path__))])
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
+    if name == "start":
+        return importlib.import_module(f"{__name__}.notebook").start
+    if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

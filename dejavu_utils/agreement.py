@@ -5,11 +5,11 @@ on the same sets), "resnet" and "naive_bayes" (one_model), "many-model"; `attack
 images of neither set.
 """
 
-from __future__ import annotations
-
 import numpy as np
+import pandas as pd
 
 from dejavu_utils import attack, many_model, one_model, references, scenes
+from dejavu_utils.attack import bounds
 
 TWO, MANY = "two-model", "many-model"
 
@@ -19,16 +19,14 @@ def attacks(pairs, epoch: int, k: int, restarted=(), halves=(), device: str = "c
 
     `restarted`: (start, pair) of `many_model.again`, trained; `halves`: of `many_model.halves` of the first pair.
     """
-    import pandas as pd
-
     sets = ("attacked", "control") if len(pairs[0].parts["control"]) else ("attacked",)
-    work = [(references.two_model, pair, name, {}) for name, pair in
+    work = [(references.at_layer, pair, name, {}) for name, pair in
             [(TWO, pair) for pair in pairs] + [(f"start {start}", pair) for start, pair in restarted]]
     work += [(one_model.table, pair, kind, {"kind": kind}) for kind in one_model.KINDS for pair in pairs]
     tables = []
     for i, (make, pair, name, more) in enumerate(work, 1):
         found = pd.concat([make(pair, epoch, k, attacked=which, device=device, **more) for which in sets])
-        tables.append(found[found["layer"] == "projector"].assign(reference=name))
+        tables.append(found.assign(reference=name))
         if progress:
             progress.update(i)
     if halves:
@@ -45,25 +43,23 @@ def scores(table, resamples: int = 1000, seed: int = 0):
     two-model score of the same images. Intervals: low and high of the score, else `_low` and `_high`. The reference
     "bayes", on scenes alone, is the known accuracy from the background, which no model has to reach.
     """
-    import pandas as pd
-
     rows = []
     for (criterion, name), part in table.groupby(["criterion", "reference"], sort=False):
         own, control = _sets(part)
         row = {"criterion": criterion, "reference": name, "n": len(own) // 2, "seeds": own["seed"].nunique()}
-        right, rho = _accuracies(own, resamples, seed), own["rho"].iloc[0]
-        rows.append(row | _numbers(right[0], right[1]))
+        right, rho = attack.accuracies(own, resamples, seed), own["rho"].iloc[0]
+        rows.append(row | _numbers(*right))
         net = np.subtract(*right)
         if len(control):
-            offset = np.subtract(*_accuracies(control, resamples, seed))
-            rows[-1] |= _bounds("offset", offset)
+            offset = np.subtract(*attack.accuracies(control, resamples, seed))
+            rows[-1] |= bounds(offset, "offset")
             if name in one_model.KINDS:
                 net = net - offset
-                rows[-1] |= _bounds("calibrated", net)
+                rows[-1] |= bounds(net, "calibrated")
         if name != TWO:
             two = _sets(table[(table["criterion"] == criterion) & (table["reference"] == TWO)])[0]
-            two = _accuracies(two[two["seed"].isin(own["seed"])], resamples, seed)
-            rows[-1] |= _bounds("difference", net - np.subtract(*two))
+            two = attack.accuracies(two[two["seed"].isin(own["seed"])], resamples, seed)
+            rows[-1] |= bounds(net - np.subtract(*two), "difference")
         elif np.isfinite(rho):
             known = np.full_like(right[0], scenes.bayes_accuracy(rho, own["label"].nunique()))
             rows.append(row | {"reference": "bayes"} | _numbers(right[0], known))
@@ -78,24 +74,12 @@ def _with(table, *names: str):
 
 def _numbers(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Return score with low and high, target and reference accuracy, of accuracies (1 + resamples,)."""
-    names = ("score", "low", "high")
-    bounded = dict(zip(names, attack._bounded(target - reference, 0.95), strict=True))
-    return bounded | {"target": target[0], "reference_accuracy": reference[0]}
+    return bounds(target - reference, "score", "") | {"target": target[0], "reference_accuracy": reference[0]}
 
 
 def _sets(table) -> list:
     """Return the rows of attacked and of control images."""
     return [table[table["attacked"] == which] for which in ("attacked", "control")]
-
-
-def _accuracies(table, resamples: int, seed: int) -> np.ndarray:
-    """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is the data."""
-    return attack._accuracies(attack._strata(table, 1, "own"), [100], resamples, seed)[0]
-
-
-def _bounds(name: str, values) -> dict[str, float]:
-    names = (name, f"{name}_low", f"{name}_high")
-    return dict(zip(names, attack._bounded(values, 0.95), strict=True))
 
 
 def labels(table, resamples: int = 2000, seed: int = 0):
@@ -107,8 +91,6 @@ def labels(table, resamples: int = 2000, seed: int = 0):
     and `two`, n. Some images are easy for every model, so labels agree without any memory: `control_odds` says how
     much, and `net` is odds over control_odds. ValueError where the tests judge different images.
     """
-    import pandas as pd
-
     rows = []
     for (criterion, name), part in table.groupby(["criterion", "reference"], sort=False):
         if name in (TWO, MANY):
@@ -120,7 +102,7 @@ def labels(table, resamples: int = 2000, seed: int = 0):
             rows.append(row | _agreement(cells))
             if control:
                 there = _odds(control[what])
-                rows[-1] |= _bounds("control_odds", there) | _bounds("net", _odds(cells) / there)
+                rows[-1] |= bounds(there, "control_odds") | bounds(_odds(cells) / there, "net")
     return _with(pd.DataFrame(rows), "control_odds", "net")
 
 
@@ -128,10 +110,8 @@ def _cells(one, two, resamples: int, seed: int) -> dict[str, np.ndarray]:
     """Return {what: (4, 1 + resamples)}: how many images have a label in both, one, two and neither; {} of none."""
     if not len(one) and not len(two):
         return {}
-    sides, counts = [attack._strata(table, 1, "own") for table in (one, two)], {"memorized": 0, "reference": 0}
-    if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
-        raise ValueError("agreement.labels: the tests do not judge the same images and seeds. Attack the same sets.")
-    for pair in zip(*sides, strict=True):
+    counts = {"memorized": 0, "reference": 0}
+    for pair in zip(*attack.matched(one, two), strict=True):
         both = {"memorized": [each.hits[0] > each.hits[1] for each in pair],
                 "reference": [each.hits[1] > 0 for each in pair]}
         drawn = np.concatenate(list(attack._weights(pair[0], resamples, seed)))
@@ -149,7 +129,7 @@ def _agreement(cells: np.ndarray) -> dict[str, float]:
         kappa = (both + neither - chance) / (1 - chance)
         spread = np.sqrt((both + one) * (both + two) * (two + neither) * (one + neither))
         correlation = (both * neither - one * two) / spread
-    return {**_bounds("kappa", kappa), **_bounds("correlation", correlation), **_bounds("odds", _odds(cells)),
+    return {**bounds(kappa, "kappa"), **bounds(correlation, "correlation"), **bounds(_odds(cells), "odds"),
             "one": (both + one)[0], "two": (both + two)[0], "n": int(total[0])}
 
 

@@ -6,14 +6,14 @@ set), role ("target": trained with the image; "reference": without), prediction,
 themselves, and strata weigh the same, so a score is the mean over directions (paper section 4, symmetrised).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import binomtest, t
 
 from dejavu_utils import knn
 
@@ -62,9 +62,8 @@ def infer_scores(scores) -> dict[str, np.ndarray]:
     class; the confidence is minus the entropy of their softmax, comparable with that of votes.
     """
     logs = torch.log_softmax(torch.as_tensor(scores).double(), 1)
-    ranking = torch.full((len(logs), 5), -1)
     best = logs.argsort(dim=1, descending=True, stable=True)[:, :5]
-    ranking[:, :best.shape[1]] = best
+    ranking = torch.nn.functional.pad(best, (0, 5 - best.shape[1]), value=-1)
     found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": (logs.exp() * logs).nan_to_num().sum(1)}
     return {name: values.cpu().numpy() for name, values in found.items()}
 
@@ -77,8 +76,6 @@ def label_inference(crops: dict, public: dict | None, public_labels, ids: dict, 
     `ids[set]`, `labels[set]` (n,). Target of "a" is A, of "b" is B.
     ValueError when lengths differ, an id appears twice, or a label is outside 0 .. classes - 1.
     """
-    import pandas as pd
-
     seen = np.concatenate([np.asarray(ids[name]) for name in TARGETS])
     if repeats := len(seen) - len(np.unique(seen)):
         raise ValueError(f"attack.label_inference: {repeats} ids repeat; expected disjoint a and b. Partition again.")
@@ -178,17 +175,32 @@ def _accuracies(strata: list[Stratum], shares, resamples: int, seed: int) -> np.
     return total / len(strata)
 
 
-def _bounded(values: np.ndarray, level: float) -> tuple[float, float, float]:
-    """Return the value of the data itself, values[0], and the percentile interval of the resamples; NaN without any."""
-    bounds = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if len(values) > 1 else (math.nan, math.nan)
-    return float(values[0]), float(bounds[0]), float(bounds[1])
+def bounds(values: np.ndarray, name: str, ends: str | None = None, level: float = 0.95) -> dict[str, float]:
+    """Return {name: the value of the data itself, values[0]} and the percentile interval of the resamples, values[1:].
+
+    Its keys are <ends>low and <ends>high, "<name>_" if `ends` is not given; NaN without resamples.
+    """
+    ends = f"{name}_" if ends is None else ends
+    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if len(values) > 1 else (math.nan, math.nan)
+    return {name: float(values[0]), f"{ends}low": float(low), f"{ends}high": float(high)}
 
 
 def mcnemar(gained: int, lost: int) -> float:
     """Return the exact two-sided McNemar p-value of `gained` and `lost` discordant pairs; 1 when there are none."""
-    from scipy.stats import binomtest
-
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def accuracies(table, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is the data itself."""
+    return _accuracies(_strata(table, 1, "own"), [100], resamples, seed)[0]
+
+
+def matched(one, two, top: int = 1, ranking: str = "own") -> tuple[list[Stratum], list[Stratum]]:
+    """Return the strata of two tables of the same images, which are resampled alike; ValueError if they are not."""
+    sides = _strata(one, top, ranking), _strata(two, top, ranking)
+    if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
+        raise ValueError("attack: the tables do not judge the same images and seeds. Attack the same sets.")
+    return sides
 
 
 def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
@@ -203,14 +215,11 @@ def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
 
 def curve(table, shares, ranking: str = "own", top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95):
     """Return one `score` row per percentage in `shares`, all from the same resamples (list of dicts)."""
-    strata = _strata(table, top, ranking)
-    n = sum(len(stratum.cluster) for stratum in strata)
-    rows, shares = [], list(shares)
+    strata, rows, shares = _strata(table, top, ranking), [], list(shares)
     for p, (target, reference) in zip(shares, _accuracies(strata, shares, resamples, seed), strict=True):
-        row = {"p": p, "n": n, "ranking": ranking, "top": top, "level": level, "resamples": resamples}
-        for name, values in (("score", target - reference), ("target", target), ("reference", reference)):
-            prefix = "" if name == "score" else name + "_"
-            row[name], row[prefix + "low"], row[prefix + "high"] = _bounded(values, level)
+        row = {"p": p, "n": len(table) // 2, "ranking": ranking, "top": top, "level": level, "resamples": resamples}
+        row |= bounds(target - reference, "score", "", level)
+        row |= bounds(target, "target", level=level) | bounds(reference, "reference", level=level)
         one_subset = ranking == "paired" or p == 100
         rows.append({**row, "mcnemar": mcnemar(*_discordant(strata, p)) if one_subset else math.nan})
     return rows
@@ -244,13 +253,13 @@ def four_way(table, top: int = 1, resamples: int = 2000, seed: int = 0, level: f
         found = np.concatenate([weights @ cells.astype(float) for weights in _weights(stratum, resamples, seed)]).T
         counts += found
         shares += found / found.sum(0) / len(strata)
-    row = {"n": sum(len(stratum.cluster) for stratum in strata), "top": top, "level": level, "resamples": resamples}
+    row = {"n": len(table) // 2, "top": top, "level": level, "resamples": resamples}
     for name, values in zip(CELLS, shares, strict=True):
-        row[name], row[name + "_low"], row[name + "_high"] = _bounded(values, level)
+        row |= bounds(values, name, level=level)
     row["memorized_count"], row["misrepresented_count"] = pair = int(counts[0, 0]), int(counts[2, 0])
     row["ratio"], row["ratio_low"], row["ratio_high"] = odds(*pair, level)
     if table["label"].nunique() >= CLUSTER_FROM:
-        row["ratio_low"], row["ratio_high"] = _bounded((counts[0] + 0.5) / (counts[2] + 0.5), level)[1:]
+        row |= bounds((counts[0] + 0.5) / (counts[2] + 0.5), "ratio", level=level) | {"ratio": row["ratio"]}
     return row
 
 
@@ -259,8 +268,6 @@ def odds(wins: int, losses: int, level: float = 0.95) -> tuple[float, float, flo
 
     Infinite where losses = 0; (NaN, 0, infinity) where both are 0.
     """
-    from scipy.stats import binomtest
-
     if wins + losses == 0:
         return math.nan, 0.0, math.inf
     interval = binomtest(wins, wins + losses).proportion_ci(level, method="exact")
@@ -276,20 +283,14 @@ def difference(one, two, p: float | tuple[float, float] = 100, ranking: str = "o
     `difference(table, table, p=(20, 100))`. Keys: difference, low, high, one, two, n. ValueError if the ids differ.
     """
     shares = p if isinstance(p, tuple) else (p, p)
-    sides = [_strata(table, top, ranking) for table in (one, two)]
-    if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
-        raise ValueError("attack.difference: the tables do not hold the same images and seeds. Attack the same sets.")
     left, right = (np.subtract(*_accuracies(strata, [share], resamples, seed)[0])
-                   for strata, share in zip(sides, shares, strict=True))
-    value, low, high = _bounded(left - right, level)
-    return {"difference": value, "low": low, "high": high, "one": float(left[0]), "two": float(right[0]),
-            "n": sum(len(stratum.cluster) for stratum in sides[0])}
+                   for strata, share in zip(matched(one, two, top, ranking), shares, strict=True))
+    row = bounds(left - right, "difference", "", level)
+    return row | {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
 
 
 def over_seeds(values, level: float = 0.95) -> dict:
     """Return mean, low, high (t-interval over seeds), sd and n of one number per seed; NaN bounds for one seed."""
-    from scipy.stats import t
-
     numbers = np.asarray(values, dtype=float)
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
         raise ValueError(f"attack.over_seeds: {numbers.tolist()}; expected at least one finite number, one per seed.")

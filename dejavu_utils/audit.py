@@ -6,9 +6,8 @@ cross-fitted (the one-model test, Kokhlikyan et al. 2024). Such a classifier may
 even where nothing is remembered: the score of *unseen* images is that offset, and the calibrated score is free of it.
 """
 
-from __future__ import annotations
-
 import numpy as np
+import pandas as pd
 import torch
 from scipy.special import entr
 
@@ -87,8 +86,6 @@ def table(case: Subject, inferred: dict, judged: dict | None = None):
     The reference is the second model, or `judged`, what the classifiers on crops say; the untrained network is compared
     with the same one. `belief` is the share of votes, or the probability, that a role gives to the truth.
     """
-    import pandas as pd
-
     parts = []
     for (name, layer, model), found in inferred.items():
         second, images = inferred.get((name, layer, "reference")), case.attacked[name]
@@ -139,16 +136,12 @@ def calibrated(audited, unseen, level: float = 0.95, resamples: int = 2000) -> d
     spread = m * cc - c * c
     slope = np.divide(m * sc - s * c, spread, out=np.zeros_like(spread), where=spread > 1e-9 * m * m)
     expected = s / m + slope * (b / n - c / m)
-    values = t / n - expected
-    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
-    return {"score": float(values[0]), "low": float(low), "high": float(high), "target": float(t[0] / n[0]),
-            "reference": float(expected[0]), "n": audited["id"].nunique()}
+    row = attack.bounds(t / n - expected, "score", "", level)
+    return row | {"target": float(t[0] / n[0]), "reference": float(expected[0]), "n": audited["id"].nunique()}
 
 
 def scores(rows, top_p=(100, 20)):
     """Return the scores, a row per layer, reading ("audited", "unseen", "calibrated") and p %, with intervals and n."""
-    import pandas as pd
-
     found = []
     for layer in rows["layer"].unique():
         sets = {name: part(rows, layer, which=name) for name in rows["set"].unique()}
@@ -166,8 +159,6 @@ def controls(case: Subject, rows, inferred: dict):
     Public labels permuted (accuracy minus chance, over 20 permutations), an untrained network (calibrated), and one
     half of the unseen images calibrated with the other. Each should be 0; `passed` is whether its interval holds 0.
     """
-    import pandas as pd
-
     layer = case.layers[0]
     found = {"permuted public labels": _permuted(case, inferred["audited", layer, "target"])}
     if case.source:
@@ -223,8 +214,6 @@ def _word(low: float, high: float, margin: float) -> str:
 
 def by_class(rows, classes, resamples: int = 500):
     """Return a row per class, the highest score first: n, score with interval, and how many images of each kind."""
-    import pandas as pd
-
     found = []
     for label, group in rows.groupby("label"):
         split = attack.four_way(group, resamples=0)

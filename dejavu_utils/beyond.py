@@ -6,18 +6,15 @@ chance, and what the target infers above the reference is memory of that very ob
 picking the memorized ones picks by the models' own guesses, and so by what they can see.
 """
 
-from __future__ import annotations
-
-import functools
-
 import numpy as np
-import torch
+import pandas as pd
 
-from dejavu_utils import attack, crops, data, probe, references, store
+from dejavu_utils import attack, data, references
 
 OBJECT = ("colour", "size")
 
 
+@references.cached("beyond", "beyond")
 def table(pair, epoch: int, k: int, attribute: str = "shade", layer: str = "projector", device: str = "cpu",
           attacked: str = "attacked"):
     """Return the attack on an attribute within the true class: a row per image and role, for `score`.
@@ -26,30 +23,18 @@ def table(pair, epoch: int, k: int, attribute: str = "shade", layer: str = "proj
     class, and `chance` whether the commonest public value of the class, all that the label tells, is right.
     `attribute` is a name in `Images.attributes` or in OBJECT; ValueError names what there is.
     """
-    make = functools.partial(_table, pair, epoch, k, attribute, layer, device, attacked)
-    return references._cached(pair, f"beyond-{epoch:04d}", make, epoch=epoch, k=k, attribute=attribute, layer=layer,
-                              attacked=attacked, crop=pair.crop, beyond=store.code_version("beyond"))
-
-
-def _table(pair, epoch: int, k: int, attribute: str, layer: str, device: str, attacked: str):
-    parts = {**references._attacked(pair, attacked), "public": pair.parts["public"]}
-    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device, cropped=("a", "b"))
-    ids, labels = ({name: getattr(images, what) for name, images in parts.items()} for what in ("ids", "labels"))
+    parts = {side: references.cropped(images, pair.crop) for side, images in
+             references._attacked(pair, attacked).items()} | {"public": (pair.parts["public"], None)}
+    values = _values(attribute, {name: images for name, (images, _) in parts.items()})
+    encoders, found, ids, labels = {model: pair.encoder(model, epoch) for model in "AB"}, {}, {}, {}
+    for name, (images, rects) in parts.items():
+        known = values[name] >= 0
+        images, values[name] = images.subset(known), values[name][known]
+        rects = rects if rects is None else rects[known]
+        ids[name], labels[name] = images.ids, images.labels
+        found[name] = references.embed_images(encoders, images, pair.size(), (layer,), rects, device)[layer]
     rows = within(found, ids, labels, values, k)
     return rows.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked, attribute=attribute)
-
-
-def _embedded(pair, epoch: int, attribute: str, parts: dict, layer: str, device: str, cropped=()):
-    """Return {part: {model: embeddings}}, {part: Images}, {part: values} of the pictures whose attribute is known."""
-    encoders, found = {model: pair.encoder(model, epoch) for model in "AB"}, {}
-    images, values = {}, _values(attribute, parts)
-    for name, every in parts.items():
-        rects, keep = crops.background(every, pair.crop) if name in cropped else (None, np.ones(len(every), bool))
-        keep &= values[name] >= 0
-        images[name], values[name] = every.subset(np.flatnonzero(keep)), values[name][keep]
-        rects = rects if rects is None else rects[keep]
-        found[name] = references.embed_images(encoders, images[name], pair.size(), (layer,), rects, device)[layer]
-    return found, images, values
 
 
 def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int):
@@ -58,8 +43,6 @@ def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int):
     Parts are "a", "b" and "public", models "A" and "B", values ints from 0. Classes with images in both a and b are
     attacked. ValueError where one has k public images or fewer: all of them would vote, whatever the crop.
     """
-    import pandas as pd
-
     tables, count = [], 1 + max(int(np.max(each)) for each in values.values())
     for label in np.intersect1d(labels["a"], labels["b"]):
         rows = {part: np.flatnonzero(each == label) for part, each in labels.items()}
@@ -85,28 +68,6 @@ def score(table, **options) -> dict:
     return {**attack.score(table.assign(label=table["class"]), **options), "chance": chance}
 
 
-def readable(pair, epoch: int, attribute: str = "shade", layer: str = "backbone", device: str = "cpu"):
-    """Return how well a linear probe reads the attribute from full images whose class it is told: a row per encoder.
-
-    Trained on the public set, judged on the probe set: accuracy with its 95 % interval (low, high), n, attribute. What
-    cannot be read from a full image (below .8) cannot be expected from a crop.
-    """
-    import pandas as pd
-    from scipy.stats import binomtest
-
-    parts = {name: pair.parts[name] for name in ("public", "probe")}
-    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
-    told = {name: torch.nn.functional.one_hot(torch.as_tensor(images.labels), len(images.classes))
-            for name, images in parts.items()}
-    rows, n, count = [], len(values["probe"]), 1 + max(int(each.max()) for each in values.values())
-    for model in "AB":
-        sets = [each for name in parts for each in (torch.cat([found[name][model], told[name]], 1), values[name])]
-        right = probe.linear_probe(*sets, count)["test"]
-        low, high = binomtest(round(right * n), n).proportion_ci(method="wilson")
-        rows.append({"model": model, "accuracy": right, "low": low, "high": high, "n": n, "attribute": attribute})
-    return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
-
-
 def _values(attribute: str, parts: dict) -> dict[str, np.ndarray]:
     """Return {part: values (n,)} of an attribute, -1 where unknown; ValueError if there is no such attribute."""
     there = [*parts["public"].attributes, *OBJECT]
@@ -124,8 +85,6 @@ def object_attributes(images, public=None) -> dict[str, np.ndarray]:
     either splits every class in halves. -1 where a picture could not be attacked (no box, box of zero area, box
     that is the whole picture), or nothing like it of its class is in `public`, by default the images themselves.
     """
-    import pandas as pd
-
     own, found = _measures(images), {}
     public, known = (images, own) if public is None else (public, _measures(public))
     for name in OBJECT:

@@ -1,15 +1,16 @@
 """Encoders on disk: our own format (safetensors and a sidecar that says how to rebuild the network), and a reader for
 other people's, which recognises the layout, loads it strictly, and says what it had to assume."""
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import dataclasses
 import re
 import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dejavu_utils import foreign, rebuild, store
@@ -178,36 +179,35 @@ def contents(path: Path) -> dict:
     if first[:4] == b"PK\x03\x04":
         _check_zip(path)
     elif first[8:9] == b"{":
-        return _safetensors(path)
+        with _whole(path, SafetensorError):
+            return load_file(path)
     elif first[:1] != b"\x80":
         raise store.StoreError(f"{path} begins with {first[:4]!r}, which is no checkpoint that this can read: expected "
                                "safetensors or a torch file. A compressed one must be unpacked first.")
     return _torch(path)
 
 
-def _safetensors(path: Path) -> dict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+@contextlib.contextmanager
+def _whole(path: Path, *damage: type[Exception]):
+    """Turn the exceptions that a damaged file raises into a StoreError that says so."""
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        yield
+    except store.StoreError:
+        raise
+    except damage as error:
         raise store.StoreError(f"{path} is truncated or damaged: {error}. Fetch it again.") from error
 
 
 def _check_zip(path: Path) -> None:
     """Raise StoreError unless the zip is stored plainly, as torch writes it, and its entries are what they seem."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            _check_entries(path, entries)
-            for entry in entries:
-                if entry.CRC:  # torch.load does not look at it; 0: torch was told to write none
-                    _drain(archive, entry)
-    except store.StoreError:
-        raise
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise store.StoreError(f"{path} is truncated or damaged: {error}. Fetch it again.") from error
+    damage = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
+    with _whole(path, *damage), zipfile.ZipFile(path) as archive:
+        _check_entries(path, archive.infolist())
+        for entry in archive.infolist():
+            if entry.CRC:  # torch.load does not look at it; 0: torch was told to write none
+                with archive.open(entry) as part:  # at its end zipfile compares the checksum
+                    while part.read(1 << 22):
+                        pass
 
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -222,13 +222,6 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if tricks or len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise store.StoreError(f"{path}: its entries overlap, repeat or leave their folder ({', '.join(tricks[:1])}): "
                                "torch.save did not write this file. Nothing was loaded.")
-
-
-def _drain(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Read an entry to its end, where zipfile compares its checksum."""
-    with archive.open(entry) as part:
-        while part.read(1 << 22):
-            pass
 
 
 def _torch(path: Path) -> dict:

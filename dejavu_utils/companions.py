@@ -7,25 +7,24 @@ distance between the unit embeddings of the image and of its views (SSLMem: Wang
 A `_gap` is the same minus its value under the other encoder: for a training image, target minus reference.
 """
 
-from __future__ import annotations
-
-import functools
 import math
-from itertools import chain, combinations
+from itertools import chain
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import rankdata
 from torch.nn.functional import normalize
 
-from dejavu_utils import attack, pairs, references, store, summaries, train
+from dejavu_utils import attack, pairs, references, summaries, train
 from dejavu_utils import views as augment
 from dejavu_utils.models import embed
 
 STATISTICS = ("confidence", "correct", "alignment", "similarity")
 GAPS = tuple(f"{name}_gap" for name in STATISTICS)
-USUAL = ("projector", "backbone")  # layers that two_model attacks at once, so that its table is made once
 
 
+@references.cached("companions", "companions", "pairs", "views")
 def table(pair: pairs.Pair, epoch: int, k: int, views: int = 10, layer: str = "projector", device: str = "cpu",
           attacked: str = "attacked"):
     """Return a row per attacked image and encoder, with STATISTICS and GAPS of each.
@@ -37,15 +36,8 @@ def table(pair: pairs.Pair, epoch: int, k: int, views: int = 10, layer: str = "p
     """
     if views < 2:
         raise ValueError(f"companions.table: views = {views}; expected at least 2, to compare with each other.")
-    make = functools.partial(_table, pair, epoch, k, views, layer, device, attacked)
-    code = store.code_version("companions", "pairs", "views")
-    return references._cached(pair, f"companions-{epoch:04d}", make, epoch=epoch, k=k, views=views, layer=layer,
-                              attacked=attacked, crop=pair.crop, companions=code)
-
-
-def _table(pair: pairs.Pair, epoch: int, k: int, views: int, layer: str, device: str, attacked: str):
-    found = references.two_model(pair, epoch, k, USUAL if layer in USUAL else (layer,), attacked, device=device)
-    rows = found.loc[found["layer"] == layer, ["id", "label", "direction", "role", "confidence", "correct"]]
+    found = references.at_layer(pair, epoch, k, layer, attacked, device)
+    rows = found[["id", "label", "direction", "role", "confidence", "correct"]]
     member = rows["role"] == "target"
     rows = rows.assign(model=np.where(member == (rows["direction"] == "a"), "A", "B"), member=member)
     rows = rows.drop(columns="role").sort_values(["direction", "id", "model"], kind="stable", ignore_index=True)
@@ -104,32 +96,16 @@ def summary(table, probes=None, resamples: int = 2000, seed: int = 0):
     images; seeds. `probes` (`references.probes` of the same encoders) adds the train - held-out gaps of linear probes
     as `value`, `value_low`, `value_high`: one number per encoder, so their auc is NaN.
     """
-    import pandas as pd
-
     names, seeds = [*GAPS, *STATISTICS], table["seed"].nunique()
-    found = _bootstrap(table, names, _auc, resamples, seed)
-    rows = [{"statistic": name, "encoders": 1 + (name in GAPS), **_bounds("auc", values), "n": len(table) // 2,
-             "seeds": seeds} for name, values in zip(names, found, strict=True)]
+    found = _bootstrap(table, names, resamples, seed)
+    rows = [{"statistic": name, "encoders": 1 + (name in GAPS), **attack.bounds(values, "auc", ""),
+             "n": len(table) // 2, "seeds": seeds} for name, values in zip(names, found, strict=True)]
     for gap in [] if probes is None else summaries.probe_rows(probes).to_dict("records"):
         if "gap" in gap["quantity"]:
             rows.append({"statistic": f"probe: {gap['quantity']}", "encoders": 1, "auc": math.nan, "value": gap["mean"],
                          "value_low": gap["low"], "value_high": gap["high"], "n": gap["n_held_out"],
                          "seeds": gap["seeds"]})
     return pd.DataFrame(rows)
-
-
-def correlations(table, columns=GAPS, resamples: int = 1000, seed: int = 0):
-    """Return a row per pair of statistics: Spearman's rank correlation over the training images under their target.
-
-    Columns one, two, correlation, low, high (95 %), n, seeds. Ranked within direction and seed, then averaged; NaN
-    where a statistic is the same for all images.
-    """
-    import pandas as pd
-
-    found = _bootstrap(table, list(columns), _spearman, resamples, seed)
-    rows = [{"one": one, "two": two, **_bounds("correlation", values), "n": len(table) // 2}
-            for (one, two), values in zip(combinations(columns, 2), found, strict=True)]
-    return pd.DataFrame(rows).assign(seeds=table["seed"].nunique())
 
 
 def atypical(table, dejavu_table, control=None, share: float = 0.1, resamples: int = 2000, seed: int = 0) -> dict:
@@ -141,11 +117,10 @@ def atypical(table, dejavu_table, control=None, share: float = 0.1, resamples: i
     seed. Keys: difference, low, high, top, bottom, n (at each end). `dejavu_table` is `references.two_model`'s.
     """
     top, bottom, n = _ends(table, dejavu_table, share, resamples, seed)
-    row = {**_bounds("difference", top - bottom), "top": float(top[0]), "bottom": float(bottom[0]), "n": n}
+    row = attack.bounds(top - bottom, "difference", "") | {"top": float(top[0]), "bottom": float(bottom[0]), "n": n}
     if control is not None:
         high, low, _ = _ends(*control, share, resamples, seed)
-        net = attack._bounded((top - bottom) - (high - low), 0.95)
-        row |= dict(zip(("net", "net_low", "net_high"), net, strict=True))
+        row |= attack.bounds((top - bottom) - (high - low), "net")
     return row
 
 
@@ -159,16 +134,12 @@ def _ends(table, dejavu_table, share: float, resamples: int, seed: int) -> tuple
         if len(part) != 2 * len(chosen):
             raise ValueError(f"companions.atypical: {len(part)} rows of the attack on {len(chosen)} images; expected "
                              "each under target and reference. Pass the attack of the same encoders, at one layer.")
-        ends.append(np.subtract(*attack._accuracies(attack._strata(part, 1, "own"), [100], resamples, seed)[0]))
+        ends.append(np.subtract(*attack.accuracies(part, resamples, seed)))
     return *ends, len(chosen)
 
 
-def _bounds(name: str, values: np.ndarray) -> dict[str, float]:
-    return dict(zip((name, "low", "high"), attack._bounded(values, 0.95), strict=True))
-
-
-def _bootstrap(table, columns: list[str], measure, resamples: int, seed: int) -> np.ndarray:
-    """Return the mean over encoders and seeds of `measure`, (m, 1 + resamples): the data itself, then the resamples.
+def _bootstrap(table, columns: list[str], resamples: int, seed: int) -> np.ndarray:
+    """Return the mean AUC over encoders and seeds, (m, 1 + resamples): of the data itself, then of the resamples.
 
     Images, or from attack.CLUSTER_FROM classes on classes, are drawn within direction, the same for both encoders.
     """
@@ -180,22 +151,12 @@ def _bootstrap(table, columns: list[str], measure, resamples: int, seed: int) ->
         strata = attack._strata(run, 1, "own")
         each = [chain.from_iterable(attack._weights(stratum, resamples, seed)) for stratum in strata]
         drawn = (np.repeat(np.arange(sum(map(len, rows))), np.concatenate(rows)) for rows in zip(*each, strict=True))
-        found.append([np.mean([measure(values[:, rows], member[rows]) for values, member in sides], 0)
+        found.append([np.mean([_auc(values[:, rows], member[rows]) for values, member in sides], 0)
                       for rows in drawn])
     return np.mean(found, 0).T
 
 
 def _auc(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     """Return the chance (m,) that a member's value is above a non-member's, ties counting half."""
-    from scipy.stats import rankdata
-
     own = member.sum()
     return (rankdata(values, axis=1)[:, member].sum(1) - own * (own + 1) / 2) / (own * (~member).sum())
-
-
-def _spearman(values: np.ndarray, member: np.ndarray) -> np.ndarray:
-    """Return the rank correlation of every two statistics among the members, in the order of `combinations`."""
-    from scipy.stats import rankdata
-
-    with np.errstate(invalid="ignore"):  # 0 / 0 where a statistic is constant
-        return np.corrcoef(rankdata(values[:, member], axis=1))[np.triu_indices(len(values), 1)]

@@ -6,8 +6,6 @@ project's published code. Nothing is guessed in silence: what is assumed stands 
 give different features, StoreError names the option that decides.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 
@@ -86,25 +84,21 @@ def _parts(file: File, which: str, trunk: str, *heads: str, **more) -> Parts:
     return Parts(which, under(file.tensors, trunk), under(file.tensors, head) if head else {}, ignored, **more)
 
 
-def torchvision(file: File, which: str | None) -> Parts:
-    """Return the parts of a bare ResNet; torch.hub's VICReg and Barlow Twins and timm's ResNets have the same names."""
-    return _bare(file, which, "fc")
+def bare(file: File, which: str | None) -> Parts:
+    """Return the parts of a network without a head, less its classifier.
 
+    A ResNet, torchvision's or timm's (torch.hub's VICReg and Barlow Twins have the same names), a ViT, torch.hub's DINO
+    included, or the timm model that `encoder` names.
+    """
+    names = "head" if file.has(_NAMES["timm"]) else "fc"
+    if file.encoder:
+        from timm.models import get_pretrained_cfg
 
-def timm(file: File, which: str | None) -> Parts:
-    """Return the parts of a bare ViT, torch.hub's DINO included, or of the timm model that `encoder` names."""
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(file.encoder.partition(":")[0]) if file.encoder else None
-    return _bare(file, which, config.classifier if config and config.classifier else "head")
-
-
-def _bare(file: File, which: str | None, classifier: str | tuple[str, ...]) -> Parts:
-    names = (classifier,) if isinstance(classifier, str) else classifier
+        names = getattr(get_pretrained_cfg(file.encoder.partition(":")[0]), "classifier", None) or names
+    classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     parts = _parts(file, _choose(which, ["student"]), "")
-    last = [name for name in parts.trunk if name.startswith(tuple(f"{name}." for name in names))]
-    parts.ignored += last
-    parts.trunk = {name: value for name, value in parts.trunk.items() if name not in last}
+    parts.ignored += [name for name in parts.trunk if name.startswith(classifier)]
+    parts.trunk = {name: value for name, value in parts.trunk.items() if not name.startswith(classifier)}
     return parts
 
 
@@ -230,7 +224,7 @@ def _vissl_head(heads: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     return chain, [name for name, match in parsed.items() if not match]
 
 
-LAYOUTS = {"torchvision": torchvision, "timm": timm, "dino": dino, "vicreg": backbone, "vissl": vissl,
+LAYOUTS = {"torchvision": bare, "timm": bare, "dino": dino, "vicreg": backbone, "vissl": vissl,
            "lightly": lightly, "solo-learn": solo_learn, "stable-pretraining": backbone, "dejavu": dejavu}
 _NAMES = {"torchvision": r"layer1\.0\.", "timm": r"patch_embed\.", "vissl": r"(base_model\.)?_feature_blocks\.",
           "dejavu": r"net\.", "vicreg": r"backbone\.", "stable-pretraining": r"backbone\.",
@@ -248,16 +242,11 @@ def _shows(file: File, layout: str) -> bool:
 
 def _guess(file: File) -> str | None:
     """Return the layout that a file's names show, the most telling names first; None if they show none."""
-    for layout in ("vissl", "dino"):
-        if _shows(file, layout):
-            return layout
-    if file.has(r"(student_)?backbone\.\d+\.", r"projection_head\.layers\.", r"student_head\.layers\."):
-        return "lightly"
-    if file.has(r"classifier\.") and file.has(r"(backbone|encoder)\."):
-        return "solo-learn"
-    if file.has(r"backbone\."):
-        return "stable-pretraining" if file.wrapper == "state_dict" or file.has(*_LIGHTNING) else "vicreg"
-    return next((layout for layout in ("dejavu", "torchvision", "timm") if file.has(_NAMES[layout])), None)
+    lightly_own = (r"(student_)?backbone\.\d+\.", r"projection_head\.layers\.", r"student_head\.layers\.")
+    telling = {"vissl": True, "dino": True, "lightly": file.has(*lightly_own), "solo-learn": file.has(r"classifier\."),
+               "stable-pretraining": file.wrapper == "state_dict" or file.has(*_LIGHTNING), "vicreg": True,
+               "dejavu": True, "torchvision": True, "timm": file.has(_NAMES["timm"])}
+    return next((layout for layout, enough in telling.items() if enough and _shows(file, layout)), None)
 
 
 def recognise(tree: dict, layout: str = "auto", which: str | None = None, encoder: str | None = None) -> Parts:

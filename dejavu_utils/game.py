@@ -1,7 +1,5 @@
 """A guessing game: from a background crop, the reader, the target and the reference say what was cut away."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from dejavu_utils import references

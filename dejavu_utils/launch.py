@@ -1,7 +1,5 @@
 """Starts trainings: jobs side by side in processes of their own, one job over several devices, other engines."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -67,10 +65,6 @@ def _threads(job: Job) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.recipe.threads))
 
 
-def _last_words(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
-
-
 def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
     """Train all jobs, `workers` at a time, each worker a process of its own; those that are done cost nothing.
 
@@ -90,20 +84,23 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
                 progress(*_state(jobs))
             fit(job)
         return
-    running = [_Worker(todo[i::workers]) for i in range(min(workers, len(todo)))]
+    shares = [todo[i::workers] for i in range(min(workers, len(todo)))]
+    running = [_worker(share) for share in shares]
     try:
         while True:
             time.sleep(0.5)
-            codes = [worker.process.poll() for worker in running]
+            codes = [process.poll() for process in running]
             if progress:
                 progress(*_state(jobs))
-            if failed := [worker for worker, code in zip(running, codes, strict=True) if code]:
-                raise RuntimeError(f"training failed: {_last_words(failed[0].log)}")
+            if failed := [share for share, code in zip(shares, codes, strict=True) if code]:
+                lines = _log(failed[0]).read_text(errors="replace").strip().splitlines()
+                raise RuntimeError("training failed: " + "\n".join(lines[-5:]))
             if None not in codes:
                 return
     finally:
-        for worker in running:
-            worker.stop()
+        for process in running:
+            process.terminate()
+            process.wait()
 
 
 def _state(jobs: list[Job]) -> tuple[int, int, str]:
@@ -114,22 +111,19 @@ def _state(jobs: list[Job]) -> tuple[int, int, str]:
     return done, sum(max(job.epochs) for job in jobs), "loss " + " ".join(losses) if losses else ""
 
 
-class _Worker:
-    """A process that trains a list of jobs, one after the other."""
+def _log(share: list[Job]) -> Path:
+    return Path(share[0].folder) / "worker.log"
 
-    def __init__(self, jobs: list[Job]):
-        self.log = Path(jobs[0].folder) / "worker.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dejavu_utils.launch"], stdin=subprocess.PIPE, stderr=self.log.open("wb"),
-            cwd=store.PACKAGE.parent, env=os.environ | _threads(jobs[0]))
-        self.process.stdin.write(json.dumps([dataclasses.asdict(job) for job in jobs]).encode())
-        self.process.stdin.close()
 
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait()
+def _worker(share: list[Job]) -> subprocess.Popen:
+    """Start a process that trains these jobs, one after the other; what it says goes to their `_log`."""
+    _log(share).parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "dejavu_utils.launch"], stdin=subprocess.PIPE,
+                               stderr=_log(share).open("wb"), cwd=store.PACKAGE.parent,
+                               env=os.environ | _threads(share[0]))
+    process.stdin.write(json.dumps([dataclasses.asdict(job) for job in share]).encode())
+    process.stdin.close()
+    return process
 
 
 def here(job: Job) -> Job:

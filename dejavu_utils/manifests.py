@@ -3,8 +3,6 @@
 `make data NAME=…` (data_manifests/fetch.py) downloads them; `data.read` reads them.
 """
 
-from __future__ import annotations
-
 import bisect
 import functools
 import os

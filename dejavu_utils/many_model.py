@@ -5,12 +5,11 @@ that did not (Feldman and Zhang, arXiv 2008.03703, for a classifier). From m = L
 images together, from m = SINGLE on about a single one: before that its standard error is a third.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from dejavu_utils import one_model, pairs, references, store
 from dejavu_utils.pairs import Pair
@@ -75,11 +74,9 @@ def table(pair: Pair, trained: list[Pair], epoch: int, k: int, layer: str = "pro
     "target": those that saw the image, "reference": those that did not. `correct`, `correct5` and `confidence` are
     means over them, and `encoders` says how many each. Other columns: those of `references.two_model`.
     """
-    import pandas as pd
-
     rows = []
     for i, one in enumerate(trained):
-        found = references.two_model(one, epoch, k, device=device).query("layer == @layer")
+        found = references.at_layer(one, epoch, k, layer, device=device)
         drawn = {name: half for side, each in fold(pair, i).items()
                  for name, half in zip(pair.parts[side].ids, each, strict=True)}
         by_b = (found["role"] == "target") == (found["direction"] == "b")

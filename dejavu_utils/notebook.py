@@ -1,7 +1,5 @@
 """Inside a notebook: `run = dv.start("02_attack", globals())` checks the parameters and says where results go."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import hashlib

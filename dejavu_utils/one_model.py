@@ -4,17 +4,16 @@ For encoders that cannot be retrained. Whether a crop's class can be inferred wi
 that learned it from other images' crops. It is cross-fitted: no image is judged by a classifier that saw it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import torch
 
-from dejavu_utils import attack, crops, references, store, subject, train
+from dejavu_utils import attack, references, subject, train
 from dejavu_utils.models import embed
 from dejavu_utils.pairs import Pair
 
@@ -116,11 +115,7 @@ def table(pair: Pair, epoch: int, k: int, kind: str = "resnet", layer: str = "pr
     without memory. A confidence is minus an entropy in nats, of k votes for the target, of probabilities for the
     reference: not on one scale, so rank with "own". Columns: those of two_model, and `reference`, the kind.
     """
-    import pandas as pd
-
-    usual = layer in ("projector", "backbone", "logits")  # one table of two_model for all of them
-    both = references.two_model(pair, epoch, k, None if usual else (layer,), attacked, device=device)
-    target = both[(both["layer"] == layer) & (both["role"] == "target")]
+    target = references.at_layer(pair, epoch, k, layer, attacked, device).query("role == 'target'")
     judged = _judged(pair, epoch, kind, folds, device)
     rows = target.drop(columns=SAID).merge(judged, on="id", validate="one_to_one").assign(role="reference")
     return pd.concat([target, rows[target.columns]], ignore_index=True).assign(reference=kind)
@@ -132,30 +127,26 @@ def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str):
         raise ValueError(f'one_model.table: kind "{kind}"; expected one of {", ".join(KINDS)}.')
     recipe = pair.jobs["A"].recipe
     how = {name: getattr(recipe, name) for name in KEPT}
-    code = store.code_version("one_model", "subject", "train", "methods", "feed", "views")
     fresh = subject.untrained(pair.encoder("A", epoch), pair.setting["seed"])  # nothing is left of its training
     nobody = dataclasses.replace(pair, jobs={}, setting={"seed": pair.setting["seed"]})
     make = functools.partial(_judge, nobody, fresh, kind, train.Recipe(**how), folds, device)
-    return references._cached(nobody, kind, make, recipe=how, crop=pair.crop, folds=folds, classifier=code)
+    return references._cached(nobody, kind, make, "one_model", "subject", "train", "methods", "feed", "views",
+                              recipe=how, crop=pair.crop, folds=folds)
 
 
 def _judge(pair: Pair, fresh, kind: str, recipe: train.Recipe, folds: int, device: str):
-    import pandas as pd
-
     rows, seed = [], pair.setting["seed"]
     for side in "ab":
-        sets = [references._attacked(pair, which)[side] for which in ("attacked", "control")]
-        found = [crops.background(images, pair.crop) for images in sets]
-        learn = np.repeat([True, False], [int(keep.sum()) for _, keep in found])
-        x = torch.cat([images.subset(keep).squares(recipe.size, rects[keep])
-                       for images, (rects, keep) in zip(sets, found, strict=True)])
-        ids, y = (np.concatenate([getattr(images, name)[keep] for images, (_, keep) in zip(sets, found, strict=True)])
-                  for name in ("ids", "labels"))
+        sets = [references.cropped(references._attacked(pair, which)[side], pair.crop)
+                for which in ("attacked", "control")]
+        learn = np.repeat([True, False], [len(images) for images, _ in sets])
+        x = torch.cat([images.squares(recipe.size, rects) for images, rects in sets])
+        ids, y = (np.concatenate([getattr(images, of) for images, _ in sets]) for of in ("ids", "labels"))
         if kind == "naive_bayes":
             x = embed(fresh, x, ("backbone",), device=device)["backbone"]
         fit = naive_bayes if kind == "naive_bayes" else network(recipe, device=device)
         fold = assign(ids, 2 * y + learn, folds, seed)
-        chances = cross_fit(fit, x, y, fold, len(sets[0].classes), learn, f"{seed}/{side}")
+        chances = cross_fit(fit, x, y, fold, len(pair.parts["public"].classes), learn, f"{seed}/{side}")
         said = attack.infer_scores(torch.from_numpy(chances).log())
         right = said["top5"] == y[:, None]
         rows.append(pd.DataFrame({"id": ids, "prediction": said["prediction"], "correct": right[:, 0],

@@ -1,7 +1,5 @@
 """Pairs of encoders to compare: A trained on set A, B on set B, alike in all else (the paper's §3.1)."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -9,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from dejavu_utils import checkpoints, data, feed, manifests, methods, store, train, views
+from dejavu_utils import checkpoints, data, feed, manifests, methods, store, train, views, vissl_config
 from dejavu_utils.models import Encoder
 
 # What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 and 1.
@@ -47,40 +46,34 @@ def recipe(criterion: str, changes: dict) -> train.Recipe:
     criterion takes its own. ValueError names a constant or a criterion that nobody knows.
     """
     common = {name: value for name, value in changes.items() if name not in methods.METHODS}
-    own = common | changes.get(criterion, {})
-    engine = own.get("engine", "own")
-    known, everyone = _constants(engine, criterion), set().union(*(_constants(engine, each) for each in _has(engine)))
-    layers = [TUNED.get(criterion, {}) if engine == "own" else {}, common, changes.get(criterion, {})]
+    own = changes.get(criterion, {})
+    engine = (common | own).get("engine", "own")
+    constants = _constants(engine)
+    if criterion not in constants:
+        raise ValueError(f'criterion "{criterion}" is not known to the engine "{engine}": expected one of '
+                         f"{', '.join(constants)}")
+    layers = [TUNED.get(criterion, {}) if engine == "own" else {}, common, own]
     default = train.Recipe()
     merged = {key: dict(getattr(default, key)) for key in ("constants", "views")}
     for layer in layers:
         for key, value in layer.items():
             merged[key] = merged[key] | value if key in ("constants", "views") else value
+    everyone = set().union(*constants.values())
     if unknown := set(merged["constants"]) - everyone:
         raise ValueError(f"recipe constants: {', '.join(sorted(unknown))} belongs to no criterion: expected some of "
                          f"{', '.join(sorted(everyone))}")
-    merged["constants"] = {name: value for name, value in merged["constants"].items() if name in known}
+    merged["constants"] = {name: value for name, value in merged["constants"].items()
+                           if name in constants[criterion]}
     return train.Recipe(**merged | {"criterion": criterion})
 
 
-def _has(engine: str) -> tuple[str, ...]:
-    """Return the criteria that an engine has."""
-    from dejavu_utils import vissl_config
-
-    engines = {"own": tuple(methods.METHODS), "vissl": tuple(vissl_config.LOSSES)}
-    if engine not in engines:
-        raise ValueError(f'engine "{engine}" is not known: expected one of {", ".join(engines)}')
-    return engines[engine]
-
-
-def _constants(engine: str, criterion: str) -> set[str]:
-    """Return the names of the constants of one criterion of an engine."""
-    from dejavu_utils import vissl_config
-
-    if criterion not in _has(engine):
-        raise ValueError(f'criterion "{criterion}" is not known to the engine "{engine}": expected one of '
-                         f"{', '.join(_has(engine))}")
-    return set(methods.constants(criterion)) if engine == "own" else set(vissl_config.LOSSES[criterion][2])
+def _constants(engine: str) -> dict[str, set[str]]:
+    """Return {criterion: the names of its constants} of all criteria that an engine has."""
+    if engine == "own":
+        return {criterion: set(methods.constants(criterion)) for criterion in methods.METHODS}
+    if engine == "vissl":
+        return {criterion: set(names) for criterion, (_, _, names) in vissl_config.LOSSES.items()}
+    raise ValueError(f'engine "{engine}" is not known: expected one of own, vissl')
 
 
 @dataclass(frozen=True)
@@ -159,8 +152,6 @@ def plan(params: dict):
     `encoders`, `steps` each, `exaflop` of all (multiplications and additions of the large and local views, three times
     the forward pass; BYOL's target and DINO's teacher add one forward pass), `gib` of all checkpoints.
     """
-    import pandas as pd
-
     rows, chosen = [], [setting[0] for setting in settings(params)]
     images = params["sizes"]["classes"] * (params["sizes"]["attacked"] + params["sizes"]["shared"])
     for criterion in dict.fromkeys(chosen):
@@ -223,23 +214,17 @@ def jobs(every: list[Pair]) -> list[train.Job]:
 
 def losses(every: list[Pair]):
     """Return the training logs of all pairs: a row per encoder and epoch with its loss, seconds and images."""
-    import pandas as pd
-
-    rows = [line | pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": _per_epoch(pair, model)}
-            for pair in every for model, job in pair.jobs.items()
-            for line in train.read_log(Path(job.folder) / "log.jsonl")]
+    rows = []
+    for pair in every:
+        for model, job in pair.jobs.items():
+            seen = (len(pair.parts[model.lower()]) + len(pair.parts["shared"])) // job.recipe.batch * job.recipe.batch
+            about = pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": seen}
+            rows += [line | about for line in train.read_log(Path(job.folder) / "log.jsonl")]
     return pd.DataFrame(rows)
-
-
-def _per_epoch(pair: Pair, model: str) -> int:
-    batch = pair.jobs[model].recipe.batch
-    return (len(pair.parts[model.lower()]) + len(pair.parts["shared"])) // batch * batch
 
 
 def partition_table(every: list[Pair]):
     """Return id, class, part and seed of every image of every pair: the split, as a table."""
-    import pandas as pd
-
     rows = {(name, images.classes[label], part, pair.setting["seed"]): None for pair in every
             for part, images in pair.parts.items() for name, label in zip(images.ids, images.labels, strict=True)}
     return pd.DataFrame(list(rows), columns=["id", "class", "part", "seed"])

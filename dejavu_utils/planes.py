@@ -1,9 +1,7 @@
 """Figures of the mitigation notebook: a panel per knob, and the privacy-utility plane (the paper's §6)."""
 
-from __future__ import annotations
-
-from dejavu_utils import knobs
-from dejavu_utils.plots import BAYES, NAMES, TARGET, _axes
+from dejavu_utils import knobs, plots
+from dejavu_utils.plots import BAYES, TARGET
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
 MARKERS = "osD^vP*Xph"
@@ -16,14 +14,8 @@ def per_knob(rows):
     `rows` is of `tradeoff.rows`: values stand in the order of the table, at equal distances.
     """
     groups = list(rows[rows["knob"] != "default"].groupby(["criterion", "knob"], sort=False))
-    deep = -(-len(groups) // 5)
-    wide = -(-len(groups) // deep)
-    figure, axes = _axes(wide, 2 * deep, 3.0, 2.3)
-    columns = [axes[start:start + 2, i] for start in range(0, len(axes), 2) for i in range(wide)]
-    for unused in columns[len(groups):]:
-        for axis in unused:
-            axis.remove()
-    for (top, bottom), ((criterion, knob), part) in zip(columns, groups, strict=False):
+    figure, columns = plots._columns(len(groups), 5, 2, 3.0, 2.3)
+    for (top, bottom), ((criterion, knob), part) in zip(columns, groups, strict=True):
         for name, label, colour in (("score", "all", TARGET), ("score_20", "p = 20 %", PURPLE)):
             _points(top, part, name, colour, label)
         _points(bottom, part, "held_out", BAYES, "held-out probe")
@@ -31,11 +23,9 @@ def per_knob(rows):
         top.set_title(_title(criterion, knob), fontsize=9)
         top.set_xticklabels([])
         bottom.set_xticklabels(part["value"], fontsize=8, rotation=30 if part["value"].str.len().max() > 4 else 0)
-    for share in (0, 1):
-        _same_scale([column[share] for column in columns[:len(groups)]])
-    for axis in figure.axes:
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("held-out accuracy" if axis.get_subplotspec().rowspan.start % 2 else "déjà vu score")
+    for axes, text in zip(zip(*columns, strict=True), ("déjà vu score", "held-out accuracy"), strict=True):
+        plots._same_scale(axes)
+        plots._label_left(axes, text)
     columns[0][0].legend(fontsize=8)
     return figure
 
@@ -43,16 +33,10 @@ def per_knob(rows):
 def _points(axis, part, name: str, colour: str, label: str) -> None:
     """Draw a column of values with its interval as bars, at 0, 1, 2, …"""
     places = range(len(part))
-    axis.errorbar(places, part[name], yerr=_errors(part, name), color=colour, marker="o", markersize=4, capsize=2,
+    axis.errorbar(places, part[name], yerr=plots._errors(part, name), color=colour, marker="o", markersize=4, capsize=2,
                   lw=1.2, label=label)
     axis.set_xticks(places)
     axis.margins(x=0.12)
-
-
-def _same_scale(axes) -> None:
-    low, high = min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes)
-    for axis in axes:
-        axis.set_ylim(low, high)
 
 
 def plane(rows):
@@ -60,12 +44,12 @@ def plane(rows):
 
     Down and to the right is better. Bars are 95 % intervals on both axes, rings mark the Pareto front (`front`).
     """
-    figure, axes = _axes(2, 1, 5.4, 4.4, sharex=True)
+    figure, axes = plots._axes(2, 1, 5.4, 4.4, sharex=True)
     lines = list(rows.groupby(["criterion", "knob"], sort=False))
     turned = [name for name, _ in lines if name[1] != "default"]
     for axis, name, text in zip(axes[0], ("score", "score_20"), ("all images", "the 20 % most confident"), strict=True):
         for i, (setting, part) in enumerate(lines):
-            bars = {f"{end}err": _errors(part, column) for end, column in (("x", "held_out"), ("y", name))}
+            bars = {f"{end}err": plots._errors(part, column) for end, column in (("x", "held_out"), ("y", name))}
             colour = COLOURS[turned.index(setting) % 10] if setting in turned else "grey"
             axis.errorbar(part["held_out"], part[name], **bars, color=colour, lw=1.2, marker=MARKERS[i % 10],
                           markersize=5, elinewidth=0.5, label=_title(*setting))
@@ -91,9 +75,4 @@ def spots(figure, rows) -> list[tuple]:
 
 
 def _title(criterion: str, knob: str) -> str:
-    return f"{NAMES.get(criterion, criterion)}: {knobs.NAMES.get(knob, knob)}"
-
-
-def _errors(part, name: str) -> list:
-    """Return what matplotlib draws as bars: how far the interval reaches below and above each value."""
-    return [(part[name] - part[f"{name}_low"]).clip(lower=0), (part[f"{name}_high"] - part[name]).clip(lower=0)]
+    return f"{plots.NAMES.get(criterion, criterion)}: {knobs.NAMES.get(knob, knob)}"

@@ -1,13 +1,17 @@
 """The paper's figures, drawn from tidy tables; every function returns a matplotlib figure and touches nothing else."""
 
-from __future__ import annotations
-
 import numpy as np
 
 TARGET, REFERENCE, BAYES = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colour-blind-safe palette
 SPLIT = {"memorized": "#0072B2", "correlated": "#56B4E9", "misrepresented": "#D55E00", "unassociated": "#DDDDDD"}
 NAMES = {"vicreg": "VICReg", "simclr": "SimCLR", "barlow_twins": "Barlow Twins", "byol": "BYOL", "dino": "DINO",
          "supervised": "supervised"}
+PROBES = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE, "gap of a probe that saw neither": "#E69F00"}
+LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
+REFERENCES = {"two-model": TARGET, "start 1": "#56B4E9", "many-model": "#000000", "resnet": "#CC79A7",
+              "naive_bayes": "#E69F00", "bayes": BAYES}
+SWEEPS = {"layer": "layer", "k": "k: neighbours that vote", "min_side": "periphery crop: smallest side (px)",
+          "fraction": "corner crop: share of each side"}
 
 
 def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options):
@@ -23,22 +27,25 @@ def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, 
     return figure, axes
 
 
-def _panels(table, by=("criterion",), rows: int = 1, **options):
-    """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per criterion (and rho).
+def _columns(count: int, most: int, rows: int = 1, *size, **options) -> tuple:
+    """Return (figure, `count` columns of `rows` axes), `most` of them side by side, the others below."""
+    deep = -(-count // most)
+    wide = -(-count // deep)
+    figure, axes = _axes(wide, rows * deep, *size, **options)
+    columns = axes.reshape(deep, rows, wide).swapaxes(1, 2).reshape(-1, rows)
+    for unused in columns[count:].flat:
+        unused.remove()
+    return figure, columns[:count]
 
-    Three columns stand side by side at the most; the next three follow below.
-    """
-    groups = list(table.groupby(list(by), sort=False, dropna=False))
-    wide = len(groups) if len(groups) <= 3 else -(-len(groups) // -(-len(groups) // 3))
-    figure, axes = _axes(wide, rows * -(-len(groups) // wide), **options)
-    columns = [axes[start:start + rows, i] for start in range(0, len(axes), rows) for i in range(wide)]
-    for unused in columns[len(groups):]:
-        for axis in unused:
-            axis.remove()
-    for column, ((kind, *rho), _) in zip(columns, groups, strict=False):
+
+def _panels(table, by=("criterion",), rows: int = 1, **options):
+    """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per criterion (and rho)."""
+    groups, parts = zip(*table.groupby(list(by), sort=False, dropna=False), strict=True)
+    figure, columns = _columns(len(groups), 3, rows, **options)
+    for column, (kind, *rho) in zip(columns, groups, strict=True):
         name = NAMES.get(kind, kind)
         column[0].set_title(f"{name}, ρ = {rho[0]:g}" if rho and not np.isnan(rho[0]) else name)
-    return figure, [(column, part) for column, (_, part) in zip(columns, groups, strict=False)]
+    return figure, list(zip(columns, parts, strict=True))
 
 
 def _label_left(axes, text: str) -> None:
@@ -48,12 +55,25 @@ def _label_left(axes, text: str) -> None:
             axis.set_ylabel(text)
 
 
-def _line(axis, table, x: str, y: str, colour: str, label: str, style: str = "-", bounds=("{}_low", "{}_high")) -> None:
-    """Draw y over x with its interval as a band and a marker at each value."""
+def _same_scale(axes, room: float = 0.0) -> None:
+    """Give all axes one y-scale, with `room` above, a share of it."""
+    lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
+    for axis in axes:
+        axis.set_ylim(min(lows), max(highs) + room * (max(highs) - min(lows)))
+
+
+def _errors(table, y: str, ends: str | None = None) -> list:
+    """Return how far the interval reaches below and above each value; its columns are <ends>low, <ends>high."""
+    ends = f"{y}_" if ends is None else ends
+    return [(table[y] - table[f"{ends}low"]).clip(lower=0), (table[f"{ends}high"] - table[y]).clip(lower=0)]
+
+
+def _line(axis, table, x: str, y: str, colour: str, label: str, style: str = "-", ends: str | None = None) -> None:
+    """Draw y over x with its interval (see `_errors`) as a band and a marker at each value."""
     table = table.sort_values(x)
     axis.plot(table[x], table[y], style, color=colour, marker="o", markersize=4, label=label)
-    band = (table[name.format(y)].astype(float) for name in (x, *bounds))
-    axis.fill_between(*band, color=colour, alpha=0.18, linewidth=0)
+    below, above = _errors(table, y, ends)
+    axis.fill_between(table[x], table[y] - below, table[y] + above, color=colour, alpha=0.18, linewidth=0)
 
 
 def examples(images, rects, labels):
@@ -107,12 +127,9 @@ def over_p(curve):
     return figure
 
 
-PROBES = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE, "gap of a probe that saw neither": "#E69F00"}
-
-
 def _probe_lines(axis, table, low: float) -> None:
     for quantity, one in table.groupby("quantity", sort=False):
-        _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, bounds=("low", "high"))
+        _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, ends="")
     axis.set(xlabel="epoch", ylim=(min(0, low), 1))
 
 
@@ -138,16 +155,13 @@ def over_epochs(scores, probes):
     shades = dict(zip(sorted(scores["p"].unique(), reverse=True), (TARGET, "#CC79A7", BAYES), strict=False))
     for (top, bottom), part in panels:
         for p, colour in shades.items():
-            _line(top, part[part["p"] == p], "epoch", "score", colour, f"p = {p:g} %", bounds=("low", "high"))
+            _line(top, part[part["p"] == p], "epoch", "score", colour, f"p = {p:g} %", ends="")
         top.axhline(0, color="grey", lw=1, ls=":")
         _probe_lines(bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min())
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
     _label_left(tops, "déjà vu score")
     _label_left(bottoms, "linear probe (backbone)")
-    low, high = (pick(end) for pick, end in zip((min, max), zip(*(top.get_ylim() for top in tops), strict=True),
-                                                strict=True))
-    for top in tops:
-        top.set_ylim(low, high + 0.3 * (high - low))  # one scale, with room for the legend above the bands
+    _same_scale(tops, 0.3)  # room for the legend above the bands
     tops[0].legend(loc="upper left", ncols=len(shades))
     figure.legend(*bottoms[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8,
                   ncols=1 if len(panels) == 1 else 3)
@@ -163,8 +177,7 @@ def split(shares):
         for name in ("correlated", "misrepresented", "memorized"):
             axis.bar(x, one[name], bottom=base, color=SPLIT[name], label=name, width=0.7)
             base += one[name].to_numpy()
-        axis.errorbar(x, base, yerr=[one["memorized"] - one["memorized_low"], one["memorized_high"] - one["memorized"]],
-                      fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        axis.errorbar(x, base, yerr=_errors(one, "memorized"), fmt="none", ecolor="black", elinewidth=1, capsize=2)
         axis.set_xticks(x, one["epoch"].astype(str))
         axis.set_xlabel("epoch")
     first = figure.axes[0]
@@ -190,9 +203,6 @@ def over_rho(table):
     return figure
 
 
-LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
-
-
 def layers(scores):
     """Return the déjà vu score at the end of training by layer, all examples.
 
@@ -203,16 +213,12 @@ def layers(scores):
     for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
         one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
         axis.bar(np.arange(len(kinds)) + 0.3 * (i - 0.5), one["score"], 0.28, color=LAYERS[layer], label=layer,
-                 yerr=[one["score"] - one["low"], one["high"] - one["score"]], capsize=3, error_kw={"elinewidth": 1})
+                 yerr=_errors(one, "score", ""), capsize=3, error_kw={"elinewidth": 1})
     axis.axhline(0, color="grey", lw=1)
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
     axis.set(ylabel="déjà vu score, all examples", ylim=(None, 1.3 * float(scores["high"].max())))
     axis.legend(loc="upper right", ncols=2, fontsize=8)
     return figure
-
-
-REFERENCES = {"two-model": TARGET, "start 1": "#56B4E9", "many-model": "#000000", "resnet": "#CC79A7",
-              "naive_bayes": "#E69F00", "bayes": BAYES}
 
 
 def references(table):
@@ -240,30 +246,23 @@ def references(table):
     return figure
 
 
-SWEEPS = {"layer": "layer", "k": "k: neighbours that vote", "min_side": "periphery crop: smallest side (px)",
-          "fraction": "corner crop: share of each side"}
-
-
 def sweeps(table):
     """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most confident.
 
     Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
     """
     kinds = list(dict.fromkeys(table["sweep"]))
-    figure, axes = _axes(min(2, len(kinds)), -(-len(kinds) // 2), width=4.2, height=2.9, sharey=True)
-    for axis, kind in zip(axes.flat, kinds, strict=False):
+    figure, columns = _columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
+    for (axis,), kind in zip(columns, kinds, strict=True):
         part = table[table["sweep"] == kind]
         values = list(dict.fromkeys(part["value"]))
         for i, (p, one) in enumerate(part.groupby("p", sort=False)):
             one = one.set_index("value").loc[values]
             axis.errorbar(np.arange(len(values)) + 0.16 * i - 0.08, one["score"], fmt="o", markersize=4, capsize=3,
-                          yerr=[one["score"] - one["low"], one["high"] - one["score"]], label=f"p = {p:g} %",
-                          color=(TARGET, "#CC79A7", BAYES)[i])
+                          yerr=_errors(one, "score", ""), label=f"p = {p:g} %", color=(TARGET, "#CC79A7", BAYES)[i])
         axis.axhline(0, color="grey", lw=1, ls=":")
         axis.set_xticks(np.arange(len(values)), values)
         axis.set_xlabel(SWEEPS[kind])
-    for unused in axes.flat[len(kinds):]:
-        unused.remove()
     _label_left(figure.axes, "déjà vu score")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
     return figure

@@ -1,7 +1,5 @@
 """Conventional checks of an embedding, linear probe and k-NN accuracy: what it has learned, not what it remembers."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

@@ -1,14 +1,12 @@
 """Readers of the layouts that data sets come in: Tiny-ImageNet, ImageNet, Pascal VOC, YOLO; folders or zip files."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +32,7 @@ class Lazy(Sequence):
     def __len__(self) -> int:
         return len(self.names)
 
-    def subset(self, index: np.ndarray) -> Lazy:
+    def subset(self, index: np.ndarray) -> Self:
         return Lazy(self.tree, self.names[index], self.stamps[index])
 
     def __getitem__(self, i: int) -> Tensor:
@@ -175,13 +173,10 @@ def _classes(source: Source, wanted: int | None, found: set) -> tuple[list, tupl
 
 def _unique(pictures: list[tuple], keys: set) -> tuple[list[tuple], list[tuple[str, str]]]:
     """Return the pictures (id, name, class) of these classes, and those of them whose id is taken as (name, reason)."""
-    chosen, skipped = {}, []
-    for own, name, key in pictures:
-        if key in keys and own in chosen:
-            skipped.append((name, f"has the id of {chosen[own][1]}"))
-        elif key in keys:
-            chosen[own] = (own, name, key)
-    return list(chosen.values()), skipped
+    chosen = [each for each in pictures if each[2] in keys]
+    first = {own: name for own, name, _ in reversed(chosen)}
+    skipped = [(name, f"has the id of {first[own]}") for own, name, _ in chosen if name != first[own]]
+    return [each for each in chosen if each[1] == first[each[0]]], skipped
 
 
 def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:

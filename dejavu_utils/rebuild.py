@@ -1,7 +1,5 @@
 """A network from the names and shapes of its weights: ResNets, ViTs, projection heads. No file is read here."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -59,11 +57,11 @@ def trunk(tensors: dict[str, Tensor], padding: int | None, encoder: str | None
 
 def _image_size(tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Return the image size (px) that a ViT's position embeddings were made for, else 224, and a note."""
-    position, patch = tensors.get("pos_embed"), tensors.get("patch_embed.proj.weight")
-    if position is None or patch is None or position.ndim != 3 or patch.ndim != 4 or 0 in (*patch.shape, len(position)):
+    position, patch = (getattr(tensors.get(name), "shape", ()) for name in ("pos_embed", "patch_embed.proj.weight"))
+    if (len(position), len(patch)) != (3, 4) or 0 in (*position, *patch):
         return 224, ""
-    side = math.isqrt(position.shape[1])  # also with the class token: isqrt(n² + 1) = n
-    return side * patch.shape[-1], f"; position embeddings for {side * patch.shape[-1]} px"
+    size = math.isqrt(position[1]) * patch[-1]  # also with the class token: isqrt(n² + 1) = n
+    return size, f"; position embeddings for {size} px"
 
 
 def _resnet(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
@@ -102,7 +100,7 @@ def _resnet(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
 
 def _vit(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
     """Return timm's ViT with a class token and learned position embeddings, of any known width and depth."""
-    patch, position = tensors["patch_embed.proj.weight"], tensors.get("pos_embed")
+    patch = tensors["patch_embed.proj.weight"]
     if patch.ndim != 4 or 0 in patch.shape:
         raise StoreError(f"its patch_embed.proj.weight is {tuple(patch.shape)}: expected (width, 3, patch, patch)")
     width, depth, size = patch.shape[0], _count(tensors, "blocks."), _image_size(tensors)[0]
@@ -110,10 +108,6 @@ def _vit(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
         raise StoreError(f"its trunk is a ViT of width {width} and {depth} blocks; known are widths "
                          f"{', '.join(map(str, VIT_HEADS))} and {', '.join(map(str, VIT_DEPTHS))} blocks. {NAME_IT}, "
                          f'such as "vit_tiny_patch16_224:embed_dim={width},depth={depth},num_heads=…"')
-    tokens = (size // patch.shape[-1]) ** 2 + 1
-    if position is None or "cls_token" not in tensors or position.shape != (1, tokens, width):
-        found = "no pos_embed" if position is None else f"pos_embed {tuple(position.shape)}"
-        raise StoreError(f"its trunk is a ViT with {found}; expected a class token and a square of patches. {NAME_IT}")
     spec = (f"vit_tiny_patch16_224:patch_size={patch.shape[-1]},embed_dim={width},depth={depth},"
             f"num_heads={VIT_HEADS[width]}")
     return models.trunk(spec, size), [
@@ -133,18 +127,21 @@ def _positions(head: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     return dict(sorted(at.items()))
 
 
-def _groups(at: dict[int, dict[str, Tensor]]) -> list[list[int]]:
-    """Return the positions of each block: a linear layer, and the batch normalisation right behind it, if any."""
+def _groups(at: dict[int, dict[str, Tensor]], limit: int | None) -> list[list[int]]:
+    """Return the positions of the first `limit` blocks: a linear layer, and a batch normalisation right behind it."""
     groups: list[list[int]] = []
     for position, tensors in at.items():
-        weight = tensors.get("weight")
-        if weight is not None and weight.ndim == 2:
+        if getattr(tensors.get("weight"), "ndim", 0) == 2:
+            if len(groups) == limit:
+                break
             groups.append([position])
         elif "running_mean" in tensors and groups and groups[-1] == [position - 1]:
             groups[-1].append(position)
         else:
             raise StoreError(f"layer {position} of its head ({', '.join(tensors)}) is neither a linear layer nor a "
                              f"batch normalisation after one. Pass blocks={len(groups)} to read the head up to there")
+    if limit is not None and not 0 < limit <= len(groups):
+        raise StoreError(f"blocks={limit}: its head has {len(groups)} linear layers")
     return groups
 
 
@@ -174,8 +171,8 @@ def head(tensors: dict[str, Tensor], width: int, activation: str, ends_active: b
         return nn.ModuleList(), {}, list(tensors)
     if activation not in ACTIVATIONS:
         raise StoreError(f'activation "{activation}" is not known: expected one of {", ".join(ACTIVATIONS)}')
-    at = _positions(tensors) if limit is None else _up_to(_positions(tensors), limit)
-    groups = _groups(at)
+    at = _positions(tensors)
+    groups = _groups(at, limit)
     active = [*_check_gaps(at, groups), ends_active and limit is None]
     blocks, named, last = [], {}, width
     for i, (group, act) in enumerate(zip(groups, active, strict=False)):
@@ -187,13 +184,5 @@ def head(tensors: dict[str, Tensor], width: int, activation: str, ends_active: b
         blocks.append(nn.Sequential(*layers, *([ACTIVATIONS[activation]()] if act else [])))
         named |= {f"{i}.{k}.{kind}": value for k, position in enumerate(group) for kind, value in at[position].items()}
         last = wide
-    return nn.ModuleList(blocks), named, [name for name in tensors if int(name.partition(".")[0]) not in at]
-
-
-def _up_to(at: dict[int, dict[str, Tensor]], limit: int) -> dict[int, dict[str, Tensor]]:
-    """Return the positions before the linear layer number `limit` + 1; StoreError if there are fewer than `limit`."""
-    linear = [position for position, tensors in at.items() if getattr(tensors.get("weight"), "ndim", 0) == 2]
-    if not 0 < limit <= len(linear):
-        raise StoreError(f"blocks={limit}: its head has {len(linear)} linear layers")
-    end = linear[limit] if limit < len(linear) else math.inf
-    return {position: tensors for position, tensors in at.items() if position < end}
+    used = set().union(*groups)
+    return nn.ModuleList(blocks), named, [name for name in tensors if int(name.partition(".")[0]) not in used]

@@ -1,11 +1,11 @@
 """What the target is compared with. The paper's two-model test: encoders A and B, each the other's reference (§3)."""
 
-from __future__ import annotations
-
 import functools
+import inspect
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from dejavu_utils import attack, crops, knn, probe, scenes, store
@@ -13,11 +13,11 @@ from dejavu_utils.models import embed
 from dejavu_utils.pairs import Pair
 
 
-def _cached(pair: Pair, name: str, make, **parts):
-    """Return the table that `make()` returns, read from disk if the same was made before."""
+def _cached(pair: Pair, name: str, make, *modules: str, **parts):
+    """Return the table that `make()` returns, read from disk if the same was made before, by the same `modules`."""
     encoders = [Path(job.folder).name for job in pair.jobs.values()]
     data_hash = {part: images.digest for part, images in pair.parts.items()}
-    code = store.code_version("attack", "knn", "crops", "models", "probe", "references")
+    code = store.code_version("attack", "knn", "crops", "models", "probe", "references", *modules)
     own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
     path = pair.folder / f"{name}-{own}.parquet"
     if not path.exists():
@@ -25,6 +25,26 @@ def _cached(pair: Pair, name: str, make, **parts):
     return store.read_table(path)
 
 
+def cached(name: str, *modules: str):
+    """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and then reads it.
+
+    A table is told by the pair's encoders and images, by all arguments but the device, by the crop (the pair's, if none
+    is given) and by the code of the attack and of `modules`. It is on disk as <name>-<epoch>-<key>.
+    """
+    def decorate(make):
+        @functools.wraps(make)
+        def table(*arguments, **options):
+            bound = inspect.signature(make).bind(*arguments, **options)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            pair, _ = given.pop("pair"), given.pop("device")
+            given["crop"] = given.get("crop") or pair.crop
+            return _cached(pair, f"{name}-{given['epoch']:04d}", lambda: make(**bound.arguments), *modules, **given)
+        return table
+    return decorate
+
+
+@cached("attack")
 def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] | None = None,
               attacked: str = "attacked", crop: dict | None = None, device: str = "cpu"):
     """Return the label-inference table of a pair at one epoch: one row per attacked image, model and layer.
@@ -33,11 +53,35 @@ def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] | None = N
     `attacked="control"` attacks images of a third set that neither encoder saw. Columns: those of
     `attack.label_inference`, then criterion, rho, seed, epoch, layer, k, attacked.
     """
-    crop = crop or pair.crop
     scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
     layers = layers or ("projector", "backbone", *scored)
-    make = functools.partial(_two_model, pair, epoch, k, layers, attacked, crop, device)
-    return _cached(pair, f"attack-{epoch:04d}", make, epoch=epoch, k=k, layers=layers, attacked=attacked, crop=crop)
+    targets, found, public = {}, {}, pair.parts["public"]
+    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    for side, images in _attacked(pair, attacked).items():
+        targets[side], rects = cropped(images, crop or pair.crop)
+        found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
+    found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
+    ids, labels = ({side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels"))
+    tables = []
+    for layer in layers:
+        at = {name: by_layer[layer] for name, by_layer in found.items()}
+        known = None if layer == "logits" else at["public"]
+        table = attack.label_inference(at, known, public.labels, ids, labels, k, len(public.classes))
+        tables.append(table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked))
+    return pd.concat(tables, ignore_index=True)
+
+
+def at_layer(pair: Pair, epoch: int, k: int, layer: str = "projector", attacked: str = "attacked", device: str = "cpu"):
+    """Return the rows of `two_model` at one layer; the layers that it has by default are attacked together, once."""
+    usual = layer in ("projector", "backbone", "logits")
+    table = two_model(pair, epoch, k, None if usual else (layer,), attacked, device=device)
+    return table[table["layer"] == layer]
+
+
+def cropped(images, crop: dict) -> tuple:
+    """Return the images that have a background crop, and where it is: (Images, px (n, 4))."""
+    rects, keep = crops.background(images, crop)
+    return images.subset(keep), rects[keep]
 
 
 def embed_images(encoders: dict, images, size: int, layers, rects=None, device: str = "cpu", chunk: int = 4096):
@@ -55,25 +99,13 @@ def embed_images(encoders: dict, images, size: int, layers, rects=None, device: 
     return {layer: {model: torch.cat(parts) for model, parts in by.items()} for layer, by in found.items()}
 
 
-def _two_model(pair: Pair, epoch: int, k: int, layers, attacked: str, crop: dict, device: str):
-    import pandas as pd
-
-    targets, public = _attacked(pair, attacked), pair.parts["public"]
-    rects = {side: crops.background(images, crop) for side, images in targets.items()}
-    targets = {side: images.subset(np.flatnonzero(rects[side][1])) for side, images in targets.items()}
-    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    found = {side: embed_images(encoders, images, pair.size(), layers, rects[side][0][rects[side][1]], device)
-             for side, images in targets.items()}
-    found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
-    tables = []
-    for layer in layers:
-        at = {name: by_layer[layer] for name, by_layer in found.items()}
-        table = attack.label_inference(
-            {side: at[side] for side in ("a", "b")}, None if layer == "logits" else at["public"], public.labels,
-            {s: targets[s].ids for s in targets}, {s: targets[s].labels for s in targets}, k=k,
-            classes=len(public.classes))
-        tables.append(table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked))
-    return pd.concat(tables, ignore_index=True)
+def held_out(pair: Pair, encoders: dict, layers, device: str = "cpu") -> tuple[dict, np.ndarray]:
+    """Return {layer: {model: (n, d)}} and labels (n,) of the images that no encoder saw: the probe and control set."""
+    sets = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
+    found = [embed_images(encoders, images, pair.size(), layers, device=device) for images in sets]
+    joined = {layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
+              for layer in layers}
+    return joined, np.concatenate([images.labels for images in sets])
 
 
 def _attacked(pair: Pair, which: str) -> dict:
@@ -85,6 +117,7 @@ def _attacked(pair: Pair, which: str) -> dict:
     return {"a": control.subset(np.flatnonzero(half)), "b": control.subset(np.flatnonzero(~half))}
 
 
+@cached("probe")
 def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"):
     """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps, at one epoch.
 
@@ -94,28 +127,22 @@ def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs
     probe itself has seen neither. `knn`: k-NN accuracy.
     `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no seed (see probe.linear_probe).
     """
-    make = functools.partial(_probes, pair, epoch, layer, method, device)
-    return _cached(pair, f"probe-{epoch:04d}", make, epoch=epoch, layer=layer, method=method)
-
-
-def _probes(pair: Pair, epoch: int, layer: str, method: str, device: str):
-    import pandas as pd
-
-    held, rows = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])], []
-    t, classes = np.concatenate([images.labels for images in held]), len(pair.parts["probe"].classes)
-    for model in ("A", "B"):
-        encoder, own = {model: pair.encoder(model, epoch)}, pair.parts[model.lower()]
-        x, *z = (embed_images(encoder, images, pair.size(), (layer,), device=device)[layer][model]
-                 for images in (own, *held))
-        z, y = torch.cat(z), own.labels
-        first = np.arange(len(t)) % 2 == 0
-        fit = functools.partial(probe.linear_probe, classes=classes, method=method, seed=pair.setting["seed"])
+    encoders, rows = {model: pair.encoder(model, epoch) for model in ("A", "B")}, []
+    held, t = held_out(pair, encoders, (layer,), device)
+    fit = functools.partial(probe.linear_probe, classes=len(pair.parts["probe"].classes), method=method,
+                            seed=pair.setting["seed"])
+    first = np.arange(len(t)) % 2 == 0
+    for model, encoder in encoders.items():
+        own = pair.parts[model.lower()]
+        x = embed_images({model: encoder}, own, pair.size(), (layer,), device=device)[layer][model]
+        y, z = own.labels, held[layer][model]
         paper = fit(x, y, z, t)
         folds = [fit(z[a], t[a], z[~a], t[~a], extra=(x, y)) for a in (first, ~first)]
         member, fresh = (np.mean([fold[name] for fold in folds]) for name in ("extra", "test"))
         rows.append({"model": model, "train": paper["train"], "held_out": paper["test"], "gap": paper["gap"],
                      "member": member, "non_member": fresh, "fresh_gap": member - fresh,
-                     "knn": probe.knn_accuracy(x, y, z, t, classes=classes), "n_train": len(y), "n_held_out": len(t)})
+                     "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)), "n_train": len(y),
+                     "n_held_out": len(t)})
     return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
 
 

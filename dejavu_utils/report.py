@@ -1,9 +1,6 @@
 """The audit's report: one HTML page that needs no network, for screen, phone and paper."""
 
-from __future__ import annotations
-
 import base64
-import io
 from html import escape
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 
 from dejavu_utils import attack, plots, store
 from dejavu_utils.subject import Subject
+from dejavu_utils.widgets import png
 
 SHOWN = 50  # classes in the table
 SIGNS = {"memorizes": ("▲", "#B34700"), "no evidence": ("●", "#0072B2"), "undecided": ("◆", "#555555")}
@@ -70,11 +68,7 @@ def gallery(case: Subject, inferred: dict, rows, ids: list[str], count: int = 4,
 
 
 def _picture(pixels, caption: str, text: str, style: str) -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1)).save(file, "PNG")
-    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    source = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
     return f'<figure class="{style}"><img src="{source}" alt="{escape(text)}"><figcaption>{escape(caption)}</figure>'
 
 

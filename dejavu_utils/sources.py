@@ -1,7 +1,5 @@
 """Where an audit's encoders and images come from: files, pretrained models, data sets, folders, and our own pairs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -95,10 +93,8 @@ def pictures(name: str, what: str = "IMAGES") -> Images:
 
 def _measure(tree: manifests.Tree, name: str):
     """Return ((width, height), bytes) of a picture, or in words why it is none."""
-    from PIL import Image
-
     try:
-        with tree.open(name) as file, Image.open(file, formats=readers.FORMATS) as image:
+        with tree.open(name) as file, readers._picture(file) as image:
             return image.size, file.seek(0, 2)
     except Exception as error:  # decoders fail in many ways; every one is a line in `skipped`
         return f"{type(error).__name__}: {error}"

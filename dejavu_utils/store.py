@@ -4,8 +4,6 @@ An artifact is a file and its sidecar `<file>.json` (sha256, size, parameters, s
 The sidecar is written before the file appears under its name, so a file that is there always has one.
 """
 
-from __future__ import annotations
-
 import ast
 import datetime
 import errno

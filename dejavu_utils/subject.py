@@ -1,12 +1,11 @@
 """What an audit looks at: an encoder, its training images, unseen and public ones; checked and made comparable."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from dejavu_utils import crops, knn, manifests, sources
@@ -113,9 +112,8 @@ def _attackable(images: Images, crop: dict, limit: int, seed: int) -> Images:
 
 def _stand_in(public: Images, crop: dict, limit: int, seed: int) -> Images:
     """Return public pictures to attack as unseen ones where nobody gave any: every fourth of its class, with a crop."""
-    order = np.argsort(public.labels, kind="stable")
-    place = np.arange(len(order)) - np.searchsorted(public.labels[order], public.labels[order])
-    return _attackable(public.subset(np.sort(order[place % 4 == 3])), crop, limit, seed)
+    place = pd.Series(public.labels).groupby(public.labels).cumcount()
+    return _attackable(public.subset(place.to_numpy() % 4 == 3), crop, limit, seed)
 
 
 def load(params: dict, files: dict[str, str], images: dict[str, Images], dataset: str) -> Subject:

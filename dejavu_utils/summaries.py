@@ -1,6 +1,6 @@
 """Tidy tables behind the figures: scores, splits, curves and probe accuracies, each with its interval and n."""
 
-from __future__ import annotations
+import pandas as pd
 
 from dejavu_utils import attack
 
@@ -22,8 +22,6 @@ def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples:
     `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted. `top` 5 counts a
     guess as right when the class is among the five with the most votes.
     """
-    import pandas as pd
-
     rows = [setting | row for setting, group in _groups(table) for ranking in rankings
             for row in attack.curve(group, percents, ranking, top, resamples)]
     return pd.DataFrame(rows)
@@ -31,8 +29,6 @@ def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples:
 
 def shares(table, resamples: int = 2000):
     """Return a row per setting: the four-way split with intervals, and the ratio memorized / misrepresented."""
-    import pandas as pd
-
     return pd.DataFrame([setting | attack.four_way(group, resamples=resamples) for setting, group in _groups(table)])
 
 
@@ -41,25 +37,28 @@ def probe_rows(table):
 
     From two seeds on the interval is the t-interval over seeds; with one it is the binomial one of the images judged.
     """
-    import pandas as pd
-
     rows = []
     for (criterion, rho, epoch), group in table.groupby(["criterion", "rho", "epoch"], sort=False, dropna=False):
         by_seed = group.groupby("seed")[list(PROBES)].mean()
         judged = int(group.groupby("seed")["n_held_out"].first().sum())
         for name, (text, shares) in PROBES.items():
             variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in shares)
-            mean, low, high = _interval(by_seed[name].to_numpy(), variance)
-            rows.append({"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text, "mean": mean, "low": low,
-                         "high": high, "seeds": len(by_seed), "n_held_out": judged})
+            row = {"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text}
+            row |= interval(by_seed[name].to_numpy(), variance, "mean", "")
+            rows.append(row | {"seeds": len(by_seed), "n_held_out": judged})
     return pd.DataFrame(rows)
 
 
-def _interval(values, variance: float) -> tuple[float, float, float]:
-    """Return mean, low and high of one number per seed; of a single seed by the variance of the images judged."""
+def interval(values, variance: float, name: str, ends: str | None = None) -> dict[str, float]:
+    """Return {name: mean of one number per seed} and its 95 % interval, under <ends>low and <ends>high ("<name>_").
+
+    From two seeds on it is the t-interval; for one, that of the `variance` of the images judged.
+    """
+    ends = f"{name}_" if ends is None else ends
+    mean, low, high = values[0], values[0] - 1.96 * variance**0.5, values[0] + 1.96 * variance**0.5
     if len(values) > 1:
-        return tuple(attack.over_seeds(values)[name] for name in ("mean", "low", "high"))
-    return values[0], values[0] - 1.96 * variance**0.5, values[0] + 1.96 * variance**0.5
+        mean, low, high = (attack.over_seeds(values)[key] for key in ("mean", "low", "high"))
+    return {name: mean, f"{ends}low": low, f"{ends}high": high}
 
 
 def curve(table, percents=(5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100), resamples: int = 1000):
@@ -91,8 +90,6 @@ def differences(table, epochs: list[int]):
     trained one, the 20 % most confident minus all, and the criterion minus the supervised baseline, which is attacked
     at its projector and by its logits.
     """
-    import pandas as pd
-
     rows, last = [], epochs[-1]
     baseline = table[(table["criterion"] == "supervised") & (table["epoch"] == last)]
     for (criterion, rho), group in table.groupby(["criterion", "rho"], sort=False, dropna=False):
@@ -119,8 +116,6 @@ def criteria(log, probes):
     judged); the loss of the first and last epoch, `images_per_second` of one encoder (median over epochs) and `minutes`
     for one encoder.
     """
-    import pandas as pd
-
     rows = []
     for criterion, judged in probes.groupby("criterion", sort=False):
         by_seed = judged.groupby(["seed", "epoch"])["held_out"].mean().unstack("epoch")
@@ -128,10 +123,9 @@ def criteria(log, probes):
         n, lines = int(judged.groupby("seed")["n_held_out"].first().sum()), log[log["criterion"] == criterion]
         loss = lines.groupby("epoch")["loss"].mean()
         variance = sum(share.mean() * (1 - share.mean()) for share in (after, before)) / n
-        gain, low, high = _interval((after - before).to_numpy(), variance)
-        rows.append({"criterion": criterion, "held_out": after.mean(), "untrained": before.mean(), "gain": gain,
-                     "gain_low": low, "gain_high": high, "n": n, "seeds": len(by_seed), "first_loss": loss.iloc[0],
-                     "last_loss": loss.iloc[-1],
+        rows.append({"criterion": criterion, "held_out": after.mean(), "untrained": before.mean(),
+                     **interval((after - before).to_numpy(), variance, "gain"), "n": n, "seeds": len(by_seed),
+                     "first_loss": loss.iloc[0], "last_loss": loss.iloc[-1],
                      "images_per_second": (lines["images"] / lines["seconds"]).median(),
                      "minutes": lines["seconds"].sum() / 60 / lines["name"].nunique()})
     return pd.DataFrame(rows)

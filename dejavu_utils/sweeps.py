@@ -1,6 +1,6 @@
 """Sweeps of the attack that need no training: layer, neighbours, crop (the paper's appendix); the score per class."""
 
-from __future__ import annotations
+import pandas as pd
 
 from dejavu_utils import attack, references
 from dejavu_utils.pairs import Pair
@@ -27,8 +27,6 @@ def variants(base: dict, wanted: dict) -> list[tuple[str, object, dict]]:
 
 def attacks(pairs: list[Pair], epoch: int, k: int, wanted: dict, device: str = "cpu", progress=None):
     """Return the label-inference tables of all variants and pairs, with columns `sweep` and `value` (text)."""
-    import pandas as pd
-
     tables = []
     todo = [(pair, *variant) for pair in pairs for variant in variants({"k": k, "crop": pair.crop}, wanted)]
     for i, (pair, sweep, value, arguments) in enumerate(todo, 1):
@@ -44,8 +42,6 @@ def scores(table, resamples: int = 1000):
 
     p is 100 and 20 %, `top` 1 and 5 (the class among the five most voted); n says how many images had such a crop.
     """
-    import pandas as pd
-
     rows = []
     for (criterion, sweep, value), group in table.groupby(["criterion", "sweep", "value"], sort=False):
         for top in (1, 5):
@@ -59,8 +55,6 @@ def per_class(table, classes: tuple[str, ...], resamples: int = 500):
 
     `table` is one setting of `references.two_model`. With many classes some intervals miss 0 by chance alone.
     """
-    import pandas as pd
-
     rows = [{"class": classes[label]} | attack.score(group, resamples=resamples)
             for label, group in table.groupby("label")]
     frame = pd.DataFrame(rows)[["class", "n", "score", "low", "high", "target", "reference"]]

@@ -1,19 +1,18 @@
 """Privacy against utility (the paper's §6): what each setting of each knob costs and saves, and advice in words."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
-import torch
+import pandas as pd
 
-from dejavu_utils import attack, crops, knobs, probe, references, store, summaries
+from dejavu_utils import attack, knobs, probe, references, summaries
 from dejavu_utils.pairs import Pair
 
 SETTING = ["criterion", "knob", "value", "layer"]
 RELEASED = ("layer", "epoch", "noise", "bits")  # knobs that leave the encoders as they are
 
 
+@references.cached("tradeoff", "tradeoff", "knobs")
 def measure(pair: Pair, epoch: int, k: int, layers=("projector", "backbone"), releases=({},), device: str = "cpu"):
     """Return the label-inference table of a pair for every layer and release, with its usefulness beside it.
 
@@ -21,53 +20,28 @@ def measure(pair: Pair, epoch: int, k: int, layers=("projector", "backbone"), re
     `references.two_model`, `release` (its number), `held_out`: accuracy on `n_held_out` images that no encoder saw
     (probe and control set) of a linear probe trained on the target's own images, at that layer and release.
     """
-    releases = list(releases)
-    make = functools.partial(_measure, pair, epoch, k, layers, releases, device)
-    code = store.code_version("tradeoff", "knobs")
-    return references._cached(pair, f"tradeoff-{epoch:04d}", make, epoch=epoch, k=k, layers=layers, releases=releases,
-                              crop=pair.crop, tradeoff=code)
-
-
-def _measure(pair: Pair, epoch: int, k: int, layers, releases: list[dict], device: str):
-    import pandas as pd
-
-    seen, public = {side: pair.parts[side] for side in ("a", "b")}, pair.parts["public"]
-    held = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
+    seen, public, at, targets = {side: pair.parts[side] for side in ("a", "b")}, pair.parts["public"], {}, {}
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
     embed = functools.partial(references.embed_images, size=pair.size(), layers=layers, device=device)
-    at, targets = {}, {}
     for side, images in seen.items():
-        rects, good = crops.background(images, pair.crop)
-        targets[side] = images.subset(np.flatnonzero(good))
-        at[side] = embed(encoders, targets[side], rects=rects[good])
+        targets[side], rects = references.cropped(images, pair.crop)
+        at[side] = embed(encoders, targets[side], rects=rects)
         at["own " + side] = embed({attack.TARGETS[side]: encoders[attack.TARGETS[side]]}, images)
     at["public"] = embed(encoders, public)
-    at["held"] = _joined([embed(encoders, images) for images in held])
-    labels = {side: images.labels for side, images in seen.items()} | {"held": np.concatenate([i.labels for i in held])}
+    at["held"], truth = references.held_out(pair, encoders, layers, device)
+    ids, labels = ({side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels"))
     tables = []
     for layer in layers:
         for number, how in enumerate(releases):
-            out = {name: {model: _released(values, at["public"][layer][model], how, name, model)
+            out = {name: {model: knobs.release(values, at["public"][layer][model], **how, seed=f"{name}/{model}")
                           for model, values in found[layer].items()} for name, found in at.items()}
-            table = attack.label_inference(
-                {side: out[side] for side in seen}, out["public"], public.labels, {s: targets[s].ids for s in seen},
-                {s: targets[s].labels for s in seen}, k=k, classes=len(public.classes))
-            useful = {side: probe.linear_probe(out["own " + side][model], labels[side], out["held"][model],
-                                               labels["held"], len(public.classes))["test"]
+            table = attack.label_inference(out, out["public"], public.labels, ids, labels, k, len(public.classes))
+            useful = {side: probe.linear_probe(out["own " + side][model], seen[side].labels, out["held"][model], truth,
+                                               len(public.classes))["test"]
                       for side, model in attack.TARGETS.items()}
             tables.append(table.assign(layer=layer, release=number, held_out=table["direction"].map(useful)))
     return pd.concat(tables, ignore_index=True).assign(**pair.setting, epoch=epoch, k=k, attacked="attacked",
-                                                       n_held_out=len(labels["held"]))
-
-
-def _released(values, like, how: dict, name: str, model: str):
-    return knobs.release(values, like, **how, seed=f"{name}/{model}") if how else values
-
-
-def _joined(found: list[dict]) -> dict:
-    """Return one {layer: {model: (n, d)}} of several, one below the other."""
-    return {layer: {model: torch.cat([one[layer][model] for one in found]) for model in by} for layer, by in
-            found[0].items()}
+                                                       n_held_out=len(truth))
 
 
 def rows(table, released: str = "projector", resamples: int = 1000):
@@ -79,27 +53,22 @@ def rows(table, released: str = "projector", resamples: int = 1000):
     Changes are seed-matched: a t-interval over seeds, or of a knob that leaves the encoders alone, or with one seed,
     the bootstrap's over images (binomial for the probe), named in `over`. Needs one rho, and one epoch a value.
     """
-    import pandas as pd
-
     found = []
     for (criterion, knob, value, layer), part in table.groupby(SETTING, sort=False):
         base = _base(table, criterion, knob, released if knob == "layer" else layer)
         row = {"criterion": criterion, "knob": knob, "value": value, "layer": layer, "seeds": part["seed"].nunique()}
         for score in attack.curve(part, (100, 20), resamples=resamples):
             suffix = "" if score["p"] == 100 else "_20"
-            row |= {f"score{suffix}{end}": score["score" if not end else end[1:]] for end in ("", "_low", "_high")}
+            row |= {f"score{suffix}{end}": score[end[1:] or "score"] for end in ("", "_low", "_high")}
             row["n"] = score["n"]
-        row |= _useful(part) | _change(part, base, knob, resamples)
-        found.append(row)
+        found.append(row | _change(part, base, knob, resamples))
     return pd.DataFrame(found)
 
 
 def by_seed(table):
     """Return a row per setting and seed: score over all images and held-out accuracy, for tests that permute seeds."""
-    import pandas as pd
-
     return pd.DataFrame([dict(zip([*SETTING, "seed"], setting, strict=True)) |
-                         {"score": attack.score(part, resamples=0)["score"], "held_out": _by_seed(part).iloc[0]}
+                         {"score": attack.score(part, resamples=0)["score"], "held_out": _held_out(part).iloc[0]}
                          for setting, part in table.groupby([*SETTING, "seed"], sort=False)])
 
 
@@ -116,34 +85,25 @@ def _base(table, criterion: str, knob: str, layer: str):
     return mine
 
 
-def _by_seed(part):
+def _held_out(part):
     """Return the held-out accuracy of every seed, the mean over A and B."""
     return part.drop_duplicates(["seed", "direction"]).groupby("seed")["held_out"].mean()
 
 
-def _useful(part) -> dict:
-    by_seed = _by_seed(part)
-    n = int(part.groupby("seed")["n_held_out"].first().sum())
-    mean, low, high = summaries._interval(by_seed.to_numpy(), by_seed.mean() * (1 - by_seed.mean()) / n)
-    return {"held_out": mean, "held_out_low": low, "held_out_high": high, "n_held_out": n}
-
-
 def _change(part, base, knob: str, resamples: int) -> dict:
-    """Return score_change and held_out_change, each with its interval, and what the interval is over."""
-    useful, before = _by_seed(part), _by_seed(base)
-    n = int(part.groupby("seed")["n_held_out"].first().sum())
-    steps = (useful - before).to_numpy()
-    held = summaries._interval(steps, sum(s.mean() * (1 - s.mean()) for s in (useful, before)) / n)
+    """Return held_out, score_change and held_out_change, each with its interval, and what that of changes is over."""
+    useful, before = _held_out(part), _held_out(base)
+    n, steps = int(part.groupby("seed")["n_held_out"].first().sum()), (useful - before).to_numpy()
+    one, other = (values.mean() * (1 - values.mean()) / n for values in (useful, before))
+    row = summaries.interval(useful.to_numpy(), one, "held_out") | {"n_held_out": n}
     if knob in RELEASED or len(steps) == 1:
         found, over = attack.difference(part, base, resamples=resamples), "images"
-        score = found["difference"], found["low"], found["high"]
+        row |= {f"score_change{end}": found[end[1:] or "difference"] for end in ("", "_low", "_high")}
     else:
-        mine, default = ({seed: attack.score(one, resamples=0)["score"] for seed, one in table.groupby("seed")}
-                         for table in (part, base))
-        score, over = summaries._interval(np.array([mine[seed] - default[seed] for seed in mine]), 0.0), "seeds"
-    ends = ("", "_low", "_high")
-    return ({f"score_change{end}": value for end, value in zip(ends, score, strict=True)} |
-            {f"held_out_change{end}": value for end, value in zip(ends, held, strict=True)} | {"over": over})
+        scores = [table.groupby("seed").apply(lambda one: attack.score(one, resamples=0)["score"])
+                  for table in (part, base)]
+        row, over = row | summaries.interval((scores[0] - scores[1]).to_numpy(), 0.0, "score_change"), "seeds"
+    return row | summaries.interval(steps, one + other, "held_out_change") | {"over": over}
 
 
 def front(table):
@@ -165,8 +125,6 @@ def directions(table):
     The farthest value is the last one listed, or the first where the last is the default (early stopping). `score` says
     lower, higher or undecided, `useful` less, more or undecided.
     """
-    import pandas as pd
-
     found = []
     for (criterion, knob), part in table[table["knob"] != "default"].groupby(["criterion", "knob"], sort=False):
         last = part.iloc[-1 if part["score_change"].iloc[-1] or part["held_out_change"].iloc[-1] else 0]

@@ -1,7 +1,5 @@
 """Views to play with in JupyterLab (ipywidgets); where nothing runs, a still picture stands in their place."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable, Mapping
@@ -45,13 +43,12 @@ def _png(figure) -> bytes:
     return file.getvalue()
 
 
-def _enlarged(pixels, side: int = 240) -> bytes:
-    """Return (3, h, w) uint8 pixels as a PNG, `side` px wide, with the pixels left as squares."""
+def png(pixels, side: int = 0) -> bytes:
+    """Return (3, h, w) uint8 pixels as a PNG, `side` px wide (0: as they are), with the pixels left as squares."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1)).resize((side, side), Image.Resampling.NEAREST).save(
-        file, "PNG")
+    file, image = io.BytesIO(), Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1))
+    (image.resize((side, side), Image.Resampling.NEAREST) if side else image).save(file, "PNG")
     return file.getvalue()
 
 
@@ -96,7 +93,7 @@ def play(game: Game) -> View:
     more = ipywidgets.Button(description="next crop", button_style="primary")
 
     def show(row=None):
-        picture.value = _png(plots.gallery([row])) if row else _enlarged(game.row["crop"])
+        picture.value = _png(plots.gallery([row])) if row else png(game.row["crop"], 240)
         text.value, more.disabled = _told(game, row), row is None or game.row is None
         for button in names:
             button.disabled = row is not None

@@ -186,9 +186,9 @@ def test_a_table_of_a_pair_that_scores(pair, attribute):
 
 def test_computed_twice_the_same_and_read_the_third_time(pair, monkeypatch):
     first = beyond.table(pair, 0, 4)
-    again = beyond._table(pair, 0, 4, "shade", "projector", "cpu", "attacked")
+    again = beyond.table.__wrapped__(pair, 0, 4)
     pd.testing.assert_frame_equal(first, again, check_dtype=False)
-    monkeypatch.setattr(beyond, "_table", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(beyond, "within", lambda *a: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(first, beyond.table(pair, 0, 4))
 
 
@@ -215,20 +215,8 @@ def test_pictures_whose_object_is_not_known_neither_vote_nor_are_attacked(pair, 
 
 
 def test_unknown_attribute_names_what_there_is(pair):
-    for ask in (lambda: beyond.table(pair, 0, 3, "weight"), lambda: beyond.readable(pair, 0, "weight")):
-        with pytest.raises(ValueError, match='attribute "weight"; expected one of family, shade, colour, size'):
-            ask()
-
-
-def test_a_probe_reads_what_can_be_read_and_not_what_cannot(pair):
-    rng, parts = np.random.default_rng(0), {}
-    for name, images in pair.parts.items():
-        noise = {"told": images.labels % 2, "noise": rng.integers(0, 2, len(images))}
-        parts[name] = dataclasses.replace(images, attributes=noise)
-    other = Untrained(**vars(pair) | {"parts": parts})
-    told, noise = (beyond.readable(other, 0, name) for name in ("told", "noise"))
-    assert list(told["model"]) == ["A", "B"] and (told["accuracy"] == 1).all() and (told["n"] == 60).all()
-    assert ((noise["low"] < 0.5) & (noise["high"] > 0.35)).all() and (noise["high"] - noise["low"] > 0.2).all()
+    with pytest.raises(ValueError, match='attribute "weight"; expected one of family, shade, colour, size'):
+        beyond.table(pair, 0, 3, "weight")
 
 
 def pictures(colours, boxes, labels=None, side=20):

@@ -46,11 +46,10 @@ def test_one_model_table_has_the_targets_rows_and_scores(pairs, kind):
 
 def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach_nobody(pairs, monkeypatch):
     taught, asked, pair = {}, {}, pairs[0]
-    crops = {side: references._attacked(pair, which)[side] for side in "ab" for which in ("attacked",)}
     known = {}
-    for side, images in crops.items():
-        rects, keep = one_model.crops.background(images, pair.crop)
-        for name, crop in zip(images.ids[keep], images.subset(keep).squares(16, rects[keep]), strict=True):
+    for side in "ab":
+        images, rects = references.cropped(pair.parts[side], pair.crop)
+        for name, crop in zip(images.ids, images.squares(16, rects), strict=True):
             known[crop.numpy().tobytes()] = (side, name)
 
     def spy(*_, **__):

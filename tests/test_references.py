@@ -70,7 +70,7 @@ def test_table_has_every_image_under_both_models(tables):
 
 def test_table_is_read_the_second_time(pairs, monkeypatch):
     first = references.two_model(pairs[0], 2, 5)
-    monkeypatch.setattr(references, "_two_model", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(references, "embed_images", lambda *a, **options: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(first, references.two_model(pairs[0], 2, 5))
 
 
@@ -103,7 +103,7 @@ def test_probes_never_use_the_public_set(pairs, monkeypatch):
         return squares(images, *arguments)
 
     monkeypatch.setattr(build.data.Images, "squares", watched)
-    row = references._probes(pairs[0], 2, "backbone", "lbfgs", "cpu")
+    row = references.probes.__wrapped__(pairs[0], 2)
     assert seen and not seen & set(pairs[0].parts["public"].ids)
     assert (row["n_held_out"] == 4 * (10 + 12)).all()
     assert row[["train", "held_out", "member", "non_member", "knn"]].stack().between(0, 1).all()
