@@ -8,8 +8,10 @@ picking the memorized ones picks by the models' own guesses, and so by what they
 
 import numpy as np
 import pandas as pd
+import torch
+from scipy.stats import binomtest
 
-from dejavu_utils import attack, data, references
+from dejavu_utils import attack, data, probe, references
 
 OBJECT = ("colour", "size")
 
@@ -25,16 +27,25 @@ def table(pair, epoch: int, k: int, attribute: str = "shade", layer: str = "proj
     """
     parts = {side: references.cropped(images, pair.crop) for side, images in
              references._attacked(pair, attacked).items()} | {"public": (pair.parts["public"], None)}
-    values = _values(attribute, {name: images for name, (images, _) in parts.items()})
-    encoders, found, ids, labels = {model: pair.encoder(model, epoch) for model in "AB"}, {}, {}, {}
-    for name, (images, rects) in parts.items():
-        known = values[name] >= 0
-        images, values[name] = images.subset(known), values[name][known]
-        rects = rects if rects is None else rects[known]
-        ids[name], labels[name] = images.ids, images.labels
-        found[name] = references.embed_images(encoders, images, pair.size(), (layer,), rects, device)[layer]
+    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
+    ids, labels = ({name: getattr(images, what) for name, images in parts.items()} for what in ("ids", "labels"))
     rows = within(found, ids, labels, values, k)
     return rows.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked, attribute=attribute)
+
+
+def _embedded(pair, epoch: int, attribute: str, parts: dict, layer: str, device: str):
+    """Return {part: {model: embeddings}}, {part: Images}, {part: values} of the pictures whose attribute is known.
+
+    `parts` is {part: (Images, rectangles)}; no rectangles are whole pictures.
+    """
+    encoders, found, kept = {model: pair.encoder(model, epoch) for model in "AB"}, {}, {}
+    values = _values(attribute, {name: images for name, (images, _) in parts.items()})
+    for name, (images, rects) in parts.items():
+        known = values[name] >= 0
+        kept[name], values[name] = images.subset(known), values[name][known]
+        rects = rects if rects is None else rects[known]
+        found[name] = references.embed_images(encoders, kept[name], pair.size(), (layer,), rects, device)[layer]
+    return found, kept, values
 
 
 def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int):
@@ -66,6 +77,25 @@ def score(table, **options) -> dict:
     keys = ["direction"] + ["seed"] * ("seed" in table)
     chance = float(table.groupby(keys)["chance"].mean().mean())
     return {**attack.score(table.assign(label=table["class"]), **options), "chance": chance}
+
+
+def readable(pair, epoch: int, attribute: str = "shade", layer: str = "backbone", device: str = "cpu"):
+    """Return how well a linear probe reads the attribute from full images whose class it is told: a row per encoder.
+
+    Trained on the public set, judged on the probe set: accuracy with its 95 % interval (low, high), n, attribute. What
+    cannot be read from a full image (below .8) cannot be expected from a crop.
+    """
+    parts = {name: (pair.parts[name], None) for name in ("public", "probe")}
+    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
+    told = {name: torch.nn.functional.one_hot(torch.as_tensor(images.labels), len(images.classes))
+            for name, images in parts.items()}
+    rows, n, count = [], len(values["probe"]), 1 + max(int(each.max()) for each in values.values())
+    for model in "AB":
+        sets = [each for name in parts for each in (torch.cat([found[name][model], told[name]], 1), values[name])]
+        right = probe.linear_probe(*sets, count)["test"]
+        low, high = binomtest(round(right * n), n).proportion_ci(method="wilson")
+        rows.append({"model": model, "accuracy": right, "low": low, "high": high, "n": n, "attribute": attribute})
+    return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
 
 
 def _values(attribute: str, parts: dict) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ A `_gap` is the same minus its value under the other encoder: for a training ima
 """
 
 import math
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 import pandas as pd
@@ -97,7 +97,7 @@ def summary(table, probes=None, resamples: int = 2000, seed: int = 0):
     as `value`, `value_low`, `value_high`: one number per encoder, so their auc is NaN.
     """
     names, seeds = [*GAPS, *STATISTICS], table["seed"].nunique()
-    found = _bootstrap(table, names, resamples, seed)
+    found = _bootstrap(table, names, _auc, resamples, seed)
     rows = [{"statistic": name, "encoders": 1 + (name in GAPS), **attack.bounds(values, "auc", ""),
              "n": len(table) // 2, "seeds": seeds} for name, values in zip(names, found, strict=True)]
     for gap in [] if probes is None else summaries.probe_rows(probes).to_dict("records"):
@@ -106,6 +106,18 @@ def summary(table, probes=None, resamples: int = 2000, seed: int = 0):
                          "value_low": gap["low"], "value_high": gap["high"], "n": gap["n_held_out"],
                          "seeds": gap["seeds"]})
     return pd.DataFrame(rows)
+
+
+def correlations(table, columns=GAPS, resamples: int = 1000, seed: int = 0):
+    """Return a row per pair of statistics: Spearman's rank correlation over the training images under their target.
+
+    Columns one, two, correlation, low, high (95 %), n, seeds. Ranked within direction and seed, then averaged; NaN
+    where a statistic is the same for all images.
+    """
+    found = _bootstrap(table, list(columns), _spearman, resamples, seed)
+    rows = [{"one": one, "two": two, **attack.bounds(values, "correlation", ""), "n": len(table) // 2}
+            for (one, two), values in zip(combinations(columns, 2), found, strict=True)]
+    return pd.DataFrame(rows).assign(seeds=table["seed"].nunique())
 
 
 def atypical(table, dejavu_table, control=None, share: float = 0.1, resamples: int = 2000, seed: int = 0) -> dict:
@@ -138,8 +150,8 @@ def _ends(table, dejavu_table, share: float, resamples: int, seed: int) -> tuple
     return *ends, len(chosen)
 
 
-def _bootstrap(table, columns: list[str], resamples: int, seed: int) -> np.ndarray:
-    """Return the mean AUC over encoders and seeds, (m, 1 + resamples): of the data itself, then of the resamples.
+def _bootstrap(table, columns: list[str], measure, resamples: int, seed: int) -> np.ndarray:
+    """Return the mean over encoders and seeds of `measure`, (m, 1 + resamples): the data itself, then the resamples.
 
     Images, or from attack.CLUSTER_FROM classes on classes, are drawn within direction, the same for both encoders.
     """
@@ -151,7 +163,7 @@ def _bootstrap(table, columns: list[str], resamples: int, seed: int) -> np.ndarr
         strata = attack._strata(run, 1, "own")
         each = [chain.from_iterable(attack._weights(stratum, resamples, seed)) for stratum in strata]
         drawn = (np.repeat(np.arange(sum(map(len, rows))), np.concatenate(rows)) for rows in zip(*each, strict=True))
-        found.append([np.mean([_auc(values[:, rows], member[rows]) for values, member in sides], 0)
+        found.append([np.mean([measure(values[:, rows], member[rows]) for values, member in sides], 0)
                       for rows in drawn])
     return np.mean(found, 0).T
 
@@ -160,3 +172,9 @@ def _auc(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     """Return the chance (m,) that a member's value is above a non-member's, ties counting half."""
     own = member.sum()
     return (rankdata(values, axis=1)[:, member].sum(1) - own * (own + 1) / 2) / (own * (~member).sum())
+
+
+def _spearman(values: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Return the rank correlation of every two statistics among the members, in the order of `combinations`."""
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a statistic is constant
+        return np.corrcoef(rankdata(values[:, member], axis=1))[np.triu_indices(len(values), 1)]

@@ -215,8 +215,20 @@ def test_pictures_whose_object_is_not_known_neither_vote_nor_are_attacked(pair, 
 
 
 def test_unknown_attribute_names_what_there_is(pair):
-    with pytest.raises(ValueError, match='attribute "weight"; expected one of family, shade, colour, size'):
-        beyond.table(pair, 0, 3, "weight")
+    for ask in (lambda: beyond.table(pair, 0, 3, "weight"), lambda: beyond.readable(pair, 0, "weight")):
+        with pytest.raises(ValueError, match='attribute "weight"; expected one of family, shade, colour, size'):
+            ask()
+
+
+def test_a_probe_reads_what_can_be_read_and_not_what_cannot(pair):
+    rng, parts = np.random.default_rng(0), {}
+    for name, images in pair.parts.items():
+        noise = {"told": images.labels % 2, "noise": rng.integers(0, 2, len(images))}
+        parts[name] = dataclasses.replace(images, attributes=noise)
+    other = Untrained(**vars(pair) | {"parts": parts})
+    told, noise = (beyond.readable(other, 0, name) for name in ("told", "noise"))
+    assert list(told["model"]) == ["A", "B"] and (told["accuracy"] == 1).all() and (told["n"] == 60).all()
+    assert ((noise["low"] < 0.5) & (noise["high"] > 0.35)).all() and (noise["high"] - noise["low"] > 0.2).all()
 
 
 def pictures(colours, boxes, labels=None, side=20):

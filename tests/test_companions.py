@@ -162,7 +162,8 @@ def test_computed_twice_the_same_and_read_the_third_time(pair, found, monkeypatc
     pd.testing.assert_frame_equal(companions.table(Untrained(**vars(pair)), 0, 3, views=4), found)
 
 
-def test_the_auc_is_that_of_the_library():
+def test_auc_and_correlation_are_those_of_the_libraries():
+    from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
 
     tied = {"confidence": lambda member, rng: rng.integers(0, 5, len(member)) + member,
@@ -172,6 +173,11 @@ def test_the_auc_is_that_of_the_library():
     for name in companions.STATISTICS:
         want = np.mean([roc_auc_score(part["member"], part[name]) for _, part in one.groupby(["seed", "model"])])
         assert auc[name] == pytest.approx(want, abs=1e-12)
+    names = ("confidence", "alignment_gap", "correct")
+    for row in companions.correlations(one, names, resamples=0).itertuples():
+        want = np.mean([spearmanr(part[row.one], part[row.two]).statistic
+                        for _, part in one[one["member"]].groupby(["seed", "model"])])
+        assert row.correlation == pytest.approx(want, abs=1e-12)
 
 
 def test_what_is_remembered_is_told_apart_and_what_is_not_is_chance():
@@ -182,14 +188,16 @@ def test_what_is_remembered_is_told_apart_and_what_is_not_is_chance():
 
 
 def test_intervals_miss_the_truth_as_often_as_they_may():
-    """40 tables of noise: the truth is .5, and a 95 % interval misses it in one of twenty."""
+    """40 tables of noise: the truth is .5 and 0, and a 95 % interval misses it in one of twenty."""
     from scipy.stats import binom
 
-    missed = 0
+    missed = np.zeros(2)
     for seed in range(40):
-        auc = companions.summary(planted(n=40, seeds=(seed,)), resamples=80).set_index("statistic").loc["alignment"]
-        missed += not auc["low"] <= 0.5 <= auc["high"]
-    assert 0 < missed <= binom.ppf(0.999, 40, 0.06)
+        one = planted(n=40, seeds=(seed,))
+        auc = companions.summary(one, resamples=80).set_index("statistic").loc["alignment"]
+        rank = companions.correlations(one, ("alignment", "similarity"), resamples=80).iloc[0]
+        missed += [not auc["low"] <= 0.5 <= auc["high"], not rank["low"] <= 0 <= rank["high"]]
+    assert missed.max() <= binom.ppf(0.999, 40, 0.06) and missed.sum() > 0
 
 
 def test_order_of_rows_and_names_of_sets_change_nothing():
