@@ -240,6 +240,7 @@ def start(stage: str, names: dict[str, Any]) -> Run:
 
     import numpy as np
     import torch
+    torch.backends.cudnn.allow_tf32 = False  # embeddings are promised in full precision; trainings choose their own
     seed = int.from_bytes(hashlib.sha256(f"{_seed(params)}/{stage}".encode()).digest()[:4], "little")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries that draw from the global generator

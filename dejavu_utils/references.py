@@ -64,7 +64,8 @@ def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] | None = N
     ids, labels = ({side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels"))
     tables = []
     for layer in layers:
-        at = {name: by_layer[layer] for name, by_layer in found.items()}
+        at = {name: {model: values.to(device) if name in targets else values  # the queries' device searches
+                     for model, values in by_layer[layer].items()} for name, by_layer in found.items()}
         known = None if layer == "logits" else at["public"]
         table = attack.label_inference(at, known, public.labels, ids, labels, k, len(public.classes))
         tables.append(table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked))

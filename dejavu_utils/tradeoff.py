@@ -35,6 +35,7 @@ def measure(pair: Pair, epoch: int, k: int, layers=("projector", "backbone"), re
         for number, how in enumerate(releases):
             out = {name: {model: knobs.release(values, at["public"][layer][model], **how, seed=f"{name}/{model}")
                           for model, values in found[layer].items()} for name, found in at.items()}
+            out |= {side: {model: values.to(device) for model, values in out[side].items()} for side in targets}
             table = attack.label_inference(out, out["public"], public.labels, ids, labels, k, len(public.classes))
             useful = {side: probe.linear_probe(out["own " + side][model], seen[side].labels, out["held"][model], truth,
                                                len(public.classes))["test"]
