@@ -218,17 +218,19 @@ def load(job: train.Job) -> Decoder:
 
 @torch.inference_mode()
 def sample(decoder: Decoder, given: dict[str, Tensor], samples: int = 1, steps: int = 15, guidance: float = 1.0,
-           seed: int | str = 0, device: str = "cpu", batch: int = 128, solver: str = "dpm++") -> Tensor:
+           seed: int | str = 0, device: str = "cpu", batch: int = 128, solver: str = "dpm++",
+           precision: str = "auto") -> Tensor:
     """Return pictures with the given representations {part: (n, d)}: uint8 (n, samples, 3, s, s).
 
-    Equal `seed` and `batch` start from equal noise, whatever the decoder. `guidance` g above 1 moves each step from the
-    unconditional prediction u to u + g (c - u). ValueError on representations that the decoder was not trained with.
+    Equal `seed` and `batch` start from equal noise, whatever the decoder; `precision` is a recipe's. `guidance` g
+    above 1 moves each step from the unconditional prediction u to u + g (c - u). ValueError on representations that the
+    decoder was not trained with.
     """
     if not any(set(given) == set(PARTS[kind]) for kind in decoder.constants["conditions"]):
         raise ValueError(f"decoder.sample: given {', '.join(given) or 'nothing'}; this decoder was trained with the "
                          f"conditions {', '.join(decoder.constants['conditions'])}.")
     decoder, rng, found = decoder.to(device), train.stream(seed, "sample"), []
-    bf16 = train.precision("auto", device) == torch.bfloat16
+    bf16 = train.precision(precision, device) == torch.bfloat16
     rows = torch.arange(len(next(iter(given.values())))).repeat_interleave(samples)
     for part in rows.split(batch):
         told = {name: values[part].to(device) for name, values in given.items()}

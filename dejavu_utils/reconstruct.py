@@ -111,7 +111,7 @@ def draw(bench: Bench, condition: str, images, rects, model: str, samples: int =
             given[part] = _aligned(bench, encoder, part, crop[part], bank[part], device)
     how = {name: bench.sampling[name] for name in ("steps", "guidance")}
     return decoder.sample(decoder.load(bench.decoders[model]), given, samples, seed=bench.pair.setting["seed"],
-                          device=device, **how)
+                          device=device, precision=bench.decoders[model].recipe.precision, **how)
 
 
 def _without(bank: dict, nearest: Tensor, which: str) -> Tensor:
@@ -247,8 +247,10 @@ def cost(bench: Bench, pictures: int = 8, device: str = "cpu"):
     part = decoder.PARTS[net.constants["conditions"][0]]
     given = {name: bank[name][:pictures] for name in part}
     for solver, steps in (("dpm++", bench.sampling["steps"]), ("ddpm", net.constants["timesteps"])):
-        decoder.sample(net, given, steps=2, device=device, solver=solver)  # the first call builds kernels
+        once = functools.partial(decoder.sample, net, given, device=device, solver=solver,
+                                 precision=bench.decoders["A"].recipe.precision)
+        once(steps=2)  # the first call builds kernels
         began = time.perf_counter()
-        decoder.sample(net, given, steps=steps, device=device, solver=solver)
+        once(steps=steps)
         rows.append({"sampler": solver, "steps": steps, "seconds": (time.perf_counter() - began) / pictures})
     return pd.DataFrame(rows)

@@ -89,6 +89,15 @@ def test_the_same_noise_under_another_decoder(trained):
     assert torch.equal(decoder.sample(trained, told, steps=2), decoder.sample(twin.eval(), told, steps=2))
 
 
+def test_pictures_are_drawn_in_the_precision_of_the_recipe(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trained, "forward", lambda x, *rest: seen.append(torch.is_autocast_enabled("cpu")) or 0 * x)
+    monkeypatch.setattr(decoder.train, "precision", lambda name, _: {"bf16": torch.bfloat16}.get(name, torch.float32))
+    for precision in ("fp32", "bf16"):
+        decoder.sample(trained, {"projector": torch.eye(4)}, steps=1, precision=precision)
+    assert seen == [False, True]
+
+
 def test_condition_names_and_constants_are_checked(trained):
     with pytest.raises(ValueError, match="given backbone; this decoder was trained with the conditions projector"):
         decoder.sample(trained, {"backbone": torch.eye(4)})
