@@ -199,7 +199,8 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
     columns, todo = torch.empty_like(distances, dtype=torch.int64), torch.arange(len(queries), device=queries.device)
     for keep, dtype, engine in [*plan, (4 * few, torch.float64, "highest"), (n, torch.float64, "highest")]:
         keep, missed = min(keep, n), [todo[:0]]
-        for rows in filter(len, todo.split(max(1, min(tile or 4096, PAIRS // keep)))):
+        block, more = (16384, GPU) if queries.is_cuda else (4096, 1)  # each reads all of the bank once
+        for rows in filter(len, todo.split(max(1, min(tile or block, PAIRS * more // keep)))):
             distances[rows], columns[rows], proven = _attempt(queries[rows], bank, k, keep, dtype, engine, tile)
             missed.append(rows[~proven])
         todo = torch.cat(missed)

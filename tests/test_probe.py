@@ -1,6 +1,5 @@
 """The probe equals an independent logistic regression, the paper's recipe learns, and bad input is named."""
 
-import time
 
 import numpy as np
 import pytest
@@ -97,11 +96,3 @@ def test_bad_input_is_one_clear_error(change, text):
              "test_y": np.arange(4) % 2, "classes": 2}
     with pytest.raises(ValueError, match=text):
         probe.linear_probe(**{**given, **change})
-
-
-def test_fast_enough():
-    x, y = clusters(1000, 10, d=256, spread=3)
-    probe.linear_probe(x[:50], y[:50], x, y, 10)
-    start = time.perf_counter()
-    probe.linear_probe(x, y, x, y, 10)
-    assert time.perf_counter() - start < 10  # 0.2 s measured
