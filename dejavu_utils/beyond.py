@@ -83,10 +83,15 @@ def readable(pair, epoch: int, attribute: str = "shade", layer: str = "backbone"
     """Return how well a linear probe reads the attribute from full images whose class it is told: a row per encoder.
 
     Trained on the public set, judged on the probe set: accuracy with its 95 % interval (low, high), n, attribute. What
-    cannot be read from a full image (below .8) cannot be expected from a crop.
+    cannot be read from a full image (below .8) cannot be expected from a crop. Where no attribute of the probe set is
+    known, as in ImageNet, whose validation set has no boxes, half of the public set takes its place.
     """
-    parts = {name: (pair.parts[name], None) for name in ("public", "probe")}
-    found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
+    sets = {name: pair.parts[name] for name in ("public", "probe")}
+    if (_values(attribute, sets)["probe"] < 0).all():
+        half = np.arange(len(sets["public"])) % 2 == 0
+        sets = {"public": sets["public"].subset(half), "probe": sets["public"].subset(~half)}
+    whole = {name: (images, None) for name, images in sets.items()}
+    found, parts, values = _embedded(pair, epoch, attribute, whole, layer, device)
     told = {name: torch.nn.functional.one_hot(torch.as_tensor(images.labels), len(images.classes))
             for name, images in parts.items()}
     rows, n, count = [], len(values["probe"]), 1 + max(int(each.max()) for each in values.values())

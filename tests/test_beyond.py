@@ -229,6 +229,9 @@ def test_a_probe_reads_what_can_be_read_and_not_what_cannot(pair):
     told, noise = (beyond.readable(other, 0, name) for name in ("told", "noise"))
     assert list(told["model"]) == ["A", "B"] and (told["accuracy"] == 1).all() and (told["n"] == 60).all()
     assert ((noise["low"] < 0.5) & (noise["high"] > 0.35)).all() and (noise["high"] - noise["low"] > 0.2).all()
+    probe = dataclasses.replace(parts["probe"], attributes={"told": np.full(len(parts["probe"]), -1)})
+    halved = beyond.readable(Untrained(**vars(pair) | {"parts": parts | {"probe": probe}}), 0, "told")
+    assert (halved["accuracy"] == 1).all() and (halved["n"] == len(parts["public"]) // 2).all()
 
 
 def pictures(colours, boxes, labels=None, side=20):
