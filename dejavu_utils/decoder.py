@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel  # lazy inside: two threads would race
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from dejavu_utils import checkpoints, store, train
@@ -32,8 +34,6 @@ NET = {"channels": [64, 128],       # width at each resolution, halved from one 
 
 def _unet(size: int, channels, layers: int, attention, patch: int):
     """Return diffusers' U-Net for `size`-px pictures folded into patches, with room for a condition."""
-    from diffusers import UNet2DModel
-
     sides = [size // patch >> level for level in range(len(channels))]
     kinds = ["Attn" if side * patch in attention else "" for side in sides]
     return UNet2DModel(
@@ -90,8 +90,6 @@ class Decoder(nn.Module):
 
     def scheduler(self, solver: str = "ddpm"):
         """Return diffusers' "ddpm" (its noise in training, and 1,000 steps of sampling) or few-step "dpm++" sampler."""
-        from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-
         common = {"num_train_timesteps": self.constants["timesteps"], "beta_schedule": self.constants["schedule"],
                   "prediction_type": self.constants["predicts"]}
         if solver == "ddpm":
@@ -103,8 +101,6 @@ class Denoiser(nn.Module):
     """What a decoder needs while it learns: the loss of a batch of pictures with noise, and a moving average."""
 
     def __init__(self, decoder: Decoder, bf16: bool):
-        from diffusers.training_utils import EMAModel
-
         super().__init__()
         self.decoder, self.bf16, self.noise = decoder, bf16, decoder.scheduler()
         self.average = EMAModel(decoder.parameters(), decay=decoder.constants["average"], foreach=True)
