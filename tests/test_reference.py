@@ -22,6 +22,8 @@ TINY = ("sizes.classes=3 sizes.attacked=8 sizes.public=12 sizes.probe=5 sizes.co
 SIZES = {"recipe": {"encoder": "small4", "projector": "16-16", "batch": 8}, "criteria": ["simclr"], "steps": 1,
          "grid": [{"precision": "fp32"}], "repeats": 1, "turns": 1, "beside": False, "memory": False, "threads": 1,
          "encoders": [["small4", "16-16", 32, 20]], "shapes": [[20, 300, 16]], "k": 3}
+DRAWN = ("recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.judge_epochs=1 decoder.timesteps=20 "
+         "decoder.channels=[8,16] decoder.layers=1 decoder.attention=[]")
 BENCH = " ".join(f"'bench.{name}={json.dumps(value)}'" for name, value in SIZES.items())
 
 
@@ -34,10 +36,10 @@ def reference(tmp_path, monkeypatch):
     return module
 
 
-def _run(tmp_path, *arguments, dataset="scenes", changes="", absent=ABSENT):
+def _run(tmp_path, *arguments, dataset="scenes", changes="", absent=ABSENT, before=""):
     """Run the script in a process of its own that cannot import what a bare machine lacks."""
     path, out = store.PACKAGE.parent / "results" / "reference.py", tmp_path / "out"
-    code = (f"import sys, importlib.util as u, pathlib; sys.modules.update(dict.fromkeys({absent!r})); "
+    code = (f"{before}import sys, importlib.util as u, pathlib; sys.modules.update(dict.fromkeys({absent!r})); "
             f"s = u.spec_from_file_location('reference', {str(path)!r}); m = u.module_from_spec(s); "
             f"s.loader.exec_module(m); m.OUT = pathlib.Path({str(out)!r}); m.main()")
     command = [sys.executable, "-c", code, *arguments, "--set", f"dataset={dataset} {TINY} {changes}"]
@@ -116,6 +118,22 @@ def test_bench_runs_on_a_bare_machine_and_leaves_its_table(tmp_path, reference):
     assert exact["share"] == pytest.approx(exact["limit"] / exact["value"])  # seconds: the smaller the better
     again = _run(tmp_path, "list", "bench", changes=BENCH)
     assert again.stdout.strip() == "bench: done"
+
+
+GPU = f"import sys; sys.path.insert(0, {str(store.PACKAGE.parent / 'tests')!r}); import pretended_gpu as g; g.start(); "
+OTHERS = ("simclr-100", "barlow_twins-100", "byol-100", "dino-100", "supervised-100", "temperature-100", "trained-100",
+          "many-100")
+SAMPLED = json.dumps({"size": 16, "channels": [8, 16], "steps": 2, "guidance": 3.0, "pictures": 8, "batch": 8})
+
+
+@pytest.mark.parametrize("names, changes", [
+    (["vicreg-100"], ""), (["bench"], f"{BENCH} 'bench.decoder={SAMPLED}'"),
+    pytest.param(OTHERS, "", marks=pytest.mark.slow), pytest.param(["rcdm-100"], DRAWN, marks=pytest.mark.slow)])
+def test_pieces_keep_to_one_device_on_a_pretended_gpu(tmp_path, reference, names, changes):
+    done = _run(tmp_path, "run", *names, changes=changes, absent=["faiss", "lightly", "vissl"], before=GPU)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    for name in names:
+        assert store.verify(tmp_path / "out" / f"{name}.zip")["hardware"].endswith("a pretended GPU")
 
 
 def test_a_piece_whose_modules_are_missing_is_left_out_unless_named(tmp_path):
