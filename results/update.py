@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -31,13 +32,20 @@ from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
 def copy(profile: str, changes: str = "") -> None:
     """Copy tables, curves and provenance of runs/<profile>; galleries and examples only where the pictures are ours.
 
-    `changes` is what was passed as P= to the command.
+    `changes` is what was passed as P= to the command. What was there is replaced when everything has been read.
     """
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as folder:
+        made = Path(folder) / profile
+        made.mkdir()
+        _collect(profile, changes, made)
+        shutil.rmtree(HERE / profile, ignore_errors=True)
+        made.rename(HERE / profile)
+
+
+def _collect(profile: str, changes: str, target: Path) -> None:
     from dejavu_utils import store
 
-    source, target = store.runs(profile), HERE / profile
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
+    source = store.runs(profile)
     for name in [*TABLES, "criteria", "sweeps", "per_class", *LATER]:
         if name not in LATER or (source / "tables" / f"{name}.csv").exists():
             store.read_table(source / "tables" / f"{name}.csv").to_csv(target / f"{name}.csv", index=False)
@@ -183,9 +191,10 @@ def block(name: str) -> str:
     entry = json.loads((HERE / name / "provenance.json").read_text())
     sizes = entry["parameters"]["sizes"]
     controls = pd.read_csv(HERE / name / "controls.csv")
+    controls = controls.drop_duplicates(["score", "low", "high"])  # untrained, several criteria are one encoder
     missed = int(((controls["low"] > 0) | (controls["high"] < 0)).sum())
     lines = [*claims(name), "", *learned(name), *truths(name), *turned(name), *more_than_label(name)]
-    lines += ["", f"Negative controls: {missed} of {len(controls)} intervals miss 0 (about 5 % should, by chance), "
+    lines += ["", f"Negative controls: {missed} of {len(controls)} different intervals miss 0 (about 5 % should), "
               f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
               f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} classes, "
               f"{sizes['attacked']} attacked images a class in each of A and B, {sizes['public']} public; "
