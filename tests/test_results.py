@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from dejavu_utils import store
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,6 +33,19 @@ def test_a_changed_number_is_noticed():
     block = text.split("<!-- results:")[1].split("<!-- end -->")[0]
     changed = text.replace(block, block.replace("+0.", "+0.9", 1))
     assert changed != text and update.readme(changed) != changed
+
+
+def test_a_copy_that_fails_leaves_the_old_results(tmp_path, monkeypatch):
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    monkeypatch.setenv("DEJAVU_RUNS", str(runs))
+    monkeypatch.setattr(update, "HERE", results)
+    (results / "smoke").mkdir(parents=True)
+    (results / "smoke" / "scores.csv").write_text("score\n0.5\n")
+    store.write_table(runs / "smoke" / "tables" / "scores.csv", pd.DataFrame({"score": [0.7]}))
+    with pytest.raises(FileNotFoundError, match="shares.csv is not there: run the stage"):
+        update.copy("smoke")
+    assert [path.name for path in results.rglob("*")] == ["smoke", "scores.csv"]
+    assert (results / "smoke" / "scores.csv").read_text() == "score\n0.5\n"
 
 
 @pytest.mark.parametrize(("low", "high", "verdict"),
