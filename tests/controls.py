@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from dejavu_utils import attack, crops, scenes, store
+from dejavu_utils import attack, crops, data, manifests, scenes, store
 from dejavu_utils.models import Encoder, embed
 from dejavu_utils.train import stream
 
@@ -24,24 +26,44 @@ def untrained(seed: int, permute: bool = False) -> SimpleNamespace:
 
     With `permute` the public labels are shuffled, so that neighbours mean nothing.
     """
-    images = scenes.make(CLASSES, 60, 0.2, seed, size=32)
-    rects, keep = crops.background(images, CROP)
-    a, b = (np.flatnonzero(keep & (np.arange(600) // 100 == part)) for part in (0, 1))
-    public = np.arange(200, 600)
-    found = {"a": {}, "b": {}, "public": {}}
+    images, part = scenes.make(CLASSES, 60, 0.2, seed, size=32), np.arange(600) // 100
+    parts = {"a": images.subset(part == 0), "b": images.subset(part == 1), "public": images.subset(part > 1)}
+    case = _embedded(parts, seed, CROP, ("small8", "64-64", 32), "projector", K)
+    if permute:
+        case.public_labels = np.random.default_rng([seed, 5]).permutation(case.public_labels)
+    return case
+
+
+def photographs(seed: int, layer: str) -> SimpleNamespace:
+    """Return the same for the profile `pictures`: its sizes, crop, encoder and k, split and start anew by the seed."""
+    images = _tiny()
+    sizes = {"classes": CLASSES, "attacked": 100, "public": 200, "probe": 50, "control": 50}
+    parts = data.parts(images, data.partition(images, sizes, seed))
+    return _embedded(parts, seed, CROP | {"min_side": 15}, ("small32", "512-512-512", 48), layer, 40)
+
+
+@functools.cache
+def _tiny():
+    return data.read("tiny_imagenet_50", classes=CLASSES)
+
+
+def _embedded(parts: dict, seed: int, crop: dict, build: tuple, layer: str, k: int) -> SimpleNamespace:
+    """Return background crops of "a" and "b" and whole "public" images, embedded by encoders without training."""
+    found, kept = {"a": {}, "b": {}, "public": {}}, {}
+    for side in "ab":
+        rects, keep = crops.background(parts[side], crop)
+        kept[side] = parts[side].subset(np.flatnonzero(keep)), rects[keep]
+    size = build[2]
     for model in "AB":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(seed, f"untrained {model}").initial_seed())
-            encoder = Encoder("small8", "64-64", 32)
-        for name, index in (("a", a), ("b", b)):
-            squares = images.subset(index).squares(32, rects[index])
-            found[name][model] = embed(encoder, squares, ("projector",))["projector"]
-        found["public"][model] = embed(encoder, images.subset(public).squares(32), ("projector",))["projector"]
-    shown = images.labels[public]
-    if permute:
-        shown = np.random.default_rng([seed, 5]).permutation(shown)
-    return SimpleNamespace(found=found, labels={"a": images.labels[a], "b": images.labels[b]},
-                           ids={"a": images.ids[a], "b": images.ids[b]}, public_labels=shown)
+            encoder = Encoder(*build)
+        for side, (images, rects) in kept.items():
+            found[side][model] = embed(encoder, images.squares(size, rects), (layer,))[layer]
+        found["public"][model] = embed(encoder, parts["public"].squares(size), (layer,))[layer]
+    return SimpleNamespace(found=found, labels={side: images.labels for side, (images, _) in kept.items()}, k=k,
+                           ids={side: images.ids for side, (images, _) in kept.items()},
+                           public_labels=parts["public"].labels)
 
 
 def planted(seed: int) -> SimpleNamespace:
@@ -58,14 +80,14 @@ def planted(seed: int) -> SimpleNamespace:
     found = {side: {model: near((labels if model.lower() == side else wrong)[side]) for model in "AB"} for side in "ab"}
     found["public"] = {model: near(public_labels) for model in "AB"}
     return SimpleNamespace(found=found, labels=labels, ids={s: np.array([f"{s}{i}" for i in range(120)]) for s in "ab"},
-                           public_labels=public_labels)
+                           public_labels=public_labels, k=K)
 
 
 def table(case: SimpleNamespace, same_model: bool = False):
     """Return the label-inference table of a case; `same_model` makes one encoder target and reference."""
     found = {name: {"A": by["A"], "B": by["A"]} for name, by in case.found.items()} if same_model else case.found
     return attack.label_inference({side: found[side] for side in "ab"}, found["public"], case.public_labels, case.ids,
-                                  case.labels, K, CLASSES)
+                                  case.labels, case.k, CLASSES)
 
 
 CONTROLS = {
@@ -73,6 +95,8 @@ CONTROLS = {
     "untrained encoders": (0.0, lambda seed: table(untrained(seed))),
     "permuted public labels": (0.0, lambda seed: table(untrained(seed, permute=True))),
     "planted memory (positive)": (1.0, lambda seed: table(planted(seed))),
+    **{f"untrained encoders, photographs, {layer}": (0.0, lambda seed, layer=layer: table(photographs(seed, layer)))
+       for layer in ("projector", "backbone")},
 }
 
 
@@ -93,7 +117,9 @@ def main(repeats: int) -> None:
     import pandas as pd
 
     torch.set_num_threads(1)
-    frame = pd.DataFrame([repeat(name, repeats) for name in CONTROLS])
+    there = os.path.exists(manifests.home() / "tiny-imagenet-50.zip")
+    names = [name for name in CONTROLS if there or "photographs" not in name]
+    frame = pd.DataFrame([repeat(name, repeats) for name in names])
     path = store.runs("controls") / "controls.csv"
     store.write_table(path, frame, {"parameters": {"repeats": repeats}, "seed": 1000})
     print(frame.to_string(index=False, float_format="{:.4f}".format))
