@@ -121,7 +121,8 @@ def over_p(curve):
         _line(axis, part, "p", "target", TARGET, "target")
         _line(axis, part, "p", "reference", REFERENCE, "reference", "--")
         axis.axhline(part["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
-        axis.set(xlabel="p: most confident examples (%)", ylim=(0, None))
+        axis.set_xlabel("p: most confident examples (%)")
+    figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
     _label_left(figure.axes, "label-inference accuracy")
     figure.axes[0].legend()
     return figure

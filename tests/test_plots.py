@@ -43,6 +43,14 @@ def test_over_p_sorts_and_bounds():
     assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_title() == "VICReg, ρ = 0.2"
 
 
+def test_over_p_cuts_off_no_panel():
+    curve = _curve("p", [20, 100]).assign(rho=0.2)
+    above = {name: curve[name] + 0.3 for name in ("target", "target_high")}
+    higher = curve.assign(criterion="supervised", **above)
+    bottom, top = plots.over_p(pd.concat([curve, higher])).axes[-1].get_ylim()
+    assert bottom == 0 and top > higher["target_high"].max()
+
+
 def test_real_pictures_have_no_rho_in_the_title():
     assert plots.over_p(_curve("p", [20, 100]).assign(rho=float("nan"))).axes[0].get_title() == "VICReg"
 
