@@ -1,6 +1,7 @@
 """Controls of the attack that need no training, each repeated: does the 95 % interval miss the truth 5 % of the time?
 
-`make controls` (python tests/controls.py [repeats]) prints the table and writes runs/controls/controls.csv.
+`make controls` (python tests/controls.py [repeats]) prints the table and writes runs/controls/controls.csv. Where
+DEJAVU_DATA has the photographs, they are taken as well: 18 minutes instead of one.
 """
 
 from __future__ import annotations
