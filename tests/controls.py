@@ -7,7 +7,6 @@ DEJAVU_DATA has the photographs, they are taken as well: 18 minutes instead of o
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from types import SimpleNamespace
 
@@ -118,7 +117,7 @@ def main(repeats: int) -> None:
     import pandas as pd
 
     torch.set_num_threads(1)
-    there = os.path.exists(manifests.home() / "tiny-imagenet-50.zip")
+    there = any((manifests.home() / place).exists() for place in manifests.read("tiny_imagenet_50")["places"])
     names = [name for name in CONTROLS if there or "photographs" not in name]
     frame = pd.DataFrame([repeat(name, repeats) for name in names])
     path = store.runs("controls") / "controls.csv"

@@ -15,9 +15,10 @@ WRONG = {"two devices": "torch.zeros(3, device='cuda') + torch.zeros(3)",
          "integers multiplied": "torch.eye(2).long().cuda() @ torch.eye(2).long().cuda()",
          "numpy without cpu": "torch.zeros(3).to('cuda').numpy()"}
 RIGHT = """
+import copy
 from torch import nn
 net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
-twin, x = __import__("copy").deepcopy(net), torch.randn(5, 3, 8, 8)
+twin, x = copy.deepcopy(net), torch.randn(5, 3, 8, 8)
 for module, value in ((net.to("cuda"), x.to("cuda")), (twin, x)):
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     module(value).square().mean().backward()
