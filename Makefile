@@ -38,10 +38,12 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
+	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
 	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
+	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
 	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@$(PYTHON) -m pytest -q
 

@@ -1,4 +1,6 @@
-"""The modules, loaded on first use: the import takes no time, `dv.attack.score` imports what it needs."""
+"""The modules, loaded on first use: the import takes no time, `dv.attack.score` imports what it
+needs.
+"""
 
 import importlib
 import pkgutil
@@ -12,7 +14,9 @@ def __getattr__(name: str):
         return importlib.import_module(f"{__name__}.notebook").start
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

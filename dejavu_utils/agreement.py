@@ -1,8 +1,9 @@
-"""Do references agree? The score against each of them, and whether they call the same images memorized.
+"""Do references agree? The score against each of them, and whether they call the same images
+memorized.
 
-Tables here are those of the attack with a column `reference`: "two-model" (the paper's), "start 1" (two more encoders
-on the same sets), "resnet" and "naive_bayes" (one_model), "many-model"; `attacked` is "attacked", or "control" for
-images of neither set.
+Tables here are those of the attack with a column `reference`: "two-model" (the paper's), "start 1"
+(two more encoders on the same sets), "resnet" and "naive_bayes" (one_model), "many-model";
+`attacked` is "attacked", or "control" for images of neither set.
 """
 
 import numpy as np
@@ -17,36 +18,55 @@ TWO, MANY = "two-model", "many-model"
 def attacks(pairs, epoch: int, k: int, restarted=(), halves=(), device: str = "cpu", progress=None):
     """Return the attack at the projector of every pair against every reference, one table.
 
-    `restarted`: (start, pair) of `many_model.again`, trained; `halves`: of `many_model.halves` of the first pair.
+    `restarted`: (start, pair) of `many_model.again`, trained; `halves`: of `many_model.halves` of
+    the first pair.
     """
     sets = ("attacked", "control") if len(pairs[0].parts["control"]) else ("attacked",)
-    work = [(references.at_layer, pair, name, {}) for name, pair in
-            [(TWO, pair) for pair in pairs] + [(f"start {start}", pair) for start, pair in restarted]]
-    work += [(one_model.table, pair, kind, {"kind": kind}) for kind in one_model.KINDS for pair in pairs]
+    work = [
+        (references.at_layer, pair, name, {})
+        for name, pair in [(TWO, pair) for pair in pairs]
+        + [(f"start {start}", pair) for start, pair in restarted]
+    ]
+    work += [
+        (one_model.table, pair, kind, {"kind": kind}) for kind in one_model.KINDS for pair in pairs
+    ]
     tables = []
     for i, (make, pair, name, more) in enumerate(work, 1):
-        found = pd.concat([make(pair, epoch, k, attacked=which, device=device, **more) for which in sets])
+        found = pd.concat(
+            [make(pair, epoch, k, attacked=which, device=device, **more) for which in sets]
+        )
         tables.append(found.assign(reference=name))
         if progress:
             progress.update(i)
     if halves:
-        tables.append(many_model.table(pairs[0], halves, epoch, k, device=device).assign(reference=MANY))
-    return pd.concat([one.astype(dict.fromkeys(many_model.SAID, float)) for one in tables], ignore_index=True)
+        tables.append(
+            many_model.table(pairs[0], halves, epoch, k, device=device).assign(reference=MANY)
+        )
+    return pd.concat(
+        [one.astype(dict.fromkeys(many_model.SAID, float)) for one in tables], ignore_index=True
+    )
 
 
 def scores(table, resamples: int = 1000, seed: int = 0):
-    """Return a row per criterion and reference: the déjà vu score against it over all examples, and its offset.
+    """Return a row per criterion and reference: the déjà vu score against it over all examples, and
+    its offset.
 
-    `score`, `target`, `reference_accuracy`; `offset`: the score of the control images, which is there without any
-    memory (absent without such images). `calibrated`, of one-model tests: score minus offset; two encoders are alike,
-    their offset is noise around 0. `difference`: the calibrated score, or where there is none the score, minus the
-    two-model score of the same images. Intervals: low and high of the score, else `_low` and `_high`. The reference
-    "bayes", on scenes alone, is the known accuracy from the background, which no model has to reach.
+    `score`, `target`, `reference_accuracy`; `offset`: the score of the control images, which is
+    there without any memory (absent without such images). `calibrated`, of one-model tests: score
+    minus offset; two encoders are alike, their offset is noise around 0. `difference`: the
+    calibrated score, or where there is none the score, minus the two-model score of the same
+    images. Intervals: low and high of the score, else `_low` and `_high`. The reference "bayes", on
+    scenes alone, is the known accuracy from the background, which no model has to reach.
     """
     rows = []
     for (criterion, name), part in table.groupby(["criterion", "reference"], sort=False):
         own, control = _sets(part)
-        row = {"criterion": criterion, "reference": name, "n": len(own) // 2, "seeds": own["seed"].nunique()}
+        row = {
+            "criterion": criterion,
+            "reference": name,
+            "n": len(own) // 2,
+            "seeds": own["seed"].nunique(),
+        }
         right, rho = attack.accuracies(own, resamples, seed), own["rho"].iloc[0]
         rows.append(row | _numbers(*right))
         net = np.subtract(*right)
@@ -67,14 +87,21 @@ def scores(table, resamples: int = 1000, seed: int = 0):
 
 
 def _with(table, *names: str):
-    """Return the table with columns for these values and their intervals, empty where nothing could measure them."""
+    """Return the table with columns for these values and their intervals, empty where nothing could
+    measure them.
+    """
     wanted = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     return table.reindex(columns=[*table, *(name for name in wanted if name not in table)])
 
 
 def _numbers(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Return score with low and high, target and reference accuracy, of accuracies (1 + resamples,)."""
-    return bounds(target - reference, "score", "") | {"target": target[0], "reference_accuracy": reference[0]}
+    """Return score with low and high, target and reference accuracy, of accuracies (1 +
+    resamples,).
+    """
+    return bounds(target - reference, "score", "") | {
+        "target": target[0],
+        "reference_accuracy": reference[0],
+    }
 
 
 def _sets(table) -> list:
@@ -83,12 +110,14 @@ def _sets(table) -> list:
 
 
 def labels(table, resamples: int = 2000, seed: int = 0):
-    """Return how far every other reference agrees with the two-model test, image by image, seeds pooled.
+    """Return how far every other reference agrees with the two-model test, image by image, seeds
+    pooled.
 
-    A row per criterion, reference and `what`: "memorized" (only the target is right; the tests share the target, unless
-    it is another start's), or "reference" (the reference is right). `kappa` (Cohen's), `correlation` and `odds` (of the
-    label where the other test gives it, over the odds where it does not; halves added), with intervals; shares `one`
-    and `two`, n. Some images are easy for every model, so labels agree without any memory: `control_odds` says how
+    A row per criterion, reference and `what`: "memorized" (only the target is right; the tests
+    share the target, unless it is another start's), or "reference" (the reference is right).
+    `kappa` (Cohen's), `correlation` and `odds` (of the label where the other test gives it, over
+    the odds where it does not; halves added), with intervals; shares `one` and `two`, n. Some
+    images are easy for every model, so labels agree without any memory: `control_odds` says how
     much, and `net` is odds over control_odds. ValueError where the tests judge different images.
     """
     rows = []
@@ -96,9 +125,16 @@ def labels(table, resamples: int = 2000, seed: int = 0):
         if name in (TWO, MANY):
             continue
         first = table[(table["criterion"] == criterion) & (table["reference"] == TWO)]
-        own, control = (_cells(*sides, resamples, seed) for sides in zip(_sets(first), _sets(part), strict=True))
+        own, control = (
+            _cells(*sides, resamples, seed) for sides in zip(_sets(first), _sets(part), strict=True)
+        )
         for what, cells in own.items():
-            row = {"criterion": criterion, "reference": name, "what": what, "seeds": part["seed"].nunique()}
+            row = {
+                "criterion": criterion,
+                "reference": name,
+                "what": what,
+                "seeds": part["seed"].nunique(),
+            }
             rows.append(row | _agreement(cells))
             if control:
                 there = _odds(control[what])
@@ -107,21 +143,30 @@ def labels(table, resamples: int = 2000, seed: int = 0):
 
 
 def _cells(one, two, resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Return {what: (4, 1 + resamples)}: how many images have a label in both, one, two and neither; {} of none."""
+    """Return {what: (4, 1 + resamples)}: how many images have a label in both, one, two and
+    neither; {} of none.
+    """
     if not len(one) and not len(two):
         return {}
     counts = {"memorized": 0, "reference": 0}
     for pair in zip(*attack.matched(one, two), strict=True):
-        both = {"memorized": [each.hits[0] > each.hits[1] for each in pair],
-                "reference": [each.hits[1] > 0 for each in pair]}
+        both = {
+            "memorized": [each.hits[0] > each.hits[1] for each in pair],
+            "reference": [each.hits[1] > 0 for each in pair],
+        }
         drawn = np.concatenate(list(attack._weights(pair[0], resamples, seed)))
         for what, (u, v) in both.items():
-            counts[what] = counts[what] + (drawn @ np.stack([u & v, u & ~v, ~u & v, ~u & ~v], 1).astype(float)).T
+            counts[what] = (
+                counts[what]
+                + (drawn @ np.stack([u & v, u & ~v, ~u & v, ~u & ~v], 1).astype(float)).T
+            )
     return counts
 
 
 def _agreement(cells: np.ndarray) -> dict[str, float]:
-    """Return kappa, correlation and odds of counts (4, 1 + resamples), with intervals; the label's shares and n."""
+    """Return kappa, correlation and odds of counts (4, 1 + resamples), with intervals; the label's
+    shares and n.
+    """
     total = cells.sum(0)
     both, one, two, neither = cells / total
     chance = (both + one) * (both + two) + (two + neither) * (one + neither)
@@ -129,8 +174,14 @@ def _agreement(cells: np.ndarray) -> dict[str, float]:
         kappa = (both + neither - chance) / (1 - chance)
         spread = np.sqrt((both + one) * (both + two) * (two + neither) * (one + neither))
         correlation = (both * neither - one * two) / spread
-    return {**bounds(kappa, "kappa"), **bounds(correlation, "correlation"), **bounds(_odds(cells), "odds"),
-            "one": (both + one)[0], "two": (both + two)[0], "n": int(total[0])}
+    return {
+        **bounds(kappa, "kappa"),
+        **bounds(correlation, "correlation"),
+        **bounds(_odds(cells), "odds"),
+        "one": (both + one)[0],
+        "two": (both + two)[0],
+        "n": int(total[0]),
+    }
 
 
 def _odds(cells: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Training criteria of the paper, each as its equation: tensors in, a scalar out.
 
-All of them are means over the whole batch. Over several processes `methods` gathers the batch first, so that W
-processes compute what one would.
+All of them are means over the whole batch. Over several processes `methods` gathers the batch
+first, so that W processes compute what one would.
 """
 
 from __future__ import annotations
@@ -11,8 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def vicreg(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> Tensor:
-    """Return VICReg's loss of two views' projections (n, d): Bardes et al. 2022, eq. 6; the paper's default criterion.
+def vicreg(
+    z1: Tensor,
+    z2: Tensor,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+) -> Tensor:
+    """Return VICReg's loss of two views' projections (n, d): Bardes et al. 2022, eq. 6; the paper's
+    default criterion.
 
     invariance * s(z, z') + variance * [v(z) + v(z')] / 2 + covariance * [c(z) + c(z')]
     """
@@ -25,8 +32,8 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 2
 def barlow_twins(z1: Tensor, z2: Tensor, redundancy: float = 0.0051) -> Tensor:
     """Return Barlow Twins' loss of two views' projections (n, d): Zbontar et al. 2021, eq. 1.
 
-    sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2, where C (d, d) is the views' cross-correlation over the
-    batch, each view standardised by its own mean and deviation.
+    sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2, where C (d, d) is the views'
+    cross-correlation over the batch, each view standardised by its own mean and deviation.
     """
     z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
     correlation = z1.T @ z2 / len(z1)
@@ -35,7 +42,9 @@ def barlow_twins(z1: Tensor, z2: Tensor, redundancy: float = 0.0051) -> Tensor:
 
 
 def simclr(z1: Tensor, z2: Tensor, temperature: float = 0.15) -> Tensor:
-    """Return SimCLR's cross-entropy at a temperature, of two views' projections (n, d): Chen et al. 2020, eq. 1."""
+    """Return SimCLR's cross-entropy at a temperature, of two views' projections (n, d): Chen et al.
+    2020, eq. 1.
+    """
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     n = len(z1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
@@ -44,19 +53,28 @@ def simclr(z1: Tensor, z2: Tensor, temperature: float = 0.15) -> Tensor:
 
 
 def byol(p1: Tensor, p2: Tensor, t1: Tensor, t2: Tensor) -> Tensor:
-    """Return BYOL's loss: predictions p (n, d) of each view against the target's projections t of the other one.
+    """Return BYOL's loss: predictions p (n, d) of each view against the target's projections t of
+    the other one.
 
-    |p - t|^2 of unit vectors is 2 - 2 cos(p, t); summed over both directions: Grill et al. 2020, eq. 2 and 3.
+    |p - t|^2 of unit vectors is 2 - 2 cos(p, t); summed over both directions: Grill et al. 2020,
+    eq. 2 and 3.
     """
     return sum(2 - 2 * F.cosine_similarity(p, t).mean() for p, t in ((p1, t2), (p2, t1)))
 
 
-def dino(student: Tensor, teacher: Tensor, centre: Tensor, student_temperature: float = 0.1,
-         teacher_temperature: float = 0.04) -> Tensor:
-    """Return DINO's cross-entropy H(teacher, student), mean over pairs of different views: Caron et al. 2021, eq. 3.
+def dino(
+    student: Tensor,
+    teacher: Tensor,
+    centre: Tensor,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+) -> Tensor:
+    """Return DINO's cross-entropy H(teacher, student), mean over pairs of different views: Caron et
+    al. 2021, eq. 3.
 
-    `student` (s, n, c) prototype scores of all views, `teacher` (t, n, c) of the first t of them (the global views),
-    `centre` (c,) is subtracted from the teacher's: centring and sharpening keep the pair from collapsing.
+    `student` (s, n, c) prototype scores of all views, `teacher` (t, n, c) of the first t of them
+    (the global views), `centre` (c,) is subtracted from the teacher's: centring and sharpening keep
+    the pair from collapsing.
     """
     wanted = F.softmax((teacher - centre) / teacher_temperature, dim=-1)
     given = F.log_softmax(student / student_temperature, dim=-1)
@@ -66,7 +84,9 @@ def dino(student: Tensor, teacher: Tensor, centre: Tensor, student_temperature: 
 
 
 def supervised(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of class scores (n, classes) and labels (n,): the paper's supervised baseline (§2.2)."""
+    """Return the cross-entropy of class scores (n, classes) and labels (n,): the paper's supervised
+    baseline (§2.2).
+    """
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 

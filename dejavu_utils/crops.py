@@ -11,15 +11,25 @@ from torch import Tensor
 Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half-open
 RULES = ("paper", "maximal")
 CORNERS = ("lower-left", "lower-right", "upper-left", "upper-right")
-CROP = {"kind": "periphery", "rule": "paper", "min_side": 16, "fraction": 0.3, "corner": "lower-left"}
+CROP = {
+    "kind": "periphery",
+    "rule": "paper",
+    "min_side": 16,
+    "fraction": 0.3,
+    "corner": "lower-left",
+}
 
 
 def _pixels(boxes, width: int, height: int) -> list[Rect]:
-    """Return the pixels that boxes touch, as whole rectangles inside the image; boxes that touch none are left out."""
+    """Return the pixels that boxes touch, as whole rectangles inside the image; boxes that touch
+    none are left out.
+    """
     found = []
     for x0, y0, x1, y1 in np.asarray(boxes, dtype=np.float64).reshape(-1, 4).tolist():
         if not (x0 <= x1 and y0 <= y1):  # also False for NaN
-            raise ValueError(f"crops.periphery: box {(x0, y0, x1, y1)}; expected x0 <= x1, y0 <= y1 in pixels.")
+            raise ValueError(
+                f"crops.periphery: box {(x0, y0, x1, y1)}; expected x0 <= x1, y0 <= y1 in pixels."
+            )
         left, top = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
         right, bottom = min(width, int(np.ceil(x1))), min(height, int(np.ceil(y1)))
         if left < right and top < bottom and x0 < x1 and y0 < y1:
@@ -28,7 +38,9 @@ def _pixels(boxes, width: int, height: int) -> list[Rect]:
 
 
 def _gaps(boxes: list[Rect], x0: int, x1: int, height: int) -> list[Rect]:
-    """Return the empty rectangles of the column [x0, x1), as wide as it is: what its boxes leave of [0, height)."""
+    """Return the empty rectangles of the column [x0, x1), as wide as it is: what its boxes leave of
+    [0, height).
+    """
     found, y = [], 0
     for top, bottom in sorted((box[1], box[3]) for box in boxes if box[0] < x1 and box[2] > x0):
         if top > y:
@@ -48,14 +60,17 @@ def _sides(rect: Rect) -> tuple[int, int]:
 
 
 def periphery(boxes, width: int, height: int, min_side: int, rule: str = "paper") -> Rect | None:
-    """Return the background crop x0, y0, x1, y1 (pixels, half-open) that no box reaches into, or None.
+    """Return the background crop x0, y0, x1, y1 (pixels, half-open) that no box reaches into, or
+    None.
 
-    `boxes` (m, 4) x0, y0, x1, y1. "paper" is the published rule: columns between neighbouring box edges, the gaps that
-    the boxes leave in each, and of those the one with the longest shorter side. A crop never spans two columns, so a
-    strip above two boxes is cut. "maximal" takes the columns between any two edges, hence all maximal empty rectangles.
-    Ties: larger area under "maximal", then the leftmost, then the topmost. None when the shorter side is not above
-    `min_side` (100 in the paper; strict: 100 itself fails), and when no box lies in the image: the object is then
-    unknown. Partly covered pixels belong to the box. ValueError on a box that ends before it starts or holds NaN.
+    `boxes` (m, 4) x0, y0, x1, y1. "paper" is the published rule: columns between neighbouring box
+    edges, the gaps that the boxes leave in each, and of those the one with the longest shorter
+    side. A crop never spans two columns, so a strip above two boxes is cut. "maximal" takes the
+    columns between any two edges, hence all maximal empty rectangles. Ties: larger area under
+    "maximal", then the leftmost, then the topmost. None when the shorter side is not above
+    `min_side` (100 in the paper; strict: 100 itself fails), and when no box lies in the image: the
+    object is then unknown. Partly covered pixels belong to the box. ValueError on a box that ends
+    before it starts or holds NaN.
     """
     if rule not in RULES:
         raise ValueError(f"crops.periphery: rule {rule!r}; expected one of {RULES}.")
@@ -74,13 +89,17 @@ def periphery(boxes, width: int, height: int, min_side: int, rule: str = "paper"
 
 
 def corner(width: int, height: int, fraction: float = 0.3, corner: str = "lower-left") -> Rect:
-    """Return the corner crop x0, y0, x1, y1: `fraction` of the width by `fraction` of the height, at least 1 pixel.
+    """Return the corner crop x0, y0, x1, y1: `fraction` of the width by `fraction` of the height,
+    at least 1 pixel.
 
-    Needs no boxes, and so may show a part of the object. The paper uses the lower left, 0.3 by default.
+    Needs no boxes, and so may show a part of the object. The paper uses the lower left, 0.3 by
+    default.
     """
     if corner not in CORNERS or not 0 < fraction <= 1:
-        raise ValueError(f"crops.corner: corner {corner!r}, fraction {fraction}; expected one of {CORNERS} "
-                         "and 0 < fraction <= 1.")
+        raise ValueError(
+            f"crops.corner: corner {corner!r}, fraction {fraction}; expected one of {CORNERS} "
+            "and 0 < fraction <= 1."
+        )
     wide, high = max(1, int(fraction * width)), max(1, int(fraction * height))
     x0 = 0 if corner.endswith("left") else width - wide
     y0 = 0 if corner.startswith("upper") else height - high
@@ -88,27 +107,37 @@ def corner(width: int, height: int, fraction: float = 0.3, corner: str = "lower-
 
 
 def _assert_empty(rect: Rect, boxes, name) -> None:
-    """Raise AssertionError if a rectangle meets any box; checked on the boxes as given, apart from how it was found."""
+    """Raise AssertionError if a rectangle meets any box; checked on the boxes as given, apart from
+    how it was found.
+    """
     for x0, y0, x1, y1 in np.asarray(boxes, dtype=np.float64).reshape(-1, 4):
         if max(rect[0], x0) < min(rect[2], x1) and max(rect[1], y0) < min(rect[3], y1):
-            raise AssertionError(f"crops.background: image {name}: crop {rect} meets box {(x0, y0, x1, y1)}")
+            raise AssertionError(
+                f"crops.background: image {name}: crop {rect} meets box {(x0, y0, x1, y1)}"
+            )
 
 
 def background(images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return the background crop of every image: rects (n, 4) int64 in native pixels, and keep (n,) bool.
+    """Return the background crop of every image: rects (n, 4) int64 in native pixels, and keep (n,)
+    bool.
 
-    `images` has `boxes`, `sizes` (n, 2) width, height and `ids`. `crop` holds any of kind ("periphery" or "corner"),
-    rule, min_side, fraction, corner; CROP has the defaults. Where no periphery crop is large enough, keep is False and
-    the rectangle 0. ValueError on an unknown key or kind; AssertionError if a periphery crop meets a box.
+    `images` has `boxes`, `sizes` (n, 2) width, height and `ids`. `crop` holds any of kind
+    ("periphery" or "corner"), rule, min_side, fraction, corner; CROP has the defaults. Where no
+    periphery crop is large enough, keep is False and the rectangle 0. ValueError on an unknown key
+    or kind; AssertionError if a periphery crop meets a box.
     """
     unknown = sorted(set(crop) - set(CROP))
     crop = {**CROP, **crop}
     if unknown or crop["kind"] not in ("periphery", "corner"):
-        raise ValueError(f"crops.background: keys {unknown}, kind {crop['kind']!r}; expected keys among "
-                         f'{sorted(CROP)}, kind "periphery" or "corner".')
+        raise ValueError(
+            f"crops.background: keys {unknown}, kind {crop['kind']!r}; expected keys among "
+            f'{sorted(CROP)}, kind "periphery" or "corner".'
+        )
     rects = np.zeros((len(images.boxes), 4), dtype=np.int64)
     keep = np.zeros(len(rects), dtype=bool)
-    for i, (boxes, (width, height)) in enumerate(zip(images.boxes, np.asarray(images.sizes).tolist(), strict=True)):
+    for i, (boxes, (width, height)) in enumerate(
+        zip(images.boxes, np.asarray(images.sizes).tolist(), strict=True)
+    ):
         if crop["kind"] == "corner":
             rect = corner(width, height, crop["fraction"], crop["corner"])
         else:
@@ -120,10 +149,12 @@ def background(images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _weights(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
-    """Return the (n, size, length) triangle-filter weights that resample [start, stop) to `size` samples.
+    """Return the (n, size, length) triangle-filter weights that resample [start, stop) to `size`
+    samples.
 
-    Antialiased when shrinking, bilinear when growing. Weights outside [start, stop) are exactly 0, so a crop cannot
-    see a pixel beyond its own edge: cutting and resampling in one step equals cutting first.
+    Antialiased when shrinking, bilinear when growing. Weights outside [start, stop) are exactly 0,
+    so a crop cannot see a pixel beyond its own edge: cutting and resampling in one step equals
+    cutting first.
     """
     scale = (stop - start) / size
     centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale[:, None]
@@ -136,11 +167,13 @@ def _weights(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
 
 
 def resample(pixels: Tensor, rects: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
-    """Return rectangles of images resampled to squares: float32 (n, 3, size, size), in the units of `pixels`.
+    """Return rectangles of images resampled to squares: float32 (n, 3, size, size), in the units of
+    `pixels`.
 
-    `pixels` (n, 3, H, W) uint8 or float; `rects` (n, 4) x0, y0, x1, y1 in pixels, half-open; `flip` (n,) bool mirrors
-    horizontally. One batched matrix product per axis, on the device of `pixels`, with no loop over images. No pixel
-    outside a rectangle has any part in the result, bit for bit (pixels must be finite: 0 * infinity is not 0).
+    `pixels` (n, 3, H, W) uint8 or float; `rects` (n, 4) x0, y0, x1, y1 in pixels, half-open; `flip`
+    (n,) bool mirrors horizontally. One batched matrix product per axis, on the device of `pixels`,
+    with no loop over images. No pixel outside a rectangle has any part in the result, bit for bit
+    (pixels must be finite: 0 * infinity is not 0).
     """
     rects = rects.to(pixels.device, torch.float32)
     across = _weights(rects[:, 0], rects[:, 2], pixels.shape[-1], size)

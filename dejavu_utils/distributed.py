@@ -1,4 +1,6 @@
-"""Several processes that share a batch: who am I, the joint batch, and batch norms over all of it."""
+"""Several processes that share a batch: who am I, the joint batch, and batch norms over all of
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 
 def start(device: str) -> tuple[int, int, str]:
-    """Return (rank, processes, device) after joining the group that torchrun describes; (0, 1, device) without it."""
+    """Return (rank, processes, device) after joining the group that torchrun describes; (0, 1,
+    device) without it.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1, device
     if device.startswith("cuda"):
@@ -32,10 +36,12 @@ def alone() -> bool:
 
 
 def gather(part: Tensor) -> Tensor:
-    """Return the joint batch of all processes, in the order of their ranks; gradients flow back to each part.
+    """Return the joint batch of all processes, in the order of their ranks; gradients flow back to
+    each part.
 
-    Every process computes the same loss L of the joint batch. The backward pass of the gathering sums W equal
-    gradients, and averaging over W processes (DistributedDataParallel) makes that dL again.
+    Every process computes the same loss L of the joint batch. The backward pass of the gathering
+    sums W equal gradients, and averaging over W processes (DistributedDataParallel) makes that dL
+    again.
     """
     if alone():
         return part
@@ -49,7 +55,9 @@ def gather(part: Tensor) -> Tensor:
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the joint batch on any device: torch's own SyncBatchNorm needs a GPU. Parts must be equal."""
+    """BatchNorm over the joint batch on any device: torch's own SyncBatchNorm needs a GPU. Parts
+    must be equal.
+    """
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass

@@ -1,4 +1,6 @@
-"""Feeds training with views: from uint8 pixels on the device, or from files that workers decode ahead of time."""
+"""Feeds training with views: from uint8 pixels on the device, or from files that workers decode
+ahead of time.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,36 @@ Batch = tuple[list[Tensor], Tensor]  # views, each (n, 3, s, s), and labels (n,)
 
 
 class Feed:
-    """Batches of views of `images`, one epoch at a time; the same stream gives the same views, however they are made.
+    """Batches of views of `images`, one epoch at a time; the same stream gives the same views,
+    however they are made.
 
-    `images` are one uint8 tensor (n, 3, H, W), kept on the device, or a lazy sequence of such pictures, decoded by
-    workers; `sizes` (n, 2) are their widths and heights, `labels` (n,) their classes. Of several processes each yields
-    its share of every batch: all draw the whole batch, so that together they see what one process would.
+    `images` are one uint8 tensor (n, 3, H, W), kept on the device, or a lazy sequence of such
+    pictures, decoded by workers; `sizes` (n, 2) are their widths and heights, `labels` (n,) their
+    classes. Of several processes each yields its share of every batch: all draw the whole batch, so
+    that together they see what one process would.
     """
 
-    def __init__(self, images, sizes: Tensor, labels: Tensor, recipe, large: int, device: str, rank: int = 0,
-                 processes: int = 1):
+    def __init__(
+        self,
+        images,
+        sizes: Tensor,
+        labels: Tensor,
+        recipe,
+        large: int,
+        device: str,
+        rank: int = 0,
+        processes: int = 1,
+    ):
         if recipe.batch % processes:
-            raise ValueError(f"train: a batch of {recipe.batch} cannot be shared by {processes} processes: "
-                             f"make recipe.batch a multiple of {processes}")
+            raise ValueError(
+                f"train: a batch of {recipe.batch} cannot be shared by {processes} processes: "
+                f"make recipe.batch a multiple of {processes}"
+            )
         if len(images) < recipe.batch:
-            raise ValueError(f"train: a batch of {recipe.batch} needs as many images, found {len(images)}: "
-                             "lower recipe batch or raise sizes")
+            raise ValueError(
+                f"train: a batch of {recipe.batch} needs as many images, found {len(images)}: "
+                "lower recipe batch or raise sizes"
+            )
         self.resident = isinstance(images, Tensor)
         self.images = images.to(device) if self.resident else images
         self.sizes, self.labels, self.device = sizes.to(device), labels.to(device), device
@@ -44,7 +61,9 @@ class Feed:
         self.steps = len(images) // recipe.batch  # the last incomplete batch of an epoch is dropped
 
     def epoch(self, rng: torch.Generator) -> Iterator[Batch]:
-        """Yield the batches of one epoch, in an order and with views drawn from `rng` (on the device)."""
+        """Yield the batches of one epoch, in an order and with views drawn from `rng` (on the
+        device).
+        """
         make = self._resident if self.resident else self._decoded
         yield from make(self._steps(rng))
 
@@ -52,45 +71,73 @@ class Feed:
         """Yield this process's rows of each batch and what is random about their views."""
         order = torch.randperm(len(self.images), generator=rng, device=rng.device)
         for i in range(self.steps):
-            rows = order[i * self.batch:(i + 1) * self.batch]
-            drawn = [augment.draw(kind, self.sizes[rows], self.views, size, rng) for size, kind in self.plan]
+            rows = order[i * self.batch : (i + 1) * self.batch]
+            drawn = [
+                augment.draw(kind, self.sizes[rows], self.views, size, rng)
+                for size, kind in self.plan
+            ]
             yield rows[self.mine], [each.part(self.mine) for each in drawn]
 
     def _resident(self, steps) -> Iterator[Batch]:
         for rows, drawn in steps:
             pixels = self.images[rows]
-            made = [augment.view(pixels, size, each) for (size, _), each in zip(self.plan, drawn, strict=True)]
+            made = [
+                augment.view(pixels, size, each)
+                for (size, _), each in zip(self.plan, drawn, strict=True)
+            ]
             yield made, self.labels[rows]
 
     def _decoded(self, steps) -> Iterator[Batch]:
         waiting: deque = deque()
 
-        def items():  # the loader asks for the crops of batches that come later, so their draws wait here
+        # the loader asks for the crops of batches that come later, so their draws wait here
+        def items():
             for rows, drawn in steps:
                 waiting.append((rows, drawn))
-                cut = [(size, each.rects.cpu(), each.flip.cpu()) for (size, _), each in
-                       zip(self.plan, drawn, strict=True)]
+                cut = [
+                    (size, each.rects.cpu(), each.flip.cpu())
+                    for (size, _), each in zip(self.plan, drawn, strict=True)
+                ]
                 for i, row in enumerate(rows.tolist()):
                     yield row, [(size, rects[i], bool(flip[i])) for size, rects, flip in cut]
 
-        loader = DataLoader(_Crops(self.images), self.mine.stop - self.mine.start, sampler=items(),
-                            num_workers=self.workers, prefetch_factor=4, pin_memory=self.device.startswith("cuda"))
+        loader = DataLoader(
+            _Crops(self.images),
+            self.mine.stop - self.mine.start,
+            sampler=items(),
+            num_workers=self.workers,
+            prefetch_factor=4,
+            pin_memory=self.device.startswith("cuda"),
+        )
         for crops in loader:
             rows, drawn = waiting.popleft()
             ready = [part.to(self.device, non_blocking=True) for part in crops]
-            yield [augment.finish(*pair) for pair in zip(ready, drawn, strict=True)], self.labels[rows]
+            yield (
+                [augment.finish(*pair) for pair in zip(ready, drawn, strict=True)],
+                self.labels[rows],
+            )
 
 
 def write_list(folder: Path, used: list, meta: dict) -> Path:
-    """Return the table of the lazy pictures of `used` (data.Images), named by its content: where each is and its label.
+    """Return the table of the lazy pictures of `used` (data.Images), named by its content: where
+    each is and its label.
 
     Its order is that of `used`; the sidecar names the folder or zip file that holds the pictures.
     """
     import pandas as pd
 
-    rows = [pd.DataFrame({"name": images.pixels.names.astype(str), "bytes": images.pixels.stamps,
-                          "label": images.labels, "width": images.sizes[:, 0], "height": images.sizes[:, 1]})
-            for images in used]
+    rows = [
+        pd.DataFrame(
+            {
+                "name": images.pixels.names.astype(str),
+                "bytes": images.pixels.stamps,
+                "label": images.labels,
+                "width": images.sizes[:, 0],
+                "height": images.sizes[:, 1],
+            }
+        )
+        for images in used
+    ]
     table, root = pd.concat(rows, ignore_index=True), str(used[0].pixels.tree.path)
     path = folder / f"{store.key(rows=table.to_csv(index=False), root=root)}.parquet"
     if not path.exists():
@@ -99,18 +146,25 @@ def write_list(folder: Path, used: list, meta: dict) -> Path:
 
 
 def read_list(path: str | Path) -> dict:
-    """Return lazy images, their sizes (n, 2) and labels (n,) from what `write_list` wrote: what `Feed` takes."""
+    """Return lazy images, their sizes (n, 2) and labels (n,) from what `write_list` wrote: what
+    `Feed` takes.
+    """
     from dejavu_utils.readers import Lazy, Tree
 
     table = store.read_table(path)
     tree = Tree(Path(store.verify(path)["root"]))
     sizes = torch.from_numpy(table[["width", "height"]].to_numpy().copy())
-    return {"images": Lazy(tree, table["name"], table["bytes"]), "sizes": sizes,
-            "labels": torch.from_numpy(table["label"].to_numpy().copy())}
+    return {
+        "images": Lazy(tree, table["name"], table["bytes"]),
+        "sizes": sizes,
+        "labels": torch.from_numpy(table["label"].to_numpy().copy()),
+    }
 
 
 class _Crops(Dataset):
-    """Decodes one picture and cuts the crops that were drawn for it, as uint8: what a worker does."""
+    """Decodes one picture and cuts the crops that were drawn for it, as uint8: what a worker
+    does.
+    """
 
     def __init__(self, images):
         self.images = images

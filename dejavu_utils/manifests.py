@@ -1,4 +1,5 @@
-"""Data sets by manifest: what data_manifests/<name>.yaml says, where the data is, whether it is whole, what is in it.
+"""Data sets by manifest: what data_manifests/<name>.yaml says, where the data is, whether it is
+whole, what is in it.
 
 `make data NAME=…` (data_manifests/fetch.py) downloads them; `data.read` reads them.
 """
@@ -20,47 +21,74 @@ def names() -> list[str]:
 
 
 def read(name: str) -> dict:
-    """Return what data_manifests/<name>.yaml says, with its `name`; ValueError lists the names there are."""
+    """Return what data_manifests/<name>.yaml says, with its `name`; ValueError lists the names
+    there are.
+    """
     if name not in names():
-        raise ValueError(f"no data set is called {name!r}: expected one of {', '.join(names())} "
-                         "(a data set of your own needs a file in data_manifests/).")
+        raise ValueError(
+            f"no data set is called {name!r}: expected one of {', '.join(names())} "
+            "(a data set of your own needs a file in data_manifests/)."
+        )
     import yaml
-    return yaml.safe_load((store.root() / "data_manifests" / f"{name}.yaml").read_text()) | {"name": name}
+
+    return yaml.safe_load((store.root() / "data_manifests" / f"{name}.yaml").read_text()) | {
+        "name": name
+    }
 
 
 def home(folder: str | Path | None = None) -> Path:
-    """Return the folder of all data sets: `folder`, else $DEJAVU_DATA, else data/ in the repository."""
+    """Return the folder of all data sets: `folder`, else $DEJAVU_DATA, else data/ in the
+    repository.
+    """
     return Path(folder or os.environ.get("DEJAVU_DATA") or store.root() / "data")
 
 
 def locate(entry: dict, folder: str | Path | None = None) -> Path:
-    """Return where a data set is: the first of its `places` in `folder`, or `folder` itself if it was given."""
+    """Return where a data set is: the first of its `places` in `folder`, or `folder` itself if it
+    was given.
+    """
     base = home(folder)
     found = [base / place for place in entry["places"] if (base / place).exists()]
-    if folder is not None and (base.is_file() or any((base / images).is_dir() for images in entry["images"])):
+    if folder is not None and (
+        base.is_file() or any((base / images).is_dir() for images in entry["images"])
+    ):
         found.append(base)
     if not found:
-        raise FileNotFoundError(f"data set {entry['name']} is not in {base}: looked for {', '.join(entry['places'])}. "
-                                + by_hand(entry, base))
+        raise FileNotFoundError(
+            f"data set {entry['name']} is not in {base}: looked for {', '.join(entry['places'])}. "
+            + by_hand(entry, base)
+        )
     return found[0]
 
 
 def by_hand(entry: dict, folder: Path) -> str:
     """Return what a person has to do to get a data set."""
-    automatic = f"`make data NAME={entry['name']}` fetches it, or by hand: " if entry.get("url") else ""
-    return (f"{automatic}{entry['how'].strip()} Put it into {folder} (or set DEJAVU_DATA to the folder that holds it). "
-            f"Source: {entry['source']}. Licence: {entry['licence']}")
+    automatic = (
+        f"`make data NAME={entry['name']}` fetches it, or by hand: " if entry.get("url") else ""
+    )
+    return (
+        f"{automatic}{entry['how'].strip()} Put it into {folder} (or set DEJAVU_DATA to the "
+        "folder that holds it). "
+        f"Source: {entry['source']}. Licence: {entry['licence']}"
+    )
 
 
 def verify(entry: dict, path: Path, what: str = "") -> None:
-    """Raise ValueError if the archive at `path` (called `what` in the message) has not the manifest's checksum."""
+    """Raise ValueError if the archive at `path` (called `what` in the message) has not the
+    manifest's checksum.
+    """
     found = store.digest(path)
     if not entry.get("sha256"):
-        print(f"{what or path}: not verified, the manifest has no checksum; sha256 {found}", flush=True)
+        print(
+            f"{what or path}: not verified, the manifest has no checksum; sha256 {found}",
+            flush=True,
+        )
     elif found != entry["sha256"]:
-        raise ValueError(f"{what or path} has the wrong checksum: sha256 {found} ({path.stat().st_size} bytes), "
-                         f"expected {entry['sha256']} ({entry.get('bytes')} bytes). Delete it and get it again. "
-                         + by_hand(entry, path.parent))
+        raise ValueError(
+            f"{what or path} has the wrong checksum: sha256 {found} ({path.stat().st_size} bytes), "
+            f"expected {entry['sha256']} ({entry.get('bytes')} bytes). Delete it and get it again. "
+            + by_hand(entry, path.parent)
+        )
 
 
 class Tree:
@@ -71,8 +99,11 @@ class Tree:
         try:
             self.zip = zipfile.ZipFile(path) if path.is_file() else None
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): expected the "
-                             "archive as published. Delete it and fetch it again (`make data NAME=…`).") from error
+            raise ValueError(
+                f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): "
+                "expected the "
+                "archive as published. Delete it and fetch it again (`make data NAME=…`)."
+            ) from error
 
     @functools.cached_property
     def files(self) -> list[str]:
@@ -82,18 +113,29 @@ class Tree:
 
         def stop(error: OSError):
             raise error  # else a folder that may not be read would count as empty
+
         walk = os.walk(self.path, onerror=stop, followlinks=True)
-        return sorted(f"{folder}/{name}"[len(f"{self.path}/"):] for folder, _, names in walk for name in names)
+        return sorted(
+            f"{folder}/{name}"[len(f"{self.path}/") :]
+            for folder, _, names in walk
+            for name in names
+        )
 
     def below(self, folder: str) -> list[str]:
         """Return the files in `folder` and in the folders inside it."""
-        start, end = (bisect.bisect_left(self.files, folder + after) for after in "/0")  # "0" comes right after "/"
+        start, end = (
+            bisect.bisect_left(self.files, folder + after) for after in "/0"
+        )  # "0" comes right after "/"
         return self.files[start:end]
 
     def find(self, candidates: Sequence[str]) -> str | None:
-        """Return the first of these folders that has content, here or one level below (archives often have a top)."""
-        tops = ["", *sorted({name[:name.index("/") + 1] for name in self.files if "/" in name})]
-        return next((top + name for top in tops for name in candidates if self.below(top + name)), None)
+        """Return the first of these folders that has content, here or one level below (archives
+        often have a top).
+        """
+        tops = ["", *sorted({name[: name.index("/") + 1] for name in self.files if "/" in name})]
+        return next(
+            (top + name for top in tops for name in candidates if self.below(top + name)), None
+        )
 
     def open(self, name: str):
         return self.zip.open(name) if self.zip else (self.path / name).open("rb")
@@ -103,10 +145,16 @@ class Tree:
             return file.read()
 
     def lines(self, name: str) -> list[list[str]]:
-        """Return the tab- or space-separated fields of each line of a text file; nothing if it is not there."""
+        """Return the tab- or space-separated fields of each line of a text file; nothing if it is
+        not there.
+        """
         text = self.read(name).decode() if name in self else ""
-        return [re.split(r"\t" if "\t" in line else r"\s+", line.strip()) for line in text.splitlines() if line.strip()]
+        return [
+            re.split(r"\t" if "\t" in line else r"\s+", line.strip())
+            for line in text.splitlines()
+            if line.strip()
+        ]
 
     def __contains__(self, name: str) -> bool:
         at = bisect.bisect_left(self.files, name)
-        return self.files[at:at + 1] == [name]
+        return self.files[at : at + 1] == [name]

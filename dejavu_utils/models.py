@@ -1,4 +1,6 @@
-"""Encoders: a trunk that turns images into a representation (backbone), and the projector that SSL puts on top."""
+"""Encoders: a trunk that turns images into a representation (backbone), and the projector that SSL
+puts on top.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width_out)
-        self.shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(width_in, width_out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -31,14 +35,21 @@ class Block(nn.Module):
 def small(width: int = 48) -> nn.Sequential:
     """Return a 3-block residual trunk for 32-px images on a CPU: (n, 3, s, s) -> (n, 4 * width)."""
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, width, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        Block(width, width, 1),
+        Block(width, 2 * width, 2),
+        Block(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
     )
 
 
 def small_stem(resnet: nn.Module, padding: int = 1) -> None:
-    """Give a torchvision ResNet the stem for images of at most 64 px, in place: 3x3, stride 1, no pooling."""
+    """Give a torchvision ResNet the stem for images of at most 64 px, in place: 3x3, stride 1, no
+    pooling.
+    """
     resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, 1, padding, bias=False)
     resnet.maxpool = nn.Identity()
 
@@ -46,11 +57,17 @@ def small_stem(resnet: nn.Module, padding: int = 1) -> None:
 def _torchvision_names() -> list[str]:
     import torchvision
 
-    return [name for name in torchvision.models.list_models() if re.fullmatch(r"(wide_)?resnet\d+(_2)?", name)]
+    return [
+        name
+        for name in torchvision.models.list_models()
+        if re.fullmatch(r"(wide_)?resnet\d+(_2)?", name)
+    ]
 
 
 def _torchvision_resnet(name: str, small_images: bool) -> nn.Module:
-    """Return a torchvision ResNet without its classifier, with the usual or the small-image stem."""
+    """Return a torchvision ResNet without its classifier, with the usual or the small-image
+    stem.
+    """
     import torchvision
 
     trunk = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
@@ -66,18 +83,23 @@ def _options(spec: str, text: str) -> dict:
         pairs = [item.split("=") for item in text.split(",")] if text else []
         options = {name.strip(): ast.literal_eval(value.strip()) for name, value in pairs}
         if not all(isinstance(value, (bool, int, float)) for value in options.values()):
-            raise ValueError("only numbers: a text could name a file or an address to load weights from")
+            raise ValueError(
+                "only numbers: a text could name a file or an address to load weights from"
+            )
         return options
     except (ValueError, SyntaxError):
-        raise ValueError(f'encoder "{spec}": "{text}" cannot be read; expected "name=number,…", such as '
-                         '"vit_tiny_patch16_224:patch_size=4"') from None
+        raise ValueError(
+            f'encoder "{spec}": "{text}" cannot be read; expected "name=number,…", such as '
+            '"vit_tiny_patch16_224:patch_size=4"'
+        ) from None
 
 
 def _timm(spec: str, name: str, options: dict, image_size: int) -> nn.Module:
-    """Return a timm model that ends with its pooled features; ViTs also take images of another size.
+    """Return a timm model that ends with its pooled features; ViTs also take images of another
+    size.
 
-    Which models have a fixed input size, or can interpolate it, is asked of their constructors: those that know
-    neither argument (convolutional nets) refuse it before anything is built.
+    Which models have a fixed input size, or can interpolate it, is asked of their constructors:
+    those that know neither argument (convolutional nets) refuse it before anything is built.
     """
     import timm
 
@@ -87,20 +109,25 @@ def _timm(spec: str, name: str, options: dict, image_size: int) -> nn.Module:
         except TypeError as error:
             argument = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if not argument or argument[1] not in sizes:
-                raise ValueError(f'encoder "{spec}": timm\'s {name} refuses its options: {error}') from error
+                raise ValueError(
+                    f'encoder "{spec}": timm\'s {name} refuses its options: {error}'
+                ) from error
         except (AssertionError, RuntimeError, KeyError) as error:
-            raise ValueError(f'encoder "{spec}" cannot be built for {image_size}-px images: '
-                             f"{type(error).__name__} {error}") from error
+            raise ValueError(
+                f'encoder "{spec}" cannot be built for {image_size}-px images: '
+                f"{type(error).__name__} {error}"
+            ) from error
     raise AssertionError("unreachable: the last attempt names no size")
 
 
 def trunk(spec: str, image_size: int = 224) -> nn.Module:
     """Return the trunk that `spec` names, with random weights: (n, 3, s, s) -> (n, d).
 
-    "small48" is the small CPU net of width 48. A torchvision ResNet goes by its name, "-s" adds the small-image stem:
-    "resnet18-s", "resnet101". Any other name is timm's, with options for its constructor after a colon:
-    "vit_small_patch16_224", "vit_tiny_patch16_224:patch_size=4" (a ViT on 32 px). `image_size` (px) matters only to
-    models with position embeddings. ValueError names what is known, nearest names first.
+    "small48" is the small CPU net of width 48. A torchvision ResNet goes by its name, "-s" adds the
+    small-image stem: "resnet18-s", "resnet101". Any other name is timm's, with options for its
+    constructor after a colon: "vit_small_patch16_224", "vit_tiny_patch16_224:patch_size=4" (a ViT
+    on 32 px). `image_size` (px) matters only to models with position embeddings. ValueError names
+    what is known, nearest names first.
     """
     if match := re.fullmatch(r"small(\d+)", spec):
         return small(int(match[1]))
@@ -112,56 +139,80 @@ def trunk(spec: str, image_size: int = 224) -> nn.Module:
     name, _, options = spec.partition(":")
     if timm.is_model(name):
         return _timm(spec, name, _options(spec, options), image_size)
-    near = difflib.get_close_matches(name, dict.fromkeys(["small48", *known, *timm.list_models()]), n=4)
+    near = difflib.get_close_matches(
+        name, dict.fromkeys(["small48", *known, *timm.list_models()]), n=4
+    )
     hint = f"nearest: {', '.join(near)}; " if near else ""
-    raise ValueError(f'encoder "{spec}" is not known: {hint}expected "small<width>", a torchvision ResNet such as '
-                     '"resnet18", "resnet18-s" (3x3 stem), "resnet101", or a timm model such as "vit_tiny_patch16_224"')
+    raise ValueError(
+        f'encoder "{spec}" is not known: {hint}expected "small<width>", a torchvision ResNet such '
+        "as "
+        '"resnet18", "resnet18-s" (3x3 stem), "resnet101", or a timm model such as '
+        '"vit_tiny_patch16_224"'
+    )
 
 
 def projector(width: int, spec: str) -> nn.ModuleList:
-    """Return the projector's blocks for `spec` "512-512-512": Linear-BatchNorm-ReLU each, the last a bare Linear.
+    """Return the projector's blocks for `spec` "512-512-512": Linear-BatchNorm-ReLU each, the last
+    a bare Linear.
 
-    The paper's reference is "8192-8192-8192" (§2.2); the last layer has no bias. An empty spec is no projector.
+    The paper's reference is "8192-8192-8192" (§2.2); the last layer has no bias. An empty spec is
+    no projector.
     """
     if not spec:
         return nn.ModuleList()
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", spec):
-        raise ValueError(f'projector "{spec}" cannot be read: expected widths such as "512-512-512", or "" for none')
+        raise ValueError(
+            f'projector "{spec}" cannot be read: expected widths such as "512-512-512", or "" for '
+            "none"
+        )
     widths = [width, *map(int, spec.split("-"))]
-    blocks = [nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())
-              for i, o in zip(widths[:-2], widths[1:-1], strict=True)]
+    blocks = [
+        nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())
+        for i, o in zip(widths[:-2], widths[1:-1], strict=True)
+    ]
     return nn.ModuleList([*blocks, nn.Linear(widths[-2], widths[-1], bias=False)])
 
 
 @torch.no_grad()
 def width_of(trunk: nn.Module, image_size: int) -> int:
-    """Return the width d of the trunk's output; ValueError unless it is (n, d). No batch statistic changes."""
+    """Return the width d of the trunk's output; ValueError unless it is (n, d). No batch statistic
+    changes.
+    """
     was_training = trunk.training
     shape = tuple(trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
     trunk.train(was_training)
     if len(shape) != 2:
-        raise ValueError(f"the trunk returns {shape} for one {image_size}-px image: expected (1, d). "
-                         "Choose an encoder that pools its features.")
+        raise ValueError(
+            f"the trunk returns {shape} for one {image_size}-px image: expected (1, d). "
+            "Choose an encoder that pools its features."
+        )
     return shape[1]
 
 
 class Encoder(nn.Module):
-    """Trunk and projector. `layers(x)` gives every representation, `forward(x)` the projector's output.
+    """Trunk and projector. `layers(x)` gives every representation, `forward(x)` the projector's
+    output.
 
     Without a projector (`projector_spec` is "") that is the backbone's.
     """
 
-    def __init__(self, encoder: str = "small48", projector_spec: str = "512-512-512", image_size: int = 32):
+    def __init__(
+        self, encoder: str = "small48", projector_spec: str = "512-512-512", image_size: int = 32
+    ):
         super().__init__()
         self.trunk = trunk(encoder, image_size)
         self.projector = projector(width_of(self.trunk, image_size), projector_spec)
         self.register_module("classifier", None)
 
     def add_classifier(self, classes: int) -> None:
-        """Put BatchNorm, ReLU and a linear layer on the projector: the supervised baseline, with a layer "logits"."""
+        """Put BatchNorm, ReLU and a linear layer on the projector: the supervised baseline, with a
+        layer "logits".
+        """
         if len(self.projector) == 0:
-            raise ValueError('the supervised baseline classifies the projector\'s output: projector is "", '
-                             'expected widths such as "512-512-512"')
+            raise ValueError(
+                'the supervised baseline classifies the projector\'s output: projector is "", '
+                'expected widths such as "512-512-512"'
+            )
         width = list(self.projector.parameters())[-1].shape[0]
         self.classifier = nn.Sequential(nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, classes))
 
@@ -184,12 +235,19 @@ class Encoder(nn.Module):
 
 
 @torch.inference_mode()
-def embed(encoder: Encoder, images: Tensor, layers: Iterable[str] | None = ("projector", "backbone"), batch: int = 500,
-          device: str = "cpu") -> dict[str, Tensor]:
-    """Return {layer: float32 (n, d)} on the CPU for normalised uint8 squares (n, 3, s, s), in evaluation mode.
+def embed(
+    encoder: Encoder,
+    images: Tensor,
+    layers: Iterable[str] | None = ("projector", "backbone"),
+    batch: int = 500,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Return {layer: float32 (n, d)} on the CPU for normalised uint8 squares (n, 3, s, s), in
+    evaluation mode.
 
-    All layers come from one forward pass; `layers=None` is all that the encoder has. Always full precision, so that
-    two embeddings of one image differ by rounding only. The encoder's mode is restored.
+    All layers come from one forward pass; `layers=None` is all that the encoder has. Always full
+    precision, so that two embeddings of one image differ by rounding only. The encoder's mode is
+    restored.
     """
     from dejavu_utils.views import normalize
 
@@ -198,10 +256,15 @@ def embed(encoder: Encoder, images: Tensor, layers: Iterable[str] | None = ("pro
     parts: list[dict[str, Tensor]] = []
     try:
         for chunk in images.split(batch):
-            found = encoder.layers(normalize(chunk.to(device)).contiguous(memory_format=torch.channels_last))
+            found = encoder.layers(
+                normalize(chunk.to(device)).contiguous(memory_format=torch.channels_last)
+            )
             wanted = list(found) if layers is None else list(layers)
             if missing := [layer for layer in wanted if layer not in found]:
-                raise ValueError(f'layer "{missing[0]}" is not in this encoder: expected one of {", ".join(found)}')
+                raise ValueError(
+                    f'layer "{missing[0]}" is not in this encoder: expected one of '
+                    f"{', '.join(found)}"
+                )
             parts.append({layer: found[layer].float().cpu() for layer in wanted})
     finally:
         encoder.train(was_training)

@@ -1,17 +1,48 @@
-"""The paper's figures, drawn from tidy tables; every function returns a matplotlib figure and touches nothing else."""
+"""The paper's figures, drawn from tidy tables; every function returns a matplotlib figure and
+touches nothing else.
+"""
 
 import numpy as np
 
-TARGET, REFERENCE, BAYES = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colour-blind-safe palette
-SPLIT = {"memorized": "#0072B2", "correlated": "#56B4E9", "misrepresented": "#D55E00", "unassociated": "#DDDDDD"}
-NAMES = {"vicreg": "VICReg", "simclr": "SimCLR", "barlow_twins": "Barlow Twins", "byol": "BYOL", "dino": "DINO",
-         "supervised": "supervised"}
-PROBES = {"held-out accuracy": BAYES, "train - held-out gap": REFERENCE, "gap of a probe that saw neither": "#E69F00"}
+TARGET, REFERENCE, BAYES = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+)  # Okabe and Ito's colour-blind-safe palette
+SPLIT = {
+    "memorized": "#0072B2",
+    "correlated": "#56B4E9",
+    "misrepresented": "#D55E00",
+    "unassociated": "#DDDDDD",
+}
+NAMES = {
+    "vicreg": "VICReg",
+    "simclr": "SimCLR",
+    "barlow_twins": "Barlow Twins",
+    "byol": "BYOL",
+    "dino": "DINO",
+    "supervised": "supervised",
+}
+PROBES = {
+    "held-out accuracy": BAYES,
+    "train - held-out gap": REFERENCE,
+    "gap of a probe that saw neither": "#E69F00",
+}
 LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
-REFERENCES = {"two-model": TARGET, "start 1": "#56B4E9", "many-model": "#000000", "resnet": "#CC79A7",
-              "naive_bayes": "#E69F00", "bayes": BAYES}
-SWEEPS = {"layer": "layer", "k": "k: neighbours that vote", "min_side": "periphery crop: smallest side (px)",
-          "fraction": "corner crop: share of each side"}
+REFERENCES = {
+    "two-model": TARGET,
+    "start 1": "#56B4E9",
+    "many-model": "#000000",
+    "resnet": "#CC79A7",
+    "naive_bayes": "#E69F00",
+    "bayes": BAYES,
+}
+SWEEPS = {
+    "layer": "layer",
+    "k": "k: neighbours that vote",
+    "min_side": "periphery crop: smallest side (px)",
+    "fraction": "corner crop: share of each side",
+}
 
 
 def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options):
@@ -20,15 +51,23 @@ def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, 
     import seaborn as sns
 
     sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc={"legend.frameon": False})
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                                layout="constrained", **options)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
     sns.despine(figure)
     plt.close(figure)  # shown by whoever asked for it, never twice
     return figure, axes
 
 
 def _columns(count: int, most: int, rows: int = 1, *size, **options) -> tuple:
-    """Return (figure, `count` columns of `rows` axes), `most` of them side by side, the others below."""
+    """Return (figure, `count` columns of `rows` axes), `most` of them side by side, the others
+    below.
+    """
     deep = -(-count // most)
     wide = -(-count // deep)
     figure, axes = _axes(wide, rows * deep, *size, **options)
@@ -39,7 +78,9 @@ def _columns(count: int, most: int, rows: int = 1, *size, **options) -> tuple:
 
 
 def _panels(table, by=("criterion",), rows: int = 1, **options):
-    """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per criterion (and rho)."""
+    """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per
+    criterion (and rho).
+    """
     groups, parts = zip(*table.groupby(list(by), sort=False, dropna=False), strict=True)
     figure, columns = _columns(len(groups), 3, rows, **options)
     for column, (kind, *rho) in zip(columns, groups, strict=True):
@@ -63,31 +104,46 @@ def _same_scale(axes, room: float = 0.0) -> None:
 
 
 def _errors(table, y: str, ends: str | None = None) -> list:
-    """Return how far the interval reaches below and above each value; its columns are <ends>low, <ends>high."""
+    """Return how far the interval reaches below and above each value; its columns are <ends>low,
+    <ends>high.
+    """
     ends = f"{y}_" if ends is None else ends
-    return [(table[y] - table[f"{ends}low"]).clip(lower=0), (table[f"{ends}high"] - table[y]).clip(lower=0)]
+    return [
+        (table[y] - table[f"{ends}low"]).clip(lower=0),
+        (table[f"{ends}high"] - table[y]).clip(lower=0),
+    ]
 
 
-def _line(axis, table, x: str, y: str, colour: str, label: str, style: str = "-", ends: str | None = None) -> None:
+def _line(
+    axis, table, x: str, y: str, colour: str, label: str, style: str = "-", ends: str | None = None
+) -> None:
     """Draw y over x with its interval (see `_errors`) as a band and a marker at each value."""
     table = table.sort_values(x)
     axis.plot(table[x], table[y], style, color=colour, marker="o", markersize=4, label=label)
     below, above = _errors(table, y, ends)
-    axis.fill_between(table[x], table[y] - below, table[y] + above, color=colour, alpha=0.18, linewidth=0)
+    axis.fill_between(
+        table[x], table[y] - below, table[y] + above, color=colour, alpha=0.18, linewidth=0
+    )
 
 
 def examples(images, rects, labels):
-    """Return training images with their boxes (dashed) and background crops (solid), and the crops below.
+    """Return training images with their boxes (dashed) and background crops (solid), and the crops
+    below.
 
-    `images` (n, 3, h, w) uint8, `rects` a list of (boxes (m, 4), crop (4,)), `labels` the names of the classes.
+    `images` (n, 3, h, w) uint8, `rects` a list of (boxes (m, 4), crop (4,)), `labels` the names of
+    the classes.
     """
     from matplotlib.patches import Rectangle
 
     figure, axes = _axes(len(images), 2, 1.35, 1.5)
-    for (top, bottom), image, (boxes, crop), label in zip(axes.T, images, rects, labels, strict=True):
+    for (top, bottom), image, (boxes, crop), label in zip(
+        axes.T, images, rects, labels, strict=True
+    ):
         picture = np.moveaxis(np.asarray(image), 0, -1)
         top.imshow(picture)
-        styles = [{"ls": "--", "lw": 1.5, "ec": "white"}] * len(boxes) + [{"lw": 2, "ec": REFERENCE}]
+        styles = [{"ls": "--", "lw": 1.5, "ec": "white"}] * len(boxes) + [
+            {"lw": 2, "ec": REFERENCE}
+        ]
         for (x0, y0, x1, y1), style in zip([*boxes, crop], styles, strict=True):
             top.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **style))
         top.set_title(label, fontsize=9)
@@ -112,9 +168,11 @@ def losses(table):
 
 
 def over_p(curve):
-    """Return accuracy of target and reference over the p % most confident examples: the paper's first figure.
+    """Return accuracy of target and reference over the p % most confident examples: the paper's
+    first figure.
 
-    Columns: criterion, rho, p, target, target_low, target_high, reference, reference_low, reference_high, chance.
+    Columns: criterion, rho, p, target, target_low, target_high, reference, reference_low,
+    reference_high, chance.
     """
     figure, panels = _panels(curve, ("criterion", "rho"), sharey=True)
     for (axis,), part in panels:
@@ -143,34 +201,48 @@ def probes(table):
     for (axis,), part in panels:
         _probe_lines(axis, part, table["low"].min())
     _label_left(figure.axes, "linear probe (backbone)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3
+    )
     return figure
 
 
 def over_epochs(scores, probes):
-    """Return the déjà vu score (top) and what the linear probe shows (bottom) over epochs, a column a criterion.
+    """Return the déjà vu score (top) and what the linear probe shows (bottom) over epochs, a column
+    a criterion.
 
-    `scores`: criterion, epoch, p, score, low, high. `probes`: criterion, epoch, quantity, mean, low, high.
+    `scores`: criterion, epoch, p, score, low, high. `probes`: criterion, epoch, quantity, mean,
+    low, high.
     """
     figure, panels = _panels(scores, rows=2, width=4.0, height=2.8, sharex=True)
-    shades = dict(zip(sorted(scores["p"].unique(), reverse=True), (TARGET, "#CC79A7", BAYES), strict=False))
+    shades = dict(
+        zip(sorted(scores["p"].unique(), reverse=True), (TARGET, "#CC79A7", BAYES), strict=False)
+    )
     for (top, bottom), part in panels:
         for p, colour in shades.items():
             _line(top, part[part["p"] == p], "epoch", "score", colour, f"p = {p:g} %", ends="")
         top.axhline(0, color="grey", lw=1, ls=":")
-        _probe_lines(bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min())
+        _probe_lines(
+            bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min()
+        )
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
     _label_left(tops, "déjà vu score")
     _label_left(bottoms, "linear probe (backbone)")
     _same_scale(tops, 0.3)  # room for the legend above the bands
     tops[0].legend(loc="upper left", ncols=len(shades))
-    figure.legend(*bottoms[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8,
-                  ncols=1 if len(panels) == 1 else 3)
+    figure.legend(
+        *bottoms[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        fontsize=8,
+        ncols=1 if len(panels) == 1 else 3,
+    )
     return figure
 
 
 def split(shares):
-    """Return the four-way split over epochs, stacked, a panel a criterion. Columns: criterion, epoch and the shares."""
+    """Return the four-way split over epochs, stacked, a panel a criterion. Columns: criterion,
+    epoch and the shares.
+    """
     figure, panels = _panels(shares, sharey=True)
     for (axis,), one in panels:
         one = one.sort_values("epoch")
@@ -178,7 +250,15 @@ def split(shares):
         for name in ("correlated", "misrepresented", "memorized"):
             axis.bar(x, one[name], bottom=base, color=SPLIT[name], label=name, width=0.7)
             base += one[name].to_numpy()
-        axis.errorbar(x, base, yerr=_errors(one, "memorized"), fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        axis.errorbar(
+            x,
+            base,
+            yerr=_errors(one, "memorized"),
+            fmt="none",
+            ecolor="black",
+            elinewidth=1,
+            capsize=2,
+        )
         axis.set_xticks(x, one["epoch"].astype(str))
         axis.set_xlabel("epoch")
     first = figure.axes[0]
@@ -191,15 +271,27 @@ def split(shares):
 def over_rho(table):
     """Return target, reference and Bayes accuracy against the background-object correlation ρ.
 
-    Columns: criterion, rho, target, target_low, target_high, reference, reference_low, reference_high, bayes, chance.
+    Columns: criterion, rho, target, target_low, target_high, reference, reference_low,
+    reference_high, bayes, chance.
     """
     figure, [((axis,), table)] = _panels(table.sort_values("rho"), width=4.6, height=3.4)
     _line(axis, table, "rho", "target", TARGET, "target (trained on the image)")
     _line(axis, table, "rho", "reference", REFERENCE, "reference (not trained on it)", "--")
-    axis.plot(table["rho"], table["bayes"], color=BAYES, lw=1.5, ls="-.", label="Bayes: all that the background tells")
+    axis.plot(
+        table["rho"],
+        table["bayes"],
+        color=BAYES,
+        lw=1.5,
+        ls="-.",
+        label="Bayes: all that the background tells",
+    )
     axis.axhline(table["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
-    axis.set(xlabel="ρ: background-object correlation", ylabel="label-inference accuracy", ylim=(0, None),
-             xticks=table["rho"])
+    axis.set(
+        xlabel="ρ: background-object correlation",
+        ylabel="label-inference accuracy",
+        ylim=(0, None),
+        xticks=table["rho"],
+    )
     axis.legend(fontsize=8)
     return figure
 
@@ -213,8 +305,16 @@ def layers(scores):
     figure, [[axis]] = _axes(1, width=1.6 + 1.4 * len(kinds), height=3.2)
     for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
         one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
-        axis.bar(np.arange(len(kinds)) + 0.3 * (i - 0.5), one["score"], 0.28, color=LAYERS[layer], label=layer,
-                 yerr=_errors(one, "score", ""), capsize=3, error_kw={"elinewidth": 1})
+        axis.bar(
+            np.arange(len(kinds)) + 0.3 * (i - 0.5),
+            one["score"],
+            0.28,
+            color=LAYERS[layer],
+            label=layer,
+            yerr=_errors(one, "score", ""),
+            capsize=3,
+            error_kw={"elinewidth": 1},
+        )
     axis.axhline(0, color="grey", lw=1)
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
     axis.set(ylabel="déjà vu score, all examples", ylim=(None, 1.3 * float(scores["high"].max())))
@@ -223,22 +323,33 @@ def layers(scores):
 
 
 def references(table):
-    """Return the déjà vu score against every reference, all examples: a group a criterion, with 95 % intervals.
+    """Return the déjà vu score against every reference, all examples: a group a criterion, with 95
+    % intervals.
 
-    Filled: calibrated on images of neither set, where that can be done; hollow: as measured. Columns:
-    `agreement.scores`.
+    Filled: calibrated on images of neither set, where that can be done; hollow: as measured.
+    Columns: `agreement.scores`.
     """
     kinds = list(dict.fromkeys(table["criterion"]))
     figure, [[axis]] = _axes(1, width=2.0 + 1.5 * len(kinds), height=3.6)
     names = [name for name in REFERENCES if name in set(table["reference"])]
     for i, name in enumerate(names):
         one = table[table["reference"] == name].set_index("criterion")
-        x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * ((i + 0.5) / len(names) - 0.5)
+        x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * (
+            (i + 0.5) / len(names) - 0.5
+        )
         known = one["calibrated"].notna().to_numpy()
         best = one[["calibrated", "calibrated_low", "calibrated_high"]].to_numpy()
         value, low, high = np.where(known[:, None], best, one[["score", "low", "high"]]).T
-        axis.errorbar(x, value, yerr=[value - low, high - value], fmt="o", ms=5, capsize=2, color=REFERENCES[name],
-                      label=name.replace("_", " "))
+        axis.errorbar(
+            x,
+            value,
+            yerr=[value - low, high - value],
+            fmt="o",
+            ms=5,
+            capsize=2,
+            color=REFERENCES[name],
+            label=name.replace("_", " "),
+        )
         axis.plot(x[known], one["score"][known], "o", ms=5, mfc="white", mec=REFERENCES[name])
     axis.axhline(0, color="grey", lw=1, ls=":")
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
@@ -248,7 +359,8 @@ def references(table):
 
 
 def sweeps(table):
-    """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most confident.
+    """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most
+    confident.
 
     Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
     """
@@ -259,18 +371,30 @@ def sweeps(table):
         values = list(dict.fromkeys(part["value"]))
         for i, (p, one) in enumerate(part.groupby("p", sort=False)):
             one = one.set_index("value").loc[values]
-            axis.errorbar(np.arange(len(values)) + 0.16 * i - 0.08, one["score"], fmt="o", markersize=4, capsize=3,
-                          yerr=_errors(one, "score", ""), label=f"p = {p:g} %", color=(TARGET, "#CC79A7", BAYES)[i])
+            axis.errorbar(
+                np.arange(len(values)) + 0.16 * i - 0.08,
+                one["score"],
+                fmt="o",
+                markersize=4,
+                capsize=3,
+                yerr=_errors(one, "score", ""),
+                label=f"p = {p:g} %",
+                color=(TARGET, "#CC79A7", BAYES)[i],
+            )
         axis.axhline(0, color="grey", lw=1, ls=":")
         axis.set_xticks(np.arange(len(values)), values)
         axis.set_xlabel(SWEEPS[kind])
     _label_left(figure.axes, "déjà vu score")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2
+    )
     return figure
 
 
 def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
-    """Show a picture in a frame of a colour, under its name, which is green and bold where it is the right one."""
+    """Show a picture in a frame of a colour, under its name, which is green and bold where it is
+    the right one.
+    """
     axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
     style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
     axis.set_title(name if len(name) < 13 else name[:11] + "…", fontsize=7.5, pad=2, **style)
@@ -280,17 +404,21 @@ def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
 
 
 def gallery(rows, neighbours: int = 4):
-    """Return a picture table: crop, true image, then the nearest public images under target and reference, with labels.
+    """Return a picture table: crop, true image, then the nearest public images under target and
+    reference, with labels.
 
-    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the same), and title if
-    the crop is to be called otherwise.
+    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the
+    same), and title if the crop is to be called otherwise.
     """
     figure, axes = _axes(2 + 2 * neighbours, len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
         _picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
         _picture(line[1], row["image"], row["name"], "black", False)
-        cells = [(*near, colour) for role, colour in (("target", TARGET), ("reference", REFERENCE))
-                 for near in row[role][:neighbours]]
+        cells = [
+            (*near, colour)
+            for role, colour in (("target", TARGET), ("reference", REFERENCE))
+            for near in row[role][:neighbours]
+        ]
         for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
             _picture(axis, picture, name, frame, name == row["name"])
     return figure

@@ -1,4 +1,6 @@
-"""Readers of the layouts that data sets come in: Tiny-ImageNet, ImageNet, Pascal VOC, YOLO; folders or zip files."""
+"""Readers of the layouts that data sets come in: Tiny-ImageNet, ImageNet, Pascal VOC, YOLO; folders
+or zip files.
+"""
 
 import contextlib
 import functools
@@ -18,16 +20,28 @@ from dejavu_utils import manifests
 from dejavu_utils.data import Images, threads
 from dejavu_utils.manifests import Tree
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # pictures only: Pillow also opens programs (EPS) and documents
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "WEBP",
+    "GIF",
+)  # pictures only: Pillow also opens programs (EPS) and documents
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
 LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
 
 
 class Lazy(Sequence):
-    """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are the sizes of the files."""
+    """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are the sizes of the
+    files.
+    """
 
     def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]):
-        self.tree, self.names, self.stamps = tree, np.asarray(names, dtype=object), np.asarray(stamps, dtype=np.int64)
+        self.tree, self.names, self.stamps = (
+            tree,
+            np.asarray(names, dtype=object),
+            np.asarray(stamps, dtype=np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,16 +54,22 @@ class Lazy(Sequence):
             with self.tree.open(self.names[i]) as file, _picture(file) as image:
                 return _pixels(image)
         except Exception as error:
-            raise ValueError(f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). "
-                             "Repair or remove that picture and run the command again.") from error
+            raise ValueError(
+                f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). "
+                "Repair or remove that picture and run the command again."
+            ) from error
 
 
 @contextlib.contextmanager
 def _picture(file):
-    """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST` px."""
+    """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST`
+    px.
+    """
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > LARGEST:
-            raise ValueError(f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?")
+            raise ValueError(
+                f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?"
+            )
         yield image
 
 
@@ -59,7 +79,9 @@ def _pixels(image) -> Tensor:
 
 
 class Source(NamedTuple):
-    """A data set on disk: its manifest, its files, the folders of its pictures and of its annotations ("": none)."""
+    """A data set on disk: its manifest, its files, the folders of its pictures and of its
+    annotations ("": none).
+    """
 
     entry: dict
     tree: Tree
@@ -67,23 +89,29 @@ class Source(NamedTuple):
     marks: str
 
     def mark(self, name: str, suffix: str) -> str:
-        """Return the name of a picture's own annotation file, there or not: it has the same place in `marks`."""
-        return str(PurePosixPath(f"{self.marks}{name[len(self.images):]}").with_suffix(suffix))
+        """Return the name of a picture's own annotation file, there or not: it has the same place
+        in `marks`.
+        """
+        return str(PurePosixPath(f"{self.marks}{name[len(self.images) :]}").with_suffix(suffix))
 
 
 def _source(entry: dict, tree: Tree) -> Source:
-    """Return the data set in `tree`; FileNotFoundError if a folder that its layout needs is not there."""
+    """Return the data set in `tree`; FileNotFoundError if a folder that its layout needs is not
+    there.
+    """
     found = {what: tree.find(entry.get(what, ())) for what in ("images", "annotations")}
     for what in ("images", "annotations") if entry["layout"] == "yolo" else ("images",):
         if found[what] is None:
-            raise FileNotFoundError(f"{tree.path} is not a data set of layout {entry['layout']}: expected a folder "
-                                    f"{' or '.join(entry[what])} in it. See data_manifests/{entry['name']}.yaml.")
+            raise FileNotFoundError(
+                f"{tree.path} is not a data set of layout {entry['layout']}: expected a folder "
+                f"{' or '.join(entry[what])} in it. See data_manifests/{entry['name']}.yaml."
+            )
     return Source(entry, tree, found["images"], found["annotations"] or "")
 
 
 def _folder(source: Source, name: str) -> str:
     """Return the class of a picture: the folder it is in."""
-    return name[len(source.images) + 1:].partition("/")[0]
+    return name[len(source.images) + 1 :].partition("/")[0]
 
 
 def _prefix(source: Source, name: str) -> str:
@@ -105,9 +133,11 @@ def _table(tree: Tree, name: str) -> dict[str, list[str]]:
 
 
 def _tiny_boxes(source: Source, name: str):
-    """Return the box in the table of the picture's class: whole pixels, the last one included, made half-open.
+    """Return the box in the table of the picture's class: whole pixels, the last one included, made
+    half-open.
 
-    A box whose first and last column (or row) are the same is a degenerate annotation and keeps its zero area.
+    A box whose first and last column (or row) are the same is a degenerate annotation and keeps its
+    zero area.
     """
     key = _folder(source, name)
     table = _table(source.tree, f"{source.images}/{key}/{key}_boxes.txt")
@@ -118,19 +148,28 @@ def _tiny_boxes(source: Source, name: str):
 
 
 def _xml_boxes(source: Source, name: str, grow: tuple[int, int]):
-    """Return the boxes of a Pascal VOC file, their corners moved by `grow` to be half-open, and the annotated size."""
+    """Return the boxes of a Pascal VOC file, their corners moved by `grow` to be half-open, and the
+    annotated size.
+    """
     file = source.mark(name, ".xml")
     raw = source.tree.read(file) if file in source.tree else b"<annotation/>"
     if b"\0" in raw or re.search(rb"<!(?!--)", raw):
         raise ValueError("an annotation with a DOCTYPE or ENTITY is refused")
     root = ElementTree.fromstring(raw)
-    corners = [[float(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in root.iter("bndbox")]
+    corners = [
+        [float(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        for box in root.iter("bndbox")
+    ]
     size = tuple(float(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-    return np.array(corners, np.float64).reshape(-1, 4) + np.repeat(grow, 2), size if min(size) > 0 else None
+    return np.array(corners, np.float64).reshape(-1, 4) + np.repeat(grow, 2), size if min(
+        size
+    ) > 0 else None
 
 
 def _yolo_rows(source: Source, name: str) -> tuple[np.ndarray, int]:
-    """Return the rows of a YOLO label file (class, centre, size) and the class of the largest box."""
+    """Return the rows of a YOLO label file (class, centre, size) and the class of the largest
+    box.
+    """
     rows = np.array(source.tree.lines(source.mark(name, ".txt")), np.float64).reshape(-1, 5)
     if not len(rows):
         raise ValueError("no class: no label file, or no box in it")
@@ -147,40 +186,63 @@ def _yolo_boxes(source: Source, name: str):
     return np.c_[centre - half, centre + half], (1.0, 1.0)
 
 
-# How each layout tells the class of a picture, and its boxes (m, 4) with the (width, height) they refer to (None: the
-# picture's). VOC boxes are 1-based, last pixel included. ImageNet's are read as 0-based with the last pixel included:
-# that covers the object if they are edges, too.
-LAYOUTS = {"tiny_imagenet": (_folder, _tiny_boxes), "imagenet": (_folder, functools.partial(_xml_boxes, grow=(0, 1))),
-           "voc": (_prefix, functools.partial(_xml_boxes, grow=(-1, 0))), "yolo": (_largest, _yolo_boxes)}
+# How each layout tells the class of a picture, and its boxes (m, 4) with the (width, height) they
+# refer to (None: the picture's). VOC boxes are 1-based, last pixel included. ImageNet's are read as
+# 0-based with the last pixel included: that covers the object if they are edges, too.
+LAYOUTS = {
+    "tiny_imagenet": (_folder, _tiny_boxes),
+    "imagenet": (_folder, functools.partial(_xml_boxes, grow=(0, 1))),
+    "voc": (_prefix, functools.partial(_xml_boxes, grow=(-1, 0))),
+    "yolo": (_largest, _yolo_boxes),
+}
 
 
 def _classes(source: Source, wanted: int | None, found: set) -> tuple[list, tuple[str, ...]]:
-    """Return (keys, names) of the classes to read, sorted by key, of those `found`: the first `wanted`, None for all.
+    """Return (keys, names) of the classes to read, sorted by key, of those `found`: the first
+    `wanted`, None for all.
 
-    A manifest may list its classes, and so may a file wnids.txt; their names are in the manifest or in words.txt.
+    A manifest may list its classes, and so may a file wnids.txt; their names are in the manifest or
+    in words.txt.
     """
     entry, base = source.entry, source.images.rpartition("train")[0]
     there = {line[0] for line in source.tree.lines(f"{base}wnids.txt")} or found - {None}
-    keys = sorted(there.intersection(entry["classes"]) if isinstance(entry["classes"], list) else there)
+    keys = sorted(
+        there.intersection(entry["classes"]) if isinstance(entry["classes"], list) else there
+    )
     if not keys or wanted is not None and not 1 <= wanted <= len(keys):
-        raise ValueError(f"data set {entry['name']}: classes = {wanted}, but {len(keys)} are there; expected 1 to "
-                         f"{len(keys)}, or None for all.")
+        raise ValueError(
+            f"data set {entry['name']}: classes = {wanted}, but {len(keys)} are there; expected 1 "
+            "to "
+            f"{len(keys)}, or None for all."
+        )
     keys = keys[:wanted]
-    words = {line[0]: line[1].split(",")[0] for line in source.tree.lines(f"{base}words.txt") if len(line) > 1}
+    words = {
+        line[0]: line[1].split(",")[0]
+        for line in source.tree.lines(f"{base}words.txt")
+        if len(line) > 1
+    }
     names = [entry["names"][key] if "names" in entry else words.get(key, key) for key in keys]
-    return keys, tuple(n if names.count(n) == 1 else f"{n} ({key})" for n, key in zip(names, keys, strict=True))
+    return keys, tuple(
+        n if names.count(n) == 1 else f"{n} ({key})" for n, key in zip(names, keys, strict=True)
+    )
 
 
 def _unique(pictures: list[tuple], keys: set) -> tuple[list[tuple], list[tuple[str, str]]]:
-    """Return the pictures (id, name, class) of these classes, and those of them whose id is taken as (name, reason)."""
+    """Return the pictures (id, name, class) of these classes, and those of them whose id is taken
+    as (name, reason).
+    """
     chosen = [each for each in pictures if each[2] in keys]
     first = {own: name for own, name, _ in reversed(chosen)}
-    skipped = [(name, f"has the id of {first[own]}") for own, name, _ in chosen if name != first[own]]
+    skipped = [
+        (name, f"has the id of {first[own]}") for own, name, _ in chosen if name != first[own]
+    ]
     return [each for each in chosen if each[1] == first[each[0]]], skipped
 
 
 def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
-    """Return boxes scaled from the annotated size to the picture's, and clamped to it: float32 (m, 4)."""
+    """Return boxes scaled from the annotated size to the picture's, and clamped to it: float32 (m,
+    4).
+    """
     limits = np.array([*size, *size], np.float64)
     if annotated:
         boxes = boxes * (limits / [*annotated, *annotated])
@@ -190,15 +252,22 @@ def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
 
 
 def _one(source: Source, name: str, row: Tensor | None):
-    """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it cannot be read.
+    """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it
+    cannot be read.
 
-    Without `row`, a JPEG with an end marker is taken to be whole and not decoded: ImageNet would take half an hour.
+    Without `row`, a JPEG with an end marker is taken to be whole and not decoded: ImageNet would
+    take half an hour.
     """
     try:
         with source.tree.open(name) as file, _picture(file) as image:
-            size, boxes = image.size, _fit(*LAYOUTS[source.entry["layout"]][1](source, name), image.size)
+            size, boxes = (
+                image.size,
+                _fit(*LAYOUTS[source.entry["layout"]][1](source, name), image.size),
+            )
             if row is not None and size != (row.shape[2], row.shape[1]):
-                raise ValueError(f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}")
+                raise ValueError(
+                    f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}"
+                )
             if row is not None:
                 row.copy_(_pixels(image))
             length = file.seek(0, os.SEEK_END)
@@ -206,15 +275,17 @@ def _one(source: Source, name: str, row: Tensor | None):
             if row is None and (image.format != "JPEG" or file.read() != b"\xff\xd9"):
                 image.load()
         return boxes, size, length
-    except Exception as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
+    except (
+        Exception
+    ) as error:  # decoders and parsers fail in many ways; every one is a line in `skipped`
         return f"{type(error).__name__}: {error}"
 
 
 def load(entry: dict, path: Path, classes: int | None = None) -> Images:
     """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
 
-    `classes`: the first so many (sorted; None all). Pictures of one size (`image_size`) are held decoded, others are
-    decoded when asked for. Broken ones are in `skipped`, each with its reason.
+    `classes`: the first so many (sorted; None all). Pictures of one size (`image_size`) are held
+    decoded, others are decoded when asked for. Broken ones are in `skipped`, each with its reason.
     """
     if path.is_file() and path.name == entry.get("file") and entry.get("sha256"):
         manifests.verify(entry, path)
@@ -225,11 +296,19 @@ def load(entry: dict, path: Path, classes: int | None = None) -> Images:
     pictures, skipped = _unique(pictures, {None, *keys})
     width, height = entry.get("image_size") or (0, 0)
     pixels = torch.empty(len(pictures), 3, height, width, dtype=torch.uint8)
-    found = threads(lambda i: _one(source, pictures[i][1], pixels[i] if width else None), range(len(pictures)))
-    skipped += [(name, one) for (_, name, _), one in zip(pictures, found, strict=True) if isinstance(one, str)]
+    found = threads(
+        lambda i: _one(source, pictures[i][1], pixels[i] if width else None), range(len(pictures))
+    )
+    skipped += [
+        (name, one)
+        for (_, name, _), one in zip(pictures, found, strict=True)
+        if isinstance(one, str)
+    ]
     good = [i for i, one in enumerate(found) if not isinstance(one, str)]
     if not good:
-        raise ValueError(f"{path}: none of {len(pictures)} pictures could be read. {(skipped or [''])[0]}")
+        raise ValueError(
+            f"{path}: none of {len(pictures)} pictures could be read. {(skipped or [''])[0]}"
+        )
     boxes, sizes, stamps = zip(*(found[i] for i in good), strict=True)
     ids, files, labels = zip(*(pictures[i] for i in good), strict=True)
     pixels = pixels if len(good) == len(pictures) else pixels[good]

@@ -1,4 +1,6 @@
-"""What the target is compared with. The paper's two-model test: encoders A and B, each the other's reference (§3)."""
+"""What the target is compared with. The paper's two-model test: encoders A and B, each the other's
+reference (§3).
+"""
 
 import functools
 import inspect
@@ -14,23 +16,30 @@ from dejavu_utils.pairs import Pair
 
 
 def _cached(pair: Pair, name: str, make, *modules: str, **parts):
-    """Return the table that `make()` returns, read from disk if the same was made before, by the same `modules`."""
+    """Return the table that `make()` returns, read from disk if the same was made before, by the
+    same `modules`.
+    """
     encoders = [Path(job.folder).name for job in pair.jobs.values()]
     data_hash = {part: images.digest for part, images in pair.parts.items()}
     code = store.code_version("attack", "knn", "crops", "models", "probe", "references", *modules)
     own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
     path = pair.folder / f"{name}-{own}.parquet"
     if not path.exists():
-        store.write_table(path, make(), {"parameters": parts | pair.setting, "seed": pair.setting["seed"]})
+        store.write_table(
+            path, make(), {"parameters": parts | pair.setting, "seed": pair.setting["seed"]}
+        )
     return store.read_table(path)
 
 
 def cached(name: str, *modules: str):
-    """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and then reads it.
+    """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and
+    then reads it.
 
-    A table is told by the pair's encoders and images, by all arguments but the device, by the crop (the pair's, if none
-    is given) and by the code of the attack and of `modules`. It is on disk as <name>-<epoch>-<key>.
+    A table is told by the pair's encoders and images, by all arguments but the device, by the crop
+    (the pair's, if none is given) and by the code of the attack and of `modules`. It is on disk as
+    <name>-<epoch>-<key>.
     """
+
     def decorate(make):
         @functools.wraps(make)
         def table(*arguments, **options):
@@ -39,19 +48,36 @@ def cached(name: str, *modules: str):
             given = dict(bound.arguments)
             pair, _ = given.pop("pair"), given.pop("device")
             given["crop"] = given.get("crop") or pair.crop
-            return _cached(pair, f"{name}-{given['epoch']:04d}", lambda: make(**bound.arguments), *modules, **given)
+            return _cached(
+                pair,
+                f"{name}-{given['epoch']:04d}",
+                lambda: make(**bound.arguments),
+                *modules,
+                **given,
+            )
+
         return table
+
     return decorate
 
 
 @cached("attack")
-def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] | None = None,
-              attacked: str = "attacked", crop: dict | None = None, device: str = "cpu"):
-    """Return the label-inference table of a pair at one epoch: one row per attacked image, model and layer.
+def two_model(
+    pair: Pair,
+    epoch: int,
+    k: int,
+    layers: tuple[str, ...] | None = None,
+    attacked: str = "attacked",
+    crop: dict | None = None,
+    device: str = "cpu",
+):
+    """Return the label-inference table of a pair at one epoch: one row per attacked image, model
+    and layer.
 
-    `layers` are projector and backbone if not given, and the logits of the supervised baseline, attacked directly.
-    `attacked="control"` attacks images of a third set that neither encoder saw. Columns: those of
-    `attack.label_inference`, then criterion, rho, seed, epoch, layer, k, attacked.
+    `layers` are projector and backbone if not given, and the logits of the supervised baseline,
+    attacked directly. `attacked="control"` attacks images of a third set that neither encoder saw.
+    Columns: those of `attack.label_inference`, then criterion, rho, seed, epoch, layer, k,
+    attacked.
     """
     scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
     layers = layers or ("projector", "backbone", *scored)
@@ -61,19 +87,41 @@ def two_model(pair: Pair, epoch: int, k: int, layers: tuple[str, ...] | None = N
         targets[side], rects = cropped(images, crop or pair.crop)
         found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
     found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
-    ids, labels = ({side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels"))
+    ids, labels = (
+        {side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels")
+    )
     tables = []
     for layer in layers:
-        at = {name: {model: values.to(device) if name in targets else values  # the queries' device searches
-                     for model, values in by_layer[layer].items()} for name, by_layer in found.items()}
+        at = {
+            name: {
+                model: values.to(device)
+                if name in targets
+                else values  # the queries' device searches
+                for model, values in by_layer[layer].items()
+            }
+            for name, by_layer in found.items()
+        }
         known = None if layer == "logits" else at["public"]
-        table = attack.label_inference(at, known, public.labels, ids, labels, k, len(public.classes))
-        tables.append(table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked))
+        table = attack.label_inference(
+            at, known, public.labels, ids, labels, k, len(public.classes)
+        )
+        tables.append(
+            table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked)
+        )
     return pd.concat(tables, ignore_index=True)
 
 
-def at_layer(pair: Pair, epoch: int, k: int, layer: str = "projector", attacked: str = "attacked", device: str = "cpu"):
-    """Return the rows of `two_model` at one layer; the layers that it has by default are attacked together, once."""
+def at_layer(
+    pair: Pair,
+    epoch: int,
+    k: int,
+    layer: str = "projector",
+    attacked: str = "attacked",
+    device: str = "cpu",
+):
+    """Return the rows of `two_model` at one layer; the layers that it has by default are attacked
+    together, once.
+    """
     usual = layer in ("projector", "backbone", "logits")
     table = two_model(pair, epoch, k, None if usual else (layer,), attacked, device=device)
     return table[table["layer"] == layer]
@@ -85,10 +133,14 @@ def cropped(images, crop: dict) -> tuple:
     return images.subset(keep), rects[keep]
 
 
-def embed_images(encoders: dict, images, size: int, layers, rects=None, device: str = "cpu", chunk: int = 4096):
-    """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every encoder.
+def embed_images(
+    encoders: dict, images, size: int, layers, rects=None, device: str = "cpu", chunk: int = 4096
+):
+    """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every
+    encoder.
 
-    Pictures are decoded once for all encoders and `chunk` at a time, so that a public set need not fit into memory.
+    Pictures are decoded once for all encoders and `chunk` at a time, so that a public set need not
+    fit into memory.
     """
     found: dict = {layer: {model: [] for model in encoders} for layer in layers}
     for start in range(0, len(images), chunk):
@@ -97,20 +149,29 @@ def embed_images(encoders: dict, images, size: int, layers, rects=None, device: 
         for model, encoder in encoders.items():
             for layer, values in embed(encoder, pixels, layers, device=device).items():
                 found[layer][model].append(values)
-    return {layer: {model: torch.cat(parts) for model, parts in by.items()} for layer, by in found.items()}
+    return {
+        layer: {model: torch.cat(parts) for model, parts in by.items()}
+        for layer, by in found.items()
+    }
 
 
 def held_out(pair: Pair, encoders: dict, layers, device: str = "cpu") -> tuple[dict, np.ndarray]:
-    """Return {layer: {model: (n, d)}} and labels (n,) of the images that no encoder saw: the probe and control set."""
+    """Return {layer: {model: (n, d)}} and labels (n,) of the images that no encoder saw: the probe
+    and control set.
+    """
     sets = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
     found = [embed_images(encoders, images, pair.size(), layers, device=device) for images in sets]
-    joined = {layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
-              for layer in layers}
+    joined = {
+        layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
+        for layer in layers
+    }
     return joined, np.concatenate([images.labels for images in sets])
 
 
 def _attacked(pair: Pair, which: str) -> dict:
-    """Return {"a", "b"} -> Images: the images unique to each set, or the two halves of the control set."""
+    """Return {"a", "b"} -> Images: the images unique to each set, or the two halves of the control
+    set.
+    """
     if which == "attacked":
         return {side: pair.parts[side] for side in ("a", "b")}
     control = pair.parts["control"]
@@ -119,19 +180,27 @@ def _attacked(pair: Pair, which: str) -> dict:
 
 
 @cached("probe")
-def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"):
-    """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps, at one epoch.
+def probes(
+    pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"
+):
+    """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps,
+    at one epoch.
 
-    `train`, `held_out`, `gap`: a linear probe trained on the encoder's own images, judged on them and on held-out ones
-    (the paper's baseline): the probe and the control set, which no encoder saw. `member`, `non_member`, `fresh_gap`: a
-    probe trained on half of the held-out images, judged on the encoder's own images and on the other half, so that the
-    probe itself has seen neither. `knn`: k-NN accuracy.
-    `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no seed (see probe.linear_probe).
+    `train`, `held_out`, `gap`: a linear probe trained on the encoder's own images, judged on them
+    and on held-out ones (the paper's baseline): the probe and the control set, which no encoder
+    saw. `member`, `non_member`, `fresh_gap`: a probe trained on half of the held-out images, judged
+    on the encoder's own images and on the other half, so that the probe itself has seen neither.
+    `knn`: k-NN accuracy. `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no
+    seed (see probe.linear_probe).
     """
     encoders, rows = {model: pair.encoder(model, epoch) for model in ("A", "B")}, []
     held, t = held_out(pair, encoders, (layer,), device)
-    fit = functools.partial(probe.linear_probe, classes=len(pair.parts["probe"].classes), method=method,
-                            seed=pair.setting["seed"])
+    fit = functools.partial(
+        probe.linear_probe,
+        classes=len(pair.parts["probe"].classes),
+        method=method,
+        seed=pair.setting["seed"],
+    )
     first = np.arange(len(t)) % 2 == 0
     for model, encoder in encoders.items():
         own = pair.parts[model.lower()]
@@ -140,45 +209,75 @@ def probes(pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs
         paper = fit(x, y, z, t)
         folds = [fit(z[a], t[a], z[~a], t[~a], extra=(x, y)) for a in (first, ~first)]
         member, fresh = (np.mean([fold[name] for fold in folds]) for name in ("extra", "test"))
-        rows.append({"model": model, "train": paper["train"], "held_out": paper["test"], "gap": paper["gap"],
-                     "member": member, "non_member": fresh, "fresh_gap": member - fresh,
-                     "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)), "n_train": len(y),
-                     "n_held_out": len(t)})
+        rows.append(
+            {
+                "model": model,
+                "train": paper["train"],
+                "held_out": paper["test"],
+                "gap": paper["gap"],
+                "member": member,
+                "non_member": fresh,
+                "fresh_gap": member - fresh,
+                "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)),
+                "n_train": len(y),
+                "n_held_out": len(t),
+            }
+        )
     return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
 
 
 def bayes(pair: Pair) -> float:
-    """Return the known Bayes accuracy from the background alone; NaN on real pictures, where nobody knows it."""
+    """Return the known Bayes accuracy from the background alone; NaN on real pictures, where nobody
+    knows it.
+    """
     is_scenes = pair.parts["public"].ids[0].startswith("scene-")
-    return scenes.bayes_accuracy(pair.setting["rho"], len(pair.parts["public"].classes)) if is_scenes else float("nan")
+    return (
+        scenes.bayes_accuracy(pair.setting["rho"], len(pair.parts["public"].classes))
+        if is_scenes
+        else float("nan")
+    )
 
 
 def choose(table, count: int, how: str = "memorized", seed: int = 0) -> list[str]:
-    """Return ids of attacked images to look at: the most confidently memorized, or a random draw (`how="random"`).
+    """Return ids of attacked images to look at: the most confidently memorized, or a random draw
+    (`how="random"`).
 
-    The ranking is the paper's: the target's confidence minus the reference's, among images only the target gets right.
+    The ranking is the paper's: the target's confidence minus the reference's, among images only the
+    target gets right.
     """
-    wide = table[table["layer"] == "projector"].pivot(index="id", columns="role", values=["correct", "confidence"])
+    wide = table[table["layer"] == "projector"].pivot(
+        index="id", columns="role", values=["correct", "confidence"]
+    )
     if how == "random":
         return list(np.random.default_rng(seed).choice(wide.index.to_numpy(), count, replace=False))
-    lead = wide["confidence", "target"].astype(float) - wide["confidence", "reference"].astype(float)
+    lead = wide["confidence", "target"].astype(float) - wide["confidence", "reference"].astype(
+        float
+    )
     only = wide["correct", "target"].astype(bool) & ~wide["correct", "reference"].astype(bool)
     return list(lead[only].sort_values(ascending=False, kind="stable").index[:count])
 
 
 def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]:
-    """Return a row per id for `plots.gallery`: crop, image, class and the k nearest public images under both models."""
+    """Return a row per id for `plots.gallery`: crop, image, class and the k nearest public images
+    under both models.
+    """
     public, size = pair.parts["public"], pair.size()
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
     known = public.squares(size)
-    bank = {model: embed(encoder, known, ("projector",))["projector"] for model, encoder in encoders.items()}
+    bank = {
+        model: embed(encoder, known, ("projector",))["projector"]
+        for model, encoder in encoders.items()
+    }
     rows = []
     for name in ids:
         side = "a" if name in pair.parts["a"].ids else "b"
         one = pair.parts[side].subset(np.flatnonzero(pair.parts[side].ids == name))
         crop = one.squares(size, crops.background(one, pair.crop)[0])
         row = {"crop": crop[0], "image": one.squares(size)[0], "name": one.classes[one.labels[0]]}
-        for role, model in (("target", side.upper()), ("reference", "BA"["AB".index(side.upper())])):
+        for role, model in (
+            ("target", side.upper()),
+            ("reference", "BA"["AB".index(side.upper())]),
+        ):
             query = embed(encoders[model], crop, ("projector",))["projector"]
             nearest = knn.search(query, bank[model], k)[1][0].numpy()
             row[role] = [(known[j], public.classes[public.labels[j]]) for j in nearest]

@@ -1,7 +1,8 @@
 """Everything on disk: atomic writes, verified reads, cache keys, code versions, locks.
 
-An artifact is a file and its sidecar `<file>.json` (sha256, size, parameters, seed, versions, device, code version).
-The sidecar is written before the file appears under its name, so a file that is there always has one.
+An artifact is a file and its sidecar `<file>.json` (sha256, size, parameters, seed, versions,
+device, code version). The sidecar is written before the file appears under its name, so a file that
+is there always has one.
 """
 
 import ast
@@ -31,10 +32,15 @@ class StoreError(ValueError):
 
 
 def root() -> Path:
-    """Return the repository root: $DEJAVU_ROOT, or the folder above `dejavu_utils/`; it must hold `notebooks/`."""
+    """Return the repository root: $DEJAVU_ROOT, or the folder above `dejavu_utils/`; it must hold
+    `notebooks/`.
+    """
     folder = Path(os.environ.get("DEJAVU_ROOT") or PACKAGE.parent).resolve()
     if not (folder / "notebooks").is_dir():
-        raise StoreError(f"{folder} has no notebooks/ folder: set DEJAVU_ROOT to the folder that `git clone` made.")
+        raise StoreError(
+            f"{folder} has no notebooks/ folder: set DEJAVU_ROOT to the folder that `git clone` "
+            "made."
+        )
     return folder
 
 
@@ -45,11 +51,15 @@ def runs(profile: str) -> Path:
 
 def cores() -> int:
     """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )  # macOS has none
 
 
 def _plain(value: Any, exact: bool = True) -> Any:
-    """Return `value` as plain JSON types; `exact` (keys) makes 1.0 equal 1 and refuses NaN, else it becomes null."""
+    """Return `value` as plain JSON types; `exact` (keys) makes 1.0 equal 1 and refuses NaN, else it
+    becomes null.
+    """
     if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
         value = value.tolist()
     if hasattr(value, "__dataclass_fields__"):
@@ -68,11 +78,16 @@ def _plain(value: Any, exact: bool = True) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    raise StoreError(f"cannot store a {type(value).__name__} ({value!r}): pass numbers, text, lists, dicts or None.")
+    raise StoreError(
+        f"cannot store a {type(value).__name__} ({value!r}): pass numbers, text, lists, dicts or "
+        "None."
+    )
 
 
 def key(**parts: Any) -> str:
-    """Return 16 hex characters that name these parts: equal parts, equal key, whatever their order; 1 equals 1.0."""
+    """Return 16 hex characters that name these parts: equal parts, equal key, whatever their order;
+    1 equals 1.0.
+    """
     text = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -81,8 +96,8 @@ def key(**parts: Any) -> str:
 def code_version(*modules: str) -> str:
     """Return 12 hex characters for the code of `modules` of this package (all, if none is named).
 
-    Comments, docstrings and layout do not count. The first call of a process holds: edits need a new one. A name may
-    be a path relative to the package, without its .py.
+    Comments, docstrings and layout do not count. The first call of a process holds: edits need a
+    new one. A name may be a path relative to the package, without its .py.
     """
     digest = hashlib.sha256()
     for name in sorted(modules) or sorted(path.stem for path in PACKAGE.glob("*.py")):
@@ -91,7 +106,9 @@ def code_version(*modules: str) -> str:
             raise StoreError(f"code_version: no module dejavu_utils/{name}.py.")
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            documented = isinstance(
+                node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            )
             if documented and ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
         digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
@@ -108,7 +125,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; after the block it is synced and renamed, or on an error removed."""
+    """Yield a temporary sibling of `path`; after the block it is synced and renamed, or on an error
+    removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
@@ -122,8 +141,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
         number = int(number[1]) if number else getattr(error, "errno", None)
         if number not in _FULL:
             raise
-        raise OSError(number, f"cannot write {path}: {os.strerror(number)}. What was there before is unchanged. "
-                              "Free some space (`make clean` removes runs/) and run the command again.") from error
+        raise OSError(
+            number,
+            f"cannot write {path}: {os.strerror(number)}. What was there before is unchanged. "
+            "Free some space (`make clean` removes runs/) and run the command again.",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,7 +157,9 @@ def sidecar(path: str | Path) -> Path:
 
 def _text(path: Path, content: Any) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(_plain(content, exact=False), indent=1, ensure_ascii=False, allow_nan=False))
+        temporary.write_text(
+            json.dumps(_plain(content, exact=False), indent=1, ensure_ascii=False, allow_nan=False)
+        )
 
 
 def digest(path: Path) -> str:
@@ -148,12 +172,14 @@ def digest(path: Path) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python, torch and numpy, without importing them."""
     from importlib.metadata import version
+
     return {"python": sys.version.split()[0], "torch": version("torch"), "numpy": version("numpy")}
 
 
 @contextmanager
 def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
-    """Yield a temporary path to write; then `path` and its sidecar, with `meta` merged in, appear together.
+    """Yield a temporary path to write; then `path` and its sidecar, with `meta` merged in, appear
+    together.
 
     Killed between the two replacements, the sidecar still describes the old file, under `previous`.
     """
@@ -162,9 +188,17 @@ def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
     device = "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
     with atomic(path) as temporary:
         yield temporary
-        entry = {"sha256": digest(temporary), "bytes": temporary.stat().st_size, "parameters": {}, "seed": None,
-                 "versions": versions(), "device": device, "code": code_version(),
-                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **(meta or {})}
+        entry = {
+            "sha256": digest(temporary),
+            "bytes": temporary.stat().st_size,
+            "parameters": {},
+            "seed": None,
+            "versions": versions(),
+            "device": device,
+            "code": code_version(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **(meta or {}),
+        }
         try:
             old = {"previous": verify(path)}
         except (StoreError, FileNotFoundError):
@@ -175,24 +209,35 @@ def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
 
 
 def verify(path: str | Path) -> dict:
-    """Return the sidecar of `path` after checking the file against it; StoreError or FileNotFoundError otherwise."""
+    """Return the sidecar of `path` after checking the file against it; StoreError or
+    FileNotFoundError otherwise.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: run the stage that makes it (`make figures`).")
+        raise FileNotFoundError(
+            f"{path} is not there: run the stage that makes it (`make figures`)."
+        )
     try:
         entry = json.loads(sidecar(path).read_text())
         by_digest = {item["sha256"]: item for item in (entry, entry.get("previous", entry))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path}: its sidecar {path.name}.json is missing or damaged. {_AGAIN}") from error
+        raise StoreError(
+            f"{path}: its sidecar {path.name}.json is missing or damaged. {_AGAIN}"
+        ) from error
     found = digest(path)
     if found not in by_digest:
-        raise StoreError(f"{path} is damaged: sha256 {found[:12]}… ({path.stat().st_size} bytes), its sidecar says "
-                         f"{entry['sha256'][:12]}… ({entry.get('bytes')} bytes). {_AGAIN}")
+        raise StoreError(
+            f"{path} is damaged: sha256 {found[:12]}… ({path.stat().st_size} bytes), its sidecar "
+            "says "
+            f"{entry['sha256'][:12]}… ({entry.get('bytes')} bytes). {_AGAIN}"
+        )
     return by_digest[found]
 
 
 def write_json(path: str | Path, content: Any, meta: Mapping | None = None) -> None:
-    """Write plain values as JSON, with a sidecar; numpy values become plain ones, NaN and infinities null."""
+    """Write plain values as JSON, with a sidecar; numpy values become plain ones, NaN and
+    infinities null.
+    """
     with artifact(path, meta) as temporary:
         _text(temporary, content)
 
@@ -217,33 +262,55 @@ def write_table(path: str | Path, frame: Any, meta: Mapping | None = None) -> No
 
 
 def read_table(path: str | Path) -> Any:
-    """Return a table artifact as a DataFrame after checking it; in .csv an empty text reads as missing."""
+    """Return a table artifact as a DataFrame after checking it; in .csv an empty text reads as
+    missing.
+    """
     import pandas as pd
+
     meta = verify(path)
     if Path(path).suffix == ".parquet":
         return pd.read_parquet(path)
-    return pd.read_csv(path, dtype=meta.get("columns"), keep_default_na=False, na_values=[""],
-                       float_precision="round_trip")
+    return pd.read_csv(
+        path,
+        dtype=meta.get("columns"),
+        keep_default_na=False,
+        na_values=[""],
+        float_precision="round_trip",
+    )
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Any], meta: Mapping | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Any], meta: Mapping | None = None
+) -> None:
     """Write named tensors as safetensors, with a sidecar that carries `meta`."""
     from safetensors.torch import save_file
+
     with artifact(path, meta) as temporary:  # copies: safetensors refuses tensors that share memory
-        save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file(
+            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+            temporary,
+        )
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:
-    """Return (tensors on the CPU, sidecar) of a safetensors artifact after checking it; nothing is unpickled."""
+    """Return (tensors on the CPU, sidecar) of a safetensors artifact after checking it; nothing is
+    unpickled.
+    """
     from safetensors.torch import load_file
+
     meta = verify(path)
     return load_file(path), meta
 
 
 def write_figure(stem: str | Path, figure: Any, frame: Any, meta: Mapping | None = None) -> None:
-    """Write <stem>.png (120 dpi), <stem>.pdf and the table behind them <stem>.csv; same figure, same bytes."""
+    """Write <stem>.png (120 dpi), <stem>.pdf and the table behind them <stem>.csv; same figure,
+    same bytes.
+    """
     write_table(f"{stem}.csv", frame, meta)
-    undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    undated = {
+        ".png": {"Software": None},
+        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
     for suffix, metadata in undated.items():
         with artifact(f"{stem}{suffix}", meta) as temporary:
             figure.savefig(temporary, dpi=120, metadata=metadata, bbox_inches="tight")
@@ -251,7 +318,9 @@ def write_figure(stem: str | Path, figure: Any, frame: Any, meta: Mapping | None
 
 @contextmanager
 def lock(path: str | Path) -> Iterator[None]:
-    """Hold <path>.lock for the block: one process at a time; says once whom it waits for. Not re-entrant."""
+    """Hold <path>.lock for the block: one process at a time; says once whom it waits for. Not
+    re-entrant.
+    """
     path = Path(f"{path}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -259,7 +328,11 @@ def lock(path: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(f"waiting for {path.stem}: {file.read().strip() or 'another process'} is working on it", flush=True)
+            print(
+                f"waiting for {path.stem}: {file.read().strip() or 'another process'} is working "
+                "on it",
+                flush=True,
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")

@@ -20,38 +20,48 @@ from dejavu_utils.models import Encoder
 
 @dataclass(frozen=True)
 class Recipe:
-    """How encoders are trained; the defaults are for two CPU cores, the profile `imagenet` has the paper's (§2.2)."""
+    """How encoders are trained; the defaults are for two CPU cores, the profile `imagenet` has the
+    paper's (§2.2).
+    """
 
-    criterion: str = "vicreg"            # "vicreg", "barlow_twins", "simclr", "byol", "dino" or "supervised"
-    encoder: str = "small32"             # trunk, see models.trunk
-    projector: str = "512-512-512"       # widths of the projector's layers
-    size: int = 32                       # px, side of the square that the encoder sees
-    batch: int = 50                      # images a step; the last incomplete batch of an epoch is dropped
-    optimizer: str = "adamw"             # "adamw" or "lars"
-    lr: float = 0.01                     # peak, per 256 images: the step uses lr * batch / 256
-    weight_decay: float = 1e-6           # on weights only, not on biases and norms
-    warmup: float = 0.05                 # share of the steps with a linearly rising rate
-    constants: dict = field(default_factory=lambda: {"temperature": 0.2})  # of the criterion, e.g. {"invariance": 25.0}
-    views: dict = field(default_factory=lambda: {"scale_min": 0.04, "strength": 0.4, "blur": 0.0})  # see views.Views
-    precision: str = "auto"              # "fp32", "bf16" or "auto": bf16 where the processor computes it
-    threads: int = 1                     # CPU threads of one job: 1 and 2 give different bits
-    compile: bool = False                # torch.compile of the trunk: a minute first, faster on a GPU
-    resident: float = 8.0                # GiB of pixels kept on the device; more are decoded in workers
-    workers: int = 0                     # processes that decode; 0 is one less than there are cores
-    processes: int = 1                   # that share each batch, one device each, started by torchrun
-    nodes: int = 1                       # machines of so many processes each, started by srun
-    sync_bn: bool = False                # batch norms over the joint batch of all processes
-    engine: str = "own"                  # "own", or "vissl" for VISSL's training engine
+    criterion: str = "vicreg"  # "vicreg", "barlow_twins", "simclr", "byol", "dino" or "supervised"
+    encoder: str = "small32"  # trunk, see models.trunk
+    projector: str = "512-512-512"  # widths of the projector's layers
+    size: int = 32  # px, side of the square that the encoder sees
+    batch: int = 50  # images a step; the last incomplete batch of an epoch is dropped
+    optimizer: str = "adamw"  # "adamw" or "lars"
+    lr: float = 0.01  # peak, per 256 images: the step uses lr * batch / 256
+    weight_decay: float = 1e-6  # on weights only, not on biases and norms
+    warmup: float = 0.05  # share of the steps with a linearly rising rate
+    constants: dict = field(
+        default_factory=lambda: {"temperature": 0.2}
+    )  # of the criterion, e.g. {"invariance": 25.0}
+    views: dict = field(
+        default_factory=lambda: {"scale_min": 0.04, "strength": 0.4, "blur": 0.0}
+    )  # see views.Views
+    precision: str = "auto"  # "fp32", "bf16" or "auto": bf16 where the processor computes it
+    threads: int = 1  # CPU threads of one job: 1 and 2 give different bits
+    compile: bool = False  # torch.compile of the trunk: a minute first, faster on a GPU
+    resident: float = 8.0  # GiB of pixels kept on the device; more are decoded in workers
+    workers: int = 0  # processes that decode; 0 is one less than there are cores
+    processes: int = 1  # that share each batch, one device each, started by torchrun
+    nodes: int = 1  # machines of so many processes each, started by srun
+    sync_bn: bool = False  # batch norms over the joint batch of all processes
+    engine: str = "own"  # "own", or "vissl" for VISSL's training engine
 
 
 def stream(seed: int | str, purpose: str, device: str = "cpu") -> torch.Generator:
-    """Return the generator for one purpose: equal (seed, purpose) draw equal numbers, whatever else was drawn."""
+    """Return the generator for one purpose: equal (seed, purpose) draw equal numbers, whatever else
+    was drawn.
+    """
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def precision(name: str, device: str) -> torch.dtype:
-    """Return the autocast type for `name` ("auto", "bf16", "fp32"): auto is bf16 where the hardware computes it."""
+    """Return the autocast type for `name` ("auto", "bf16", "fp32"): auto is bf16 where the hardware
+    computes it.
+    """
     known = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if name != "auto":
         return known[name]
@@ -62,17 +72,23 @@ def precision(name: str, device: str) -> torch.dtype:
 
 def _optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [p for p in method.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    from timm.optim import Lars  # the paper's optimiser; its trust ratio skips tensors without weight decay
+    from timm.optim import (
+        Lars,
+    )  # the paper's optimiser; its trust ratio skips tensors without weight decay
 
     return Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Return the rate at `step` of `steps`: linear warm-up, then cosine to a thousandth of the peak."""
+    """Return the rate at `step` of `steps`: linear warm-up, then cosine to a thousandth of the
+    peak.
+    """
     peak = recipe.lr * recipe.batch / 256
     warm = max(1, round(recipe.warmup * steps))
     if step < warm:
@@ -83,13 +99,23 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 class Training:
     """One encoder in training: everything that a checkpoint must hold, and one epoch at a time.
 
-    `images` uint8 (n, 3, H, W), or lazy ones with their `sizes` (n, 2), see feed.Feed. Each epoch's order and views
-    come from streams named by (seed, epoch), so the state at the end of an epoch is the method (encoder, heads, slow
-    copy), the optimiser and the epoch's number, and a resumed run has the same bits.
+    `images` uint8 (n, 3, H, W), or lazy ones with their `sizes` (n, 2), see feed.Feed. Each epoch's
+    order and views come from streams named by (seed, epoch), so the state at the end of an epoch is
+    the method (encoder, heads, slow copy), the optimiser and the epoch's number, and a resumed run
+    has the same bits.
     """
 
-    def __init__(self, images, recipe: Recipe, epochs: int, seed: int | str, device: str = "cpu", labels=None,
-                 classes: int = 0, sizes=None):
+    def __init__(
+        self,
+        images,
+        recipe: Recipe,
+        epochs: int,
+        seed: int | str,
+        device: str = "cpu",
+        labels=None,
+        classes: int = 0,
+        sizes=None,
+    ):
         rank, processes, self.device = distributed.start(device)
         self.recipe, self.epochs, self.seed, self.epoch = recipe, epochs, seed, 0
         labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
@@ -119,19 +145,27 @@ class Training:
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder that is kept: the one that the gradient reaches (BYOL's online net, DINO's student)."""
+        """The encoder that is kept: the one that the gradient reaches (BYOL's online net, DINO's
+        student).
+        """
         return self.method.encoder
 
     def run_epoch(self) -> float:
-        """Return the mean loss of the next epoch, after training it; FloatingPointError names a step that broke it."""
+        """Return the mean loss of the next epoch, after training it; FloatingPointError names a
+        step that broke it.
+        """
         rng, steps = stream(self.seed, f"epoch {self.epoch}", self.device), self.feed.steps
-        losses = torch.zeros(steps, device=self.device)  # read once an epoch: a look at each would stall a GPU
+        losses = torch.zeros(
+            steps, device=self.device
+        )  # read once an epoch: a look at each would stall a GPU
         for i, (views, labels) in enumerate(self.feed.epoch(rng)):
             losses[i] = self._step(views, labels, self.epoch * steps + i, self.epochs * steps)
         if not torch.isfinite(losses).all():
             step = int((~torch.isfinite(losses)).nonzero()[0])
-            raise FloatingPointError(f"train: the loss became {losses[step].item()} in epoch {self.epoch + 1}, step "
-                                     f"{step + 1} of {steps}")
+            raise FloatingPointError(
+                f"train: the loss became {losses[step].item()} in epoch {self.epoch + 1}, step "
+                f"{step + 1} of {steps}"
+            )
         self.epoch += 1
         return float(losses.double().mean())
 
@@ -147,22 +181,30 @@ class Training:
         return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that a resumed run needs, as named tensors: the method's and the optimiser's."""
+        """Return all that a resumed run needs, as named tensors: the method's and the
+        optimiser's.
+        """
         state = {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for i, slots in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+            state |= {
+                f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in slots.items()
+            }
         return state
 
     def restore(self, tensors: dict[str, Tensor], epoch: int, where: str | Path) -> None:
         """Continue from what `tensors()` returned at the end of `epoch`."""
-        state = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
+        state = {
+            n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")
+        }
         checkpoints.fill(self.method, state, where)
         slots: dict[int, dict] = {}
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 _, index, slot = name.split(".", 2)
-                like = weights[int(index)]  # a moment must lie in memory as its weight does, or the bits differ
+                like = weights[
+                    int(index)
+                ]  # a moment must lie in memory as its weight does, or the bits differ
                 value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
                 slots.setdefault(int(index), {})[slot] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
@@ -171,16 +213,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Job:
-    """One encoder to train. `pixels` is the path of what it is trained on: a tensor artifact that holds "pixels"
-    (n, 3, H, W) uint8 and "labels" (n,), or a table of pictures still on disk (see `pairs`)."""
+    """One encoder to train. `pixels` is the path of what it is trained on: a tensor artifact that
+    holds "pixels" (n, 3, H, W) uint8 and "labels" (n,), or a table of pictures still on disk (see
+    `pairs`).
+    """
 
     pixels: str
     folder: str
     recipe: Recipe
-    epochs: list[int]  # epochs at which the encoder is kept; 0 is the untrained one, the last ends training
+    epochs: list[
+        int
+    ]  # epochs at which the encoder is kept; 0 is the untrained one, the last ends training
     seed: str
     device: str = "cpu"
-    classes: int = 0   # how many the labels count
+    classes: int = 0  # how many the labels count
 
     def checkpoint(self, epoch: int) -> Path:
         """Return where the encoder of `epoch` is kept."""
@@ -200,14 +246,22 @@ class Job:
 
 
 def fit(job: Job, every: float = 30.0) -> None:
-    """Train `job` to its end, from its last state if there is one, and keep the encoder of each of `job.epochs`.
+    """Train `job` to its end, from its last state if there is one, and keep the encoder of each of
+    `job.epochs`.
 
-    A state is saved every `every` seconds: a killed run loses no more, and its rerun ends with the same bits. One line
-    of JSON per epoch goes to log.jsonl. FloatingPointError says where a loss stopped being finite.
+    A state is saved every `every` seconds: a killed run loses no more, and its rerun ends with the
+    same bits. One line of JSON per epoch goes to log.jsonl. FloatingPointError says where a loss
+    stopped being finite.
     """
     torch.set_num_threads(job.recipe.threads)
-    training = Training(recipe=job.recipe, epochs=max(job.epochs), seed=job.seed, device=job.device,
-                        classes=job.classes, **job.read())
+    training = Training(
+        recipe=job.recipe,
+        epochs=max(job.epochs),
+        seed=job.seed,
+        device=job.device,
+        classes=job.classes,
+        **job.read(),
+    )
     last = Path(job.folder) / "last.safetensors"
     if last.exists():
         tensors, meta = store.read_tensors(last)
@@ -223,15 +277,25 @@ def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -
     log = open_log(Path(job.folder) / "log.jsonl", training.epoch) if writes else None
     while True:
         if writes and training.epoch in job.epochs and not job.checkpoint(training.epoch).exists():
-            checkpoints.save(job.checkpoint(training.epoch), training.encoder, job.recipe, epoch=training.epoch,
-                             seed=job.seed, precision=str(training.dtype))
+            checkpoints.save(
+                job.checkpoint(training.epoch),
+                training.encoder,
+                job.recipe,
+                epoch=training.epoch,
+                seed=job.seed,
+                precision=str(training.dtype),
+            )
         if training.epoch >= training.epochs:
             return
         if writes and time.monotonic() - saved > every:
-            store.write_tensors(last, training.tensors(), {"epoch": training.epoch, "seed": job.seed})
+            store.write_tensors(
+                last, training.tensors(), {"epoch": training.epoch, "seed": job.seed}
+            )
             saved = time.monotonic()
         if os.getppid() != parent:  # whoever started this is gone: stop at a whole state
-            raise SystemExit(f"{job.folder}: stopped at epoch {training.epoch}, the starting process ended")
+            raise SystemExit(
+                f"{job.folder}: stopped at epoch {training.epoch}, the starting process ended"
+            )
         began = time.monotonic()
         try:
             loss = training.run_epoch()
@@ -239,12 +303,18 @@ def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -
             text = f"{error}; {job.folder} keeps the last good state: lower the recipe's lr"
             raise FloatingPointError(text) from None
         if log:
-            line = {"epoch": training.epoch, "loss": loss, "seconds": round(time.monotonic() - began, 4)}
+            line = {
+                "epoch": training.epoch,
+                "loss": loss,
+                "seconds": round(time.monotonic() - began, 4),
+            }
             log.write(json.dumps(line) + "\n")
 
 
 def open_log(path: Path, epoch: int):
-    """Return the log, cut back to `epoch` (a resumed run writes the later lines again), open for appending by lines."""
+    """Return the log, cut back to `epoch` (a resumed run writes the later lines again), open for
+    appending by lines.
+    """
     kept = [line for line in read_log(path) if line["epoch"] <= epoch]
     with store.atomic(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

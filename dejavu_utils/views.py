@@ -1,7 +1,9 @@
-"""The SSL views of the paper (its appendix; FFCV-SSL's pipeline), for a whole batch at once, on the batch's device.
+"""The SSL views of the paper (its appendix; FFCV-SSL's pipeline), for a whole batch at once, on the
+batch's device.
 
-`draw` decides everything that is random about a batch of views, `finish` applies it to crops, `view` does both to
-whole pictures. Apart, so that crops can be cut elsewhere (in workers that decode) and a batch can be split.
+`draw` decides everything that is random about a batch of views, `finish` applies it to crops,
+`view` does both to whole pictures. Apart, so that crops can be cut elsewhere (in workers that
+decode) and a batch can be split.
 """
 
 from __future__ import annotations
@@ -24,28 +26,33 @@ SIGMA = 2.0  # px at 224 px, of the strongest blur
 class Views:
     """The augmentation's parameters; the defaults are the paper's, for 224-px images."""
 
-    scale_min: float = 0.08   # smallest share of the image's area that a crop covers
+    scale_min: float = 0.08  # smallest share of the image's area that a crop covers
     scale_max: float = 1.0
-    flip: float = 0.5         # probabilities from here on
+    flip: float = 0.5  # probabilities from here on
     jitter: float = 0.8
-    strength: float = 1.0     # of the colour jitter: brightness .4, contrast .4, saturation .2, hue .1, all times this
+    # of the colour jitter: brightness .4, contrast .4, saturation .2, hue .1, all times this
+    strength: float = 1.0
     grey: float = 0.2
-    blur: float = 1.0         # of a Gaussian blur of view 1, sigma .1-2 px at 224 px
-    solarize: float = 0.2     # of view 2
-    local: int = 0            # small views beside the two large ones (DINO); 0 is none
+    blur: float = 1.0  # of a Gaussian blur of view 1, sigma .1-2 px at 224 px
+    solarize: float = 0.2  # of view 2
+    local: int = 0  # small views beside the two large ones (DINO); 0 is none
     local_side: float = 0.43  # side of a local view, share of the large one's, rounded to 8 px
-    local_scale: float = 0.4  # with local views: they cover scale_min to this, the large ones this to scale_max
+    local_scale: float = (
+        0.4  # with local views: they cover scale_min to this, the large ones this to scale_max
+    )
 
 
 class Draw(NamedTuple):
-    """All that is random about one view of n images; `rects` (n, 4) in px of the picture, everything else (n, ...)."""
+    """All that is random about one view of n images; `rects` (n, 4) in px of the picture,
+    everything else (n, ...).
+    """
 
     rects: Tensor
     flip: Tensor
     gain: Tensor
     contrast: Tensor
     matrix: Tensor
-    sigma: Tensor | None     # of the blur, px; None: not blurred
+    sigma: Tensor | None  # of the blur, px; None: not blurred
     solarize: Tensor | None  # None: not solarized
 
     def part(self, rows: slice) -> Draw:
@@ -54,7 +61,9 @@ class Draw(NamedTuple):
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Return pixels in [0, 255] shifted and scaled to ImageNet's mean and deviation, float32 (n, 3, h, w)."""
+    """Return pixels in [0, 255] shifted and scaled to ImageNet's mean and deviation, float32 (n, 3,
+    h, w).
+    """
     mean = 255 * torch.tensor(MEAN, device=pixels.device)[:, None, None]
     std = 255 * torch.tensor(STD, device=pixels.device)[:, None, None]
     return (pixels.float() - mean) / std
@@ -65,7 +74,8 @@ def _uniform(n: int, low: float, high: float, rng: torch.Generator) -> Tensor:
 
 
 def crop_rects(sizes: Tensor, scale: tuple[float, float], rng: torch.Generator) -> Tensor:
-    """Return (n, 4) random-resized-crop rectangles: area uniform in the scale range, log aspect in [3/4, 4/3].
+    """Return (n, 4) random-resized-crop rectangles: area uniform in the scale range, log aspect in
+    [3/4, 4/3].
 
     `sizes` (n, 2): width and height of each picture, in px.
     """
@@ -80,10 +90,11 @@ def crop_rects(sizes: Tensor, scale: tuple[float, float], rng: torch.Generator) 
 
 
 def _colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (gain, contrast, matrix): brightness, contrast and one 3x3 matrix for saturation, hue and greyscale.
+    """Return (gain, contrast, matrix): brightness, contrast and one 3x3 matrix for saturation, hue
+    and greyscale.
 
-    Every step of the jitter but contrast's mean is linear in RGB, so one product per image does them all. Hue turns
-    around the grey axis, as FFCV's jitter does.
+    Every step of the jitter but contrast's mean is linear in RGB, so one product per image does
+    them all. Hue turns around the grey axis, as FFCV's jitter does.
     """
     device = rng.device
     on = (_uniform(n, 0, 1, rng) < views.jitter).float()
@@ -112,7 +123,9 @@ def _jitter(images: Tensor, gain: Tensor, contrast: Tensor, matrix: Tensor) -> T
 
 
 def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Return images blurred by a Gaussian of one `sigma` (px) an image, cut off at `radius` px, edges replicated."""
+    """Return images blurred by a Gaussian of one `sigma` (px) an image, cut off at `radius` px,
+    edges replicated.
+    """
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
@@ -120,21 +133,27 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     for shape in ((1, -1), (-1, 1)):
         pad = (radius, radius, 0, 0) if shape == (1, -1) else (0, 0, radius, radius)
         wide = torch.nn.functional.pad(images, pad, mode="replicate").transpose(0, 1)
-        images = torch.nn.functional.conv2d(wide, kernel.view(n, 1, *shape), groups=n).transpose(0, 1)
+        images = torch.nn.functional.conv2d(wide, kernel.view(n, 1, *shape), groups=n).transpose(
+            0, 1
+        )
     return images
 
 
 def plan(views: Views, size: int, large: int = 2) -> list[tuple[int, str]]:
-    """Return (side in px, kind) of each view of an image: the `large` ones ("first", "second"), then the "local" ones.
+    """Return (side in px, kind) of each view of an image: the `large` ones ("first", "second"),
+    then the "local" ones.
 
-    The first view is blurred, the second solarized (§2.2 of the paper's code); local ones are blurred half as often.
+    The first view is blurred, the second solarized (§2.2 of the paper's code); local ones are
+    blurred half as often.
     """
     side = max(8, 8 * round(size * views.local_side / 8))
     return [(size, kind) for kind in ("first", "second")[:large]] + [(side, "local")] * views.local
 
 
 def draw(kind: str, sizes: Tensor, views: Views, size: int, rng: torch.Generator) -> Draw:
-    """Return what is random about one view of n pictures of `sizes` (n, 2), px; every number comes from `rng`."""
+    """Return what is random about one view of n pictures of `sizes` (n, 2), px; every number comes
+    from `rng`.
+    """
     n, split = len(sizes), views.local_scale if views.local else views.scale_min
     scale = (views.scale_min, split) if kind == "local" else (split, views.scale_max)
     flip = _uniform(n, 0, 1, rng) < views.flip
@@ -150,7 +169,9 @@ def draw(kind: str, sizes: Tensor, views: Views, size: int, rng: torch.Generator
 
 
 def finish(crops: Tensor, drawn: Draw) -> Tensor:
-    """Return views, normalized float32: crops (n, 3, s, s) in [0, 255], already flipped, with colours and blur."""
+    """Return views, normalized float32: crops (n, 3, s, s) in [0, 255], already flipped, with
+    colours and blur.
+    """
     images = _jitter(crops.float(), drawn.gain, drawn.contrast, drawn.matrix)
     if drawn.solarize is not None:
         threshold = torch.where(drawn.solarize, 128.0, torch.inf)[:, None, None, None]
@@ -161,5 +182,7 @@ def finish(crops: Tensor, drawn: Draw) -> Tensor:
 
 
 def view(pixels: Tensor, size: int, drawn: Draw) -> Tensor:
-    """Return one view of each image: normalized float32 (n, 3, size, size) of `pixels` (n, 3, H, W) uint8."""
+    """Return one view of each image: normalized float32 (n, 3, size, size) of `pixels` (n, 3, H, W)
+    uint8.
+    """
     return finish(resample(pixels, drawn.rects, size, drawn.flip), drawn)

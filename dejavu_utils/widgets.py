@@ -1,4 +1,6 @@
-"""Views to play with in JupyterLab (ipywidgets); where nothing runs, a still picture stands in their place."""
+"""Views to play with in JupyterLab (ipywidgets); where nothing runs, a still picture stands in
+their place.
+"""
 
 import base64
 import io
@@ -14,7 +16,9 @@ def _image(png: bytes = b""):
     """Return an image that keeps its own size in a column, and shrinks where that is too wide."""
     import ipywidgets
 
-    return ipywidgets.Image(value=png, layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+    return ipywidgets.Image(
+        value=png, layout=ipywidgets.Layout(align_self="flex-start", max_width="100%")
+    )
 
 
 class View:
@@ -24,11 +28,15 @@ class View:
         self.widget, self.still = widget, still
 
     def _repr_mimebundle_(self, **options):
-        return (self.widget._repr_mimebundle_(**options) or {}) | {"image/png": base64.b64encode(self.still).decode()}
+        return (self.widget._repr_mimebundle_(**options) or {}) | {
+            "image/png": base64.b64encode(self.still).decode()
+        }
 
 
 class Html:
-    """Text that a notebook shows as HTML; unlike IPython's own it needs no IPython, which a plain script may lack."""
+    """Text that a notebook shows as HTML; unlike IPython's own it needs no IPython, which a plain
+    script may lack.
+    """
 
     def __init__(self, data: str):
         self.data = data
@@ -44,7 +52,9 @@ def _png(figure) -> bytes:
 
 
 def png(pixels, side: int = 0) -> bytes:
-    """Return (3, h, w) uint8 pixels as a PNG, `side` px wide (0: as they are), with the pixels left as squares."""
+    """Return (3, h, w) uint8 pixels as a PNG, `side` px wide (0: as they are), with the pixels left
+    as squares.
+    """
     from PIL import Image
 
     file, image = io.BytesIO(), Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1))
@@ -53,7 +63,9 @@ def png(pixels, side: int = 0) -> bytes:
 
 
 def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
-    """Return a menu of figures, each drawn when it is first chosen; the still picture is the first one."""
+    """Return a menu of figures, each drawn when it is first chosen; the still picture is the first
+    one.
+    """
     import ipywidgets
 
     drawn = {next(iter(figures)): _png(next(iter(figures.values()))())}
@@ -64,6 +76,7 @@ def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
         if change["new"] not in drawn:
             drawn[change["new"]] = _png(figures[change["new"]]())
         picture.value = drawn[change["new"]]
+
     menu.observe(show, "value")
     return View(ipywidgets.VBox([menu, picture]), still)
 
@@ -74,15 +87,19 @@ def _told(game: Game, row: dict | None) -> str:
     if row is None:
         return f"Round {played + 1} of {total}. This is background only. What stood in front of it?"
     said = {"you": game.guesses[-1]} | row["said"]
-    answers = "; ".join(f"{who}: {name} {'✓' if name == row['name'] else '✗'}" for who, name in said.items())
+    answers = "; ".join(
+        f"{who}: {name} {'✓' if name == row['name'] else '✗'}" for who, name in said.items()
+    )
     score = ", ".join(f"{who} {count}" for who, count in game.score().items())
     return f"It was <b>{row['name']}</b>. {answers}.<br>Right so far, of {played}: {score}."
 
 
 def play(game: Game) -> View:
-    """Return the game: a crop, a button for each class, then both models' neighbours and the running score.
+    """Return the game: a crop, a button for each class, then both models' neighbours and the
+    running score.
 
-    The still picture is the first round, answered by the models alone. ValueError if there is no round.
+    The still picture is the first round, answered by the models alone. ValueError if there is no
+    round.
     """
     import ipywidgets
 
@@ -97,6 +114,7 @@ def play(game: Game) -> View:
         text.value, more.disabled = _told(game, row), row is None or game.row is None
         for button in names:
             button.disabled = row is not None
+
     for button in names:
         button.on_click(lambda pressed: show(game.guess(pressed.description)))
     more.on_click(lambda pressed: show())
@@ -104,8 +122,12 @@ def play(game: Game) -> View:
     first, right, total = game.rounds[0], game.auto(), len(game.rounds)
     said = first["said"]
     figure = plots.gallery([first])
-    figure.suptitle(f"The target says {said['target']}, the reference {said['reference']}. Of {total} rounds the "
-                    f"target gets {right['target']} right, the reference {right['reference']}.", fontsize=9)
+    figure.suptitle(
+        f"The target says {said['target']}, the reference {said['reference']}. Of {total} rounds "
+        "the "
+        f"target gets {right['target']} right, the reference {right['reference']}.",
+        fontsize=9,
+    )
     choices = ipywidgets.HBox([*names, more], layout=ipywidgets.Layout(flex_flow="row wrap"))
     return View(ipywidgets.VBox([text, picture, choices]), _png(figure))
 
@@ -113,8 +135,8 @@ def play(game: Game) -> View:
 def hover(figure, spots: list[tuple], label: str):
     """Return a matplotlib figure as SVG in HTML whose spots say something under the mouse.
 
-    A spot is (axis, x, y, text); it is found within a few points of its place, and says the texts of all spots there.
-    `label` describes the figure in words.
+    A spot is (axis, x, y, text); it is found within a few points of its place, and says the texts
+    of all spots there. `label` describes the figure in words.
     """
     import re
     from html import escape
@@ -122,12 +144,17 @@ def hover(figure, spots: list[tuple], label: str):
     places: dict[tuple, list[str]] = {}
     for *place, text in spots:
         places.setdefault(tuple(place), []).append(text)
-    for i, (axis, x, y) in enumerate(places):  # nothing to see, but there for the mouse, above all else
+    for i, (axis, x, y) in enumerate(
+        places
+    ):  # nothing to see, but there for the mouse, above all else
         axis.plot(x, y, "o", ms=11, alpha=0, zorder=10, gid=f"spot-{i}")
     texts = {f"spot-{i}": "\n\n".join(each) for i, each in enumerate(places.values())}
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()
-    svg = re.sub(r'<g id="(spot-\d+)">', lambda found: f"{found[0]}<title>{escape(texts[found[1]])}</title>",
-                 svg[svg.index("<svg"):])
+    svg = re.sub(
+        r'<g id="(spot-\d+)">',
+        lambda found: f"{found[0]}<title>{escape(texts[found[1]])}</title>",
+        svg[svg.index("<svg") :],
+    )
     return Html(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

@@ -1,6 +1,8 @@
-"""The runner behind `make figures`: which notebooks are out of date, and executing one so that success is certain.
+"""The runner behind `make figures`: which notebooks are out of date, and executing one so that
+success is certain.
 
-`.venv/bin/python notebooks/batch.py keys|run --help`. Nothing here imports torch: an unchanged batch ends in seconds.
+`.venv/bin/python notebooks/batch.py keys|run --help`. Nothing here imports torch: an unchanged
+batch ends in seconds.
 """
 
 from __future__ import annotations
@@ -25,13 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import store
 from dejavu_utils.notebook import OPEN, ParameterError, cells, declared, merged, stages
 
-RATE = 200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16
-RUNNER = "../notebooks/batch"  # this file, as a module of the package: a change of it makes every notebook run again
+RATE = (
+    200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16
+)
+# this file, as a module of the package: a change of it makes every notebook run again
+RUNNER = "../notebooks/batch"
 
 
 def _profile(name: str) -> dict[str, dict]:
-    """Return the sections of notebooks/profiles/<name>.yaml, each name checked to be declared where it is given."""
+    """Return the sections of notebooks/profiles/<name>.yaml, each name checked to be declared where
+    it is given.
+    """
     import yaml
+
     folder = store.root() / "notebooks" / "profiles"
     path = folder / f"{name}.yaml"
     if not path.is_file():
@@ -41,14 +49,19 @@ def _profile(name: str) -> dict[str, dict]:
         content = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ParameterError(f"{path} is not YAML: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
-        raise ParameterError(f"{path}: expected sections `all:` and notebook names, each with `name: value` lines.")
+    if not isinstance(content, dict) or not all(
+        isinstance(part, dict) for part in content.values()
+    ):
+        raise ParameterError(
+            f"{path}: expected sections `all:` and notebook names, each with `name: value` lines."
+        )
     merged(content, {"all": {}} | {stage: {} for stage in stages()}, f"{path.name}: ")
     return content
 
 
 def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -> dict[str, dict]:
-    """Return the checked parameters that a profile, and `overrides` over it, give to each notebook (or to `only`).
+    """Return the checked parameters that a profile, and `overrides` over it, give to each notebook
+    (or to `only`).
 
     A name that no notebook declares (or that `only` does not) is a ParameterError.
     """
@@ -57,7 +70,9 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
     anywhere = {name: value for stage in defaults.values() for name, value in stage.items()}
     if only and only not in defaults:
         declared(only)  # raises: no such notebook
-    merged(dict.fromkeys(sections.get("all", {})), dict.fromkeys(anywhere), f"{profile}.yaml, all: ")
+    merged(
+        dict.fromkeys(sections.get("all", {})), dict.fromkeys(anywhere), f"{profile}.yaml, all: "
+    )
     scope = f"{only}: " if only else "command line: "
     merged(dict.fromkeys(overrides), dict.fromkeys(defaults[only] if only else anywhere), scope)
     values = {}
@@ -67,7 +82,8 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
         mine = {name: value for name, value in general.items() if name in known}
         mine |= merged(sections.get(stage, {}), known, f"{profile}.yaml, {stage}: ")
         for name, value in overrides.items():
-            if name in known:  # one key of a dict overrides that key only; of an open one, such as `trained`, all of it
+            # One key of a dict overrides that key only; of an open one, such as `trained`, all.
+            if name in known:
                 whole = not isinstance(value, dict) or name in OPEN
                 mine[name] = value if whole else mine.get(name, {}) | value
         values[stage] = merged(mine, known, f"{stage}: ")
@@ -75,21 +91,34 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
 
 
 def _data(params: Mapping[str, Any]) -> list:
-    """Return what identifies the data set of a stage: its manifest, and size and date of its file or folder."""
+    """Return what identifies the data set of a stage: its manifest, and size and date of its file
+    or folder.
+    """
     manifest = store.root() / "data_manifests" / f"{params.get('dataset')}.yaml"
     if not manifest.is_file():
         return []
     import yaml
+
     text = manifest.read_text()
-    file = Path(os.environ.get("DEJAVU_DATA") or store.root() / "data") / str((yaml.safe_load(text) or {}).get("file"))
+    file = Path(os.environ.get("DEJAVU_DATA") or store.root() / "data") / str(
+        (yaml.safe_load(text) or {}).get("file")
+    )
     found = [file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else None
     return [text, found]
 
 
 def _key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
     params = declared(stage) | values
-    return store.key(stage=stage, profile=profile, parameters=params, source=cells(stage), data=_data(params),
-                     code=store.code_version(), runner=store.code_version(RUNNER), versions=store.versions())
+    return store.key(
+        stage=stage,
+        profile=profile,
+        parameters=params,
+        source=cells(stage),
+        data=_data(params),
+        code=store.code_version(),
+        runner=store.code_version(RUNNER),
+        versions=store.versions(),
+    )
 
 
 def _done(profile: str, stage: str) -> Path:
@@ -97,16 +126,22 @@ def _done(profile: str, stage: str) -> Path:
 
 
 def _fresh(notebook: Path, key: str) -> bool:
-    """Return whether an executed notebook is undamaged, has this key, and its results are still there."""
+    """Return whether an executed notebook is undamaged, has this key, and its results are still
+    there.
+    """
     try:
         meta = store.verify(notebook)
     except (FileNotFoundError, store.StoreError):
         return False
-    return meta.get("key") == key and all((notebook.parents[1] / name).is_file() for name in meta["outputs"])
+    return meta.get("key") == key and all(
+        (notebook.parents[1] / name).is_file() for name in meta["outputs"]
+    )
 
 
 def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
-    """Return the notebooks to run; keys/<stage>.key becomes newer than a notebook that is out of date, never else."""
+    """Return the notebooks to run; keys/<stage>.key becomes newer than a notebook that is out of
+    date, never else.
+    """
     stale = []
     for stage, values in given(profile, overrides).items():
         notebook, key = _done(profile, stage), _key(stage, profile, values)
@@ -124,9 +159,12 @@ def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
 
 
 def _kernel(folder: str) -> type:
-    """Return a kernel manager that always starts this interpreter, over sockets in `folder` instead of TCP ports."""
+    """Return a kernel manager that always starts this interpreter, over sockets in `folder` instead
+    of TCP ports.
+    """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = KernelSpec(argv=argv, display_name="Python 3", language="python", name="python3")
 
@@ -135,6 +173,7 @@ def _kernel(folder: str) -> type:
 
         def __init__(self, **options: Any):
             super().__init__(**options, transport="ipc", connection_file=f"{folder}/kernel.json")
+
     return Here
 
 
@@ -151,6 +190,7 @@ def _reported(stage: str, folder: str) -> Iterator[None]:
             if line and line != last:
                 print(f"  {stage} · {line}", flush=True)
             last = line
+
     threading.Thread(target=report, daemon=True).start()
     try:
         yield
@@ -160,39 +200,64 @@ def _reported(stage: str, folder: str) -> Iterator[None]:
 
 
 def _problem(notebook: Path, error: Exception | None) -> str | None:
-    """Return what went wrong in an executed notebook (cell id, end of the traceback), or None if every cell ran."""
+    """Return what went wrong in an executed notebook (cell id, end of the traceback), or None if
+    every cell ran.
+    """
     code = []
     if notebook.is_file():
-        code = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        code = [
+            cell
+            for cell in json.loads(notebook.read_text())["cells"]
+            if cell["cell_type"] == "code"
+        ]
     for cell in code:
         for output in cell["outputs"]:
             if output["output_type"] == "error" and output["ename"] != "SystemExit":
                 trace = "\n".join(output["traceback"] or [f"{output['ename']}: {output['evalue']}"])
                 lines = re.sub(r"\x1b\[[0-9;]*m", "", trace).strip().splitlines()
-                return f"cell `{cell['id']}` failed:\n" + "\n".join(f"    {line}" for line in lines[-12:])
-    stopped = [cell for cell in code if "".join(cell["source"]).strip() and not cell["execution_count"]]
+                return f"cell `{cell['id']}` failed:\n" + "\n".join(
+                    f"    {line}" for line in lines[-12:]
+                )
+    stopped = [
+        cell for cell in code if "".join(cell["source"]).strip() and not cell["execution_count"]
+    ]
     if error:
         began = [cell for cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
         where = f" in cell `{began[-1]['id']}`" if began else ""
         return f"the kernel stopped{where}: {type(error).__name__}: {error}"
     if stopped:
-        return f"cell `{stopped[0]['id']}` never ran: the cell before it ended the program (exit, quit?)."
+        return (
+            f"cell `{stopped[0]['id']}` never ran: the cell before it ended the program (exit, "
+            "quit?)."
+        )
     return None if code else "it holds no code cell."
 
 
 def _outputs(profile: str, stage: str, since: float) -> list[str]:
     """Return the results that `stage` wrote since a time, as paths inside the profile's folder."""
     folder = store.runs(profile)
-    sides = [side for kind in ("figures", "tables", "metrics") for side in sorted((folder / kind).rglob("*.json"))]
-    recent = [side for side in sides if side.with_suffix("").is_file() and side.stat().st_mtime >= since - 1]
+    sides = [
+        side
+        for kind in ("figures", "tables", "metrics")
+        for side in sorted((folder / kind).rglob("*.json"))
+    ]
+    recent = [
+        side
+        for side in sides
+        if side.with_suffix("").is_file() and side.stat().st_mtime >= since - 1
+    ]
     mine = [side for side in recent if json.loads(side.read_text()).get("stage") == stage]
     return [str(side.with_suffix("").relative_to(folder)) for side in mine]
 
 
-def execute(stage: str, profile: str, overrides: Mapping[str, Any], out: Path | None = None) -> str | None:
-    """Return None after executing a notebook into `out`, or the error; `out` appears only if every cell ran.
+def execute(
+    stage: str, profile: str, overrides: Mapping[str, Any], out: Path | None = None
+) -> str | None:
+    """Return None after executing a notebook into `out`, or the error; `out` appears only if every
+    cell ran.
 
-    Papermill's own record calls cells completed after a kernel was killed, so the cells are looked at instead.
+    Papermill's own record calls cells completed after a kernel was killed, so the cells are looked
+    at instead.
     """
     values = given(profile, overrides, only=stage)[stage]
     out = (out or _done(profile, stage)).resolve()
@@ -210,17 +275,32 @@ def execute(stage: str, profile: str, overrides: Mapping[str, Any], out: Path | 
         part.unlink(missing_ok=True)
         try:
             import papermill
+
             papermill.execute_notebook(
-                str(store.root() / "notebooks" / f"{stage}.ipynb"), str(part), values, kernel_name="python3",
-                language="python", cwd=str(store.root()), progress_bar=False, kernel_manager_class=_kernel(folder))
-        except Exception as caught:  # every failure is reported the same way, papermill's and the kernel's
+                str(store.root() / "notebooks" / f"{stage}.ipynb"),
+                str(part),
+                values,
+                kernel_name="python3",
+                language="python",
+                cwd=str(store.root()),
+                progress_bar=False,
+                kernel_manager_class=_kernel(folder),
+            )
+        except (
+            Exception
+        ) as caught:  # every failure is reported the same way, papermill's and the kernel's
             error = caught
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if problem := _problem(part, error):
             return f"{stage}: {problem}\n  partial notebook: {part}"
-        meta = {"stage": stage, "key": key, "parameters": declared(stage) | values,
-                "seconds": round(time.time() - began, 1), "outputs": _outputs(profile, stage, began)}
+        meta = {
+            "stage": stage,
+            "key": key,
+            "parameters": declared(stage) | values,
+            "seconds": round(time.time() - began, 1),
+            "outputs": _outputs(profile, stage, began),
+        }
         with store.artifact(out, meta) as temporary:
             os.replace(part, temporary)
     return None
@@ -232,11 +312,12 @@ def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
     Values are JSON (where 1e-6 is a number) or else YAML (where text needs no quotes).
     """
     import yaml
+
     pairs = [*pairs]
     for word in shlex.split(text):
         name, equals, value = word.partition("=")
         if not equals:
-            raise ParameterError(f"P: {word!r} is not name=value, such as P=\"rho=0.5 k=10\".")
+            raise ParameterError(f'P: {word!r} is not name=value, such as P="rho=0.5 k=10".')
         pairs.append((name, value))
     values: dict[str, Any] = {}
     for name, value in pairs:
@@ -252,27 +333,37 @@ def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
 
 
 def plan(profile: str, overrides: Mapping[str, Any]) -> str:
-    """Return what a profile would train, as text: encoders, steps, arithmetic, GPU hours, checkpoints on disk."""
+    """Return what a profile would train, as text: encoders, steps, arithmetic, GPU hours,
+    checkpoints on disk.
+    """
     stage = "01_training"
     params = declared(stage) | given(profile, overrides)[stage]
     if "recipe" not in params:
         return f"{stage} trains nothing"
     from dejavu_utils import pairs  # imports torch: only now
+
     table = pairs.plan(params)
     hours = table["exaflop"] * 1e18 / RATE / 3600
     table = table.round({"exaflop": 3, "gib": 2}).assign(**{"GPU hours": hours.round(1)})
-    total = (f"{table['encoders'].sum()} encoders, {hours.sum():.1f} GPU hours at {RATE / 1e12:.0f} TFLOP/s a GPU "
-             f"(estimated, not measured), {table['gib'].sum():.1f} GiB of checkpoints, plus the pictures")
+    total = (
+        f"{table['encoders'].sum()} encoders, {hours.sum():.1f} GPU hours at {RATE / 1e12:.0f} "
+        "TFLOP/s a GPU "
+        f"(estimated, not measured), {table['gib'].sum():.1f} GiB of checkpoints, plus the pictures"
+    )
     return f"{table.to_string(index=False)}\n{total}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status of `keys` (which notebooks are out of date), `run` (execute one) or `plan` (the cost)."""
+    """Return the exit status of `keys` (which notebooks are out of date), `run` (execute one) or
+    `plan` (the cost).
+    """
     parser = argparse.ArgumentParser(prog="notebooks/batch.py", description=__doc__)
     parser.add_argument("command", choices=("keys", "run", "plan"))
     parser.add_argument("stage", nargs="?", help="the notebook to run, such as 02_attack")
     parser.add_argument("--profile", default="laptop")
-    parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument(
+        "-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
     parser.add_argument("--set", default="", metavar="'NAME=VALUE …'")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)

@@ -1,7 +1,9 @@
-"""Writes a file per encoder that a profile has still to train: runs/<profile>/keys/jobs/<encoder>.json.
+"""Writes a file per encoder that a profile has still to train:
+runs/<profile>/keys/jobs/<encoder>.json.
 
-`make figures EXECUTOR=slurm` calls it before Snakemake, which makes a cluster job of each; the notebooks wait for
-them and find every encoder there. Data is read and split here, on the machine that submits.
+`make figures EXECUTOR=slurm` calls it before Snakemake, which makes a cluster job of each; the
+notebooks wait for them and find every encoder there. Data is read and split here, on the machine
+that submits.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from dejavu_utils.notebook import declared
 
 
 def jobs(profile: str, overrides: dict) -> dict[str, dict]:
-    """Return {folder of the encoder: its job as plain values} of all notebooks, without those that are done."""
+    """Return {folder of the encoder: its job as plain values} of all notebooks, without those that
+    are done.
+    """
     folder, found = store.runs(profile), {}
     for stage, values in batch.given(profile, overrides).items():
         params = declared(stage) | values
@@ -30,23 +34,33 @@ def jobs(profile: str, overrides: dict) -> dict[str, dict]:
         turned = params.get("trained", {})
         made += [pair for *_, pair in knobs.trained(params, folder, turned, "auto")]
         if others := [name for name in turned if name not in params["criteria"]]:  # their defaults
-            made += pairs.make(params | {"criteria": others, "rhos": params["rhos"][:1]}, folder, "auto")
+            made += pairs.make(
+                params | {"criteria": others, "rhos": params["rhos"][:1]}, folder, "auto"
+            )
         made += _more(made, params)
         found |= {job.folder: job for job in pairs.jobs(made) if not job.done()}
     return {path: dataclasses.asdict(job) for path, job in found.items()}
 
 
 def _more(made: list, params: dict) -> list:
-    """Return the further pairs that the references of 02_attack ask for: other starts, random halves."""
+    """Return the further pairs that the references of 02_attack ask for: other starts, random
+    halves.
+    """
     more = params.get("more", {"starts": 1, "many": 0})
-    first = [pair for pair in made if pair.setting["criterion"] == params["criteria"][0]
-             and pair.setting["rho"] not in params["rhos"][1:]][:len(params["seeds"])]
+    first = [
+        pair
+        for pair in made
+        if pair.setting["criterion"] == params["criteria"][0]
+        and pair.setting["rho"] not in params["rhos"][1:]
+    ][: len(params["seeds"])]
     again = [many_model.again(pair, start) for start in range(1, more["starts"]) for pair in first]
     return again + (many_model.halves(first[0], more["many"]) if more["many"] else [])
 
 
 def write(profile: str, overrides: dict) -> int:
-    """Return how many encoders are to be trained, after writing their files; files of others are removed."""
+    """Return how many encoders are to be trained, after writing their files; files of others are
+    removed.
+    """
     where, todo = store.runs(profile) / "keys" / "jobs", jobs(profile, overrides)
     names = {f"{Path(path).name}.json": [job] for path, job in todo.items()}
     for old in where.glob("*"):

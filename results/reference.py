@@ -1,14 +1,17 @@
-"""The reference results on real photographs, in pieces of some minutes, each one process that leaves one small archive.
+"""The reference results on real photographs, in pieces of some minutes, each one process that
+leaves one small archive.
 
     .venv/bin/python results/reference.py list                   # the pieces, and which are done
-    .venv/bin/python results/reference.py run vicreg-100 …       # these; without names all that are missing, in order
-    .venv/bin/python results/reference.py merge                  # tables of all seeds from the archives
+    .venv/bin/python results/reference.py run vicreg-100 …       # these; without names all that are
+    missing, in order .venv/bin/python results/reference.py merge                  # tables of all
+    seeds from the archives
 
-A piece runs the notebooks as plain scripts (their code cells, one after the other, with its parameters after the
-parameters cell): no papermill, no Jupyter. It trains in a folder of its own and keeps of it
-results/tiny_imagenet/<piece>.zip: tables, curves and the guess for every attacked image, no picture and no weight. A
-piece is done when its archive is there and was made with the same parameters. No piece needs another. `bench` measures
-the card instead (tests/bench.py). A piece whose modules are not installed is left out, unless it was asked for by name.
+A piece runs the notebooks as plain scripts (their code cells, one after the other, with its
+parameters after the parameters cell): no papermill, no Jupyter. It trains in a folder of its own
+and keeps of it results/tiny_imagenet/<piece>.zip: tables, curves and the guess for every attacked
+image, no picture and no weight. A piece is done when its archive is there and was made with the
+same parameters. No piece needs another. `bench` measures the card instead (tests/bench.py). A piece
+whose modules are not installed is left out, unless it was asked for by name.
 """
 
 from __future__ import annotations
@@ -38,29 +41,68 @@ SEEDS = (100, 101, 102)
 VISSLS = " (VISSL)"  # what the merged tables add to the criteria of VISSL's engine
 NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
 # Figures that show photographs stay where they were made.
-PICTURES = ("examples", "gallery", "reconstruction_whole", "reconstruction_memorized", "reconstruction_correlated",
-            "reconstruction_random")
-# VISSL's engine has no net smaller than this one and makes its views on the CPU: fewer epochs. Not tuned.
-VISSL = {"seeds": [100], "criteria": ["simclr"], "epochs": [0, 50, 100],
-         "recipe": {"engine": "vissl", "encoder": "resnet50", "optimizer": "sgd", "lr": 0.3}}
-NEEDS = {"rcdm": ("diffusers",), "vissl": ("vissl", "pkg_resources")}  # modules that a bare machine may lack
+PICTURES = (
+    "examples",
+    "gallery",
+    "reconstruction_whole",
+    "reconstruction_memorized",
+    "reconstruction_correlated",
+    "reconstruction_random",
+)
+# VISSL's engine has no net smaller than this one and makes its views on the CPU: fewer epochs. Not
+# tuned.
+VISSL = {
+    "seeds": [100],
+    "criteria": ["simclr"],
+    "epochs": [0, 50, 100],
+    "recipe": {"engine": "vissl", "encoder": "resnet50", "optimizer": "sgd", "lr": 0.3},
+}
+NEEDS = {
+    "rcdm": ("diffusers",),
+    "vissl": ("vissl", "pkg_resources"),
+}  # modules that a bare machine may lack
 
 
 def pieces() -> dict[str, tuple[list[str], dict]]:
     """Return {piece: (stages, parameters)}, the most valuable first."""
     found: dict[str, tuple[list[str], dict]] = {
-        "pilot": (["01_training"], {"seeds": [0], "criteria": ["vicreg"], "epochs": [0, 2]})}
-    both, others = ["01_training", "02_attack"], ["simclr", "barlow_twins", "byol", "dino", "supervised"]
+        "pilot": (["01_training"], {"seeds": [0], "criteria": ["vicreg"], "epochs": [0, 2]})
+    }
+    both, others = (
+        ["01_training", "02_attack"],
+        ["simclr", "barlow_twins", "byol", "dino", "supervised"],
+    )
     found |= {f"vicreg-{seed}": (both, {"seeds": [seed], "criteria": ["vicreg"]}) for seed in SEEDS}
-    found |= {f"{name}-{seed}": (both, {"seeds": [seed], "criteria": [name]}) for seed in SEEDS for name in others}
-    sweeps = [(criterion, knob, values) for criterion, wanted in _trained().items() for knob, values in wanted.items()]
+    found |= {
+        f"{name}-{seed}": (both, {"seeds": [seed], "criteria": [name]})
+        for seed in SEEDS
+        for name in others
+    }
+    sweeps = [
+        (criterion, knob, values)
+        for criterion, wanted in _trained().items()
+        for knob, values in wanted.items()
+    ]
     for criterion, knob, values in sorted(sweeps, key=lambda sweep: sweep[1].startswith("trained")):
-        own = {"criteria": [criterion], "trained": {criterion: {knob: values}}, "free": NOTHING_FREE}
+        own = {
+            "criteria": [criterion],
+            "trained": {criterion: {knob: values}},
+            "free": NOTHING_FREE,
+        }
         if knob.startswith("trained"):  # the smallest training set is the one that is attacked
             own["sizes"] = {"attacked": min(values)}
-        found |= {f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]}) for seed in SEEDS}
-    found |= {f"rcdm-{seed}": (["03_reconstruction"], {"seeds": [seed], "criteria": ["vicreg"]}) for seed in SEEDS}
-    found["many-100"] = both, {"seeds": [100], "criteria": ["vicreg"], "more": {"starts": 2, "many": 8}}
+        found |= {
+            f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]})
+            for seed in SEEDS
+        }
+    found |= {
+        f"rcdm-{seed}": (["03_reconstruction"], {"seeds": [seed], "criteria": ["vicreg"]})
+        for seed in SEEDS
+    }
+    found["many-100"] = (
+        both,
+        {"seeds": [100], "criteria": ["vicreg"], "more": {"starts": 2, "many": 8}},
+    )
     return found | {"bench": (["bench"], {"seeds": [0]}), "vissl-100": (both, VISSL)}
 
 
@@ -70,12 +112,21 @@ def _trained() -> dict:
 
 def lacking(name: str) -> list[str]:
     """Return the modules that a piece needs and that are not installed."""
-    return [module for module in NEEDS.get(name.split("-")[0], ()) if importlib.util.find_spec(module) is None]
+    return [
+        module
+        for module in NEEDS.get(name.split("-")[0], ())
+        if importlib.util.find_spec(module) is None
+    ]
 
 
 def script(stage: str, values: dict) -> str:
-    """Return a notebook as a plain script: its code cells, with `values` set after the parameters cell."""
-    parameters, given = cells(stage, "parameters")[0], [f"{name} = {value!r}" for name, value in values.items()]
+    """Return a notebook as a plain script: its code cells, with `values` set after the parameters
+    cell.
+    """
+    parameters, given = (
+        cells(stage, "parameters")[0],
+        [f"{name} = {value!r}" for name, value in values.items()],
+    )
     code = [source for source in _code(stage) if source != parameters]
     return "\n\n".join([parameters, "\n".join(given), *code])
 
@@ -83,25 +134,36 @@ def script(stage: str, values: dict) -> str:
 def _code(stage: str) -> list[str]:
     found = json.loads((store.root() / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
     skipped = {"exercise", "solution"}
-    return ["".join(cell["source"]) for cell in found
-            if cell["cell_type"] == "code" and not skipped & set(cell["metadata"].get("tags", []))]
+    return [
+        "".join(cell["source"])
+        for cell in found
+        if cell["cell_type"] == "code" and not skipped & set(cell["metadata"].get("tags", []))
+    ]
 
 
 def _parameters(name: str, changes: dict) -> dict[str, dict]:
-    """Return the parameters of every stage of a piece: the profile's, the piece's over them, `changes` over both."""
+    """Return the parameters of every stage of a piece: the profile's, the piece's over them,
+    `changes` over both.
+    """
     stages, own = pieces()[name]
-    if stages == ["bench"]:  # its sizes depend on the machine: only what was asked for is a parameter
+    if stages == [
+        "bench"
+    ]:  # its sizes depend on the machine: only what was asked for is a parameter
         return {"bench": own | {"sizes": changes.get("bench", {})}}
     for key, value in changes.items():
         whole = not isinstance(value, dict) or key in OPEN
         own = own | {key: value if whole else own.get(key, {}) | value}
     known = {stage: declared(stage) for stage in stages}
-    mine = {stage: {key: value for key, value in own.items() if key in known[stage]} for stage in stages}
+    mine = {
+        stage: {key: value for key, value in own.items() if key in known[stage]} for stage in stages
+    }
     return {stage: batch.given(PROFILE, mine[stage], only=stage)[stage] for stage in stages}
 
 
 def done(name: str, changes: dict) -> bool:
-    """Return whether the archive of a piece is there, undamaged, and was made with these parameters."""
+    """Return whether the archive of a piece is there, undamaged, and was made with these
+    parameters.
+    """
     try:
         return store.verify(OUT / f"{name}.zip")["key"] == _key(name, changes)
     except (FileNotFoundError, store.StoreError, KeyError):
@@ -113,7 +175,9 @@ def _key(name: str, changes: dict) -> str:
 
 
 def run(name: str, changes: dict) -> Path:
-    """Return the archive of a piece after running its notebooks, or the benchmarks, in this process."""
+    """Return the archive of a piece after running its notebooks, or the benchmarks, in this
+    process.
+    """
     began, parameters = time.time(), _parameters(name, changes)
     with tempfile.TemporaryDirectory(prefix="dejavu-") as folder:
         os.environ["DEJAVU_RUNS"] = folder
@@ -123,43 +187,71 @@ def run(name: str, changes: dict) -> Path:
             if stage == "bench":
                 import bench
 
-                store.write_table(store.runs(PROFILE) / "tables" / "bench.csv", bench.rows(values["sizes"]))
+                store.write_table(
+                    store.runs(PROFILE) / "tables" / "bench.csv", bench.rows(values["sizes"])
+                )
                 continue
             names: dict = {"__name__": "__main__"}
             exec(compile(script(stage, values), f"{stage}.py", "exec"), names)
             guesses += [names[table] for table in ("attacks", "everything") if table in names]
             guesses += names.get("unseen", [])  # the negative control of 02_attack
-        return _pack(name, Path(folder) / PROFILE, guesses, parameters, changes, time.time() - began)
+        return _pack(
+            name, Path(folder) / PROFILE, guesses, parameters, changes, time.time() - began
+        )
 
 
-def _pack(name: str, folder: Path, guesses: list, parameters: dict, changes: dict, seconds: float) -> Path:
+def _pack(
+    name: str, folder: Path, guesses: list, parameters: dict, changes: dict, seconds: float
+) -> Path:
     """Return the archive of what a piece leaves, with a sidecar that says how it was made."""
     import pandas as pd
 
-    kept = [path for kind in ("tables", "metrics", "figures") for path in sorted((folder / kind).glob("*"))
-            if path.suffix in (".csv", ".json", ".png") and not path.name.startswith(PICTURES)
-            and not path.name.startswith("partition")]
+    kept = [
+        path
+        for kind in ("tables", "metrics", "figures")
+        for path in sorted((folder / kind).glob("*"))
+        if path.suffix in (".csv", ".json", ".png")
+        and not path.name.startswith(PICTURES)
+        and not path.name.startswith("partition")
+    ]
     first = next(iter(parameters.values()))
-    meta = {"command": f"make reference PIECES={name}", "key": _key(name, changes), "parameters": parameters,
-            "seed": first["seeds"], "n": max((table["id"].nunique() for table in guesses), default=0),
-            "commit": _commit(), "hardware": _hardware(), "minutes": round(seconds / 60, 1)}
+    meta = {
+        "command": f"make reference PIECES={name}",
+        "key": _key(name, changes),
+        "parameters": parameters,
+        "seed": first["seeds"],
+        "n": max((table["id"].nunique() for table in guesses), default=0),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "minutes": round(seconds / 60, 1),
+    }
     OUT.mkdir(exist_ok=True)
     path = OUT / f"{name}.zip"
-    with store.artifact(path, meta) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        store.artifact(path, meta) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for one in kept:
             archive.write(one, one.relative_to(folder))
         if guesses:
             buffer = io.BytesIO()
-            pd.concat(guesses, ignore_index=True).to_parquet(buffer, index=False, compression="zstd")
+            pd.concat(guesses, ignore_index=True).to_parquet(
+                buffer, index=False, compression="zstd"
+            )
             archive.writestr("guesses.parquet", buffer.getvalue())
     if path.stat().st_size > LIMIT:
-        raise SystemExit(f"{path} has {path.stat().st_size >> 20} MiB, more than {LIMIT >> 20}: leave something out")
+        raise SystemExit(
+            f"{path} has {path.stat().st_size >> 20} MiB, more than {LIMIT >> 20}: leave "
+            "something out"
+        )
     print(f"{name}: {seconds / 60:.1f} min, {path.stat().st_size >> 10} KiB, {path}", flush=True)
     return path
 
 
 def _commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    )
     return git.stdout.strip() or "unknown"
 
 
@@ -172,7 +264,9 @@ def _hardware() -> str:
 
 
 def _read(name: str):
-    """Return the guesses of all archives whose table has the column `name`, or has it not ("-name"), as one table."""
+    """Return the guesses of all archives whose table has the column `name`, or has it not
+    ("-name"), as one table.
+    """
     import pandas as pd
 
     found = []
@@ -181,9 +275,14 @@ def _read(name: str):
         with zipfile.ZipFile(path) as archive:
             if "guesses.parquet" in archive.namelist():
                 found.append(pd.read_parquet(io.BytesIO(archive.read("guesses.parquet"))))
-                if any(stage.get("recipe", {}).get("engine") == "vissl" for stage in parameters.values()):
+                if any(
+                    stage.get("recipe", {}).get("engine") == "vissl"
+                    for stage in parameters.values()
+                ):
                     found[-1]["criterion"] += VISSLS
-    for i, table in enumerate(found):  # a sweep of set sizes attacks fewer images: its default is not the others'
+    for i, table in enumerate(
+        found
+    ):  # a sweep of set sizes attacks fewer images: its default is not the others'
         if "knob" in table and table["knob"].str.startswith("trained").any():
             found[i] = table[table["knob"].str.startswith("trained")]
     found = [table for table in found if (name.strip("-") in table) != name.startswith("-")]
@@ -194,24 +293,41 @@ def _attacked(table) -> dict:
     """Return the tables of attacks that were trained for the same epochs."""
     from dejavu_utils import summaries
 
-    attacked, epochs = table[table["attacked"] == "attacked"], sorted(map(int, table["epoch"].unique()))
+    attacked, epochs = (
+        table[table["attacked"] == "attacked"],
+        sorted(map(int, table["epoch"].unique())),
+    )
     last = attacked[(attacked["epoch"] == epochs[-1]) & (attacked["layer"] == "projector")]
-    return {"scores": summaries.scores(attacked, [100, 20, 5]), "shares": summaries.shares(attacked),
-            "differences": summaries.differences(attacked, epochs), "curve": summaries.curve(last),
-            "controls": summaries.scores(table[table["attacked"] == "control"], [100], rankings=("own",))}
+    return {
+        "scores": summaries.scores(attacked, [100, 20, 5]),
+        "shares": summaries.shares(attacked),
+        "differences": summaries.differences(attacked, epochs),
+        "curve": summaries.curve(last),
+        "controls": summaries.scores(
+            table[table["attacked"] == "control"], [100], rankings=("own",)
+        ),
+    }
 
 
 def merge() -> None:
-    """Write the tables of all seeds together, from the guesses in the archives, and the benchmarks as they are."""
+    """Write the tables of all seeds together, from the guesses in the archives, and the benchmarks
+    as they are.
+    """
     import pandas as pd
 
     from dejavu_utils import tradeoff
 
     made, one = {}, ["criterion", "seed", "epoch", "layer", "direction", "role", "id"]
-    if (table := _read("-knob")) is not None:  # the many-model piece has attacked an encoder that is there already
+    if (
+        table := _read("-knob")
+    ) is not None:  # the many-model piece has attacked an encoder that is there already
         table = table.drop_duplicates([*one, "attacked"], keep="last")
-        parts = [_attacked(part) for _, part in table.groupby(table["criterion"].str.endswith(VISSLS))]
-        made |= {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+        parts = [
+            _attacked(part) for _, part in table.groupby(table["criterion"].str.endswith(VISSLS))
+        ]
+        made |= {
+            name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]
+        }
     if (turned := _read("knob")) is not None:
         turned = turned[turned["layer"] == "projector"].drop_duplicates([*one, "knob", "value"])
         made["mitigation"] = tradeoff.rows(turned)
@@ -228,11 +344,20 @@ def merge() -> None:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("list", "run", "merge"))
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--set", default="", metavar="'NAME=VALUE …'", help="parameters over the profile's, for tests")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no piece after so many minutes")
+    parser.add_argument(
+        "--set",
+        default="",
+        metavar="'NAME=VALUE …'",
+        help="parameters over the profile's, for tests",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="start no piece after so many minutes"
+    )
     options = parser.parse_args()
     changes, known, began = batch._overrides([], options.set), pieces(), time.time()
     if unknown := set(options.names) - set(known):
@@ -240,8 +365,11 @@ def main() -> None:
     if options.command == "merge":
         return merge()
     names = options.names or [name for name in known if name != "pilot"]
-    missing = {name: f"needs {', '.join(lacking(name))}, not installed here" for name in names
-               if lacking(name) and not done(name, changes)}
+    missing = {
+        name: f"needs {', '.join(lacking(name))}, not installed here"
+        for name in names
+        if lacking(name) and not done(name, changes)
+    }
     if missing and options.names and options.command == "run":
         sys.exit("\n".join(f"error: {name} {words}" for name, words in missing.items()))
     for name in names:

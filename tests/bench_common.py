@@ -1,11 +1,25 @@
-"""What every benchmark shares: how a time is taken, and a row of the table in which it is set beside its limit."""
+"""What every benchmark shares: how a time is taken, and a row of the table in which it is set
+beside its limit.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-COLUMNS = ["part", "what", "value", "unit", "limit", "share", "right", "gib", "device", "precision", "note"]
+COLUMNS = [
+    "part",
+    "what",
+    "value",
+    "unit",
+    "limit",
+    "share",
+    "right",
+    "gib",
+    "device",
+    "precision",
+    "note",
+]
 
 
 def seconds(work: Callable, device: str) -> float:
@@ -21,7 +35,9 @@ def seconds(work: Callable, device: str) -> float:
 
 
 def best(work: Callable, device: str, repeats: int) -> float:
-    """Return the shortest of `repeats` wall times, in seconds, after one run that does not count."""
+    """Return the shortest of `repeats` wall times, in seconds, after one run that does not
+    count.
+    """
     work()
     return min(seconds(work, device) for _ in range(repeats))
 
@@ -35,15 +51,25 @@ def where(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {store.cores()} cores"
 
 
-def row(part: str, what: str, unit: str, device: str, precision: str, measure: Callable, *arguments) -> dict:
-    """Return a row of the table, and print it: what `measure(*arguments)` found, and the share of the limit's speed.
+def row(
+    part: str, what: str, unit: str, device: str, precision: str, measure: Callable, *arguments
+) -> dict:
+    """Return a row of the table, and print it: what `measure(*arguments)` found, and the share of
+    the limit's speed.
 
-    A unit of seconds is better when smaller, any other when larger. What is not installed is skipped and said; where
-    memory or a compiler is missing the row says so, and the others are still measured.
+    A unit of seconds is better when smaller, any other when larger. What is not installed is
+    skipped and said; where memory or a compiler is missing the row says so, and the others are
+    still measured.
     """
     import torch
 
-    found: dict = {"part": part, "what": what, "unit": unit, "device": where(device), "precision": precision}
+    found: dict = {
+        "part": part,
+        "what": what,
+        "unit": unit,
+        "device": where(device),
+        "precision": precision,
+    }
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -57,22 +83,34 @@ def row(part: str, what: str, unit: str, device: str, precision: str, measure: C
     except ModuleNotFoundError as error:
         found["note"] = f"skipped: {(error.name or str(error)).split('.')[0]} is not installed"
     except RuntimeError as error:
-        found["note"] = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    found = {name: found.get(name, float("nan") if name in ("value", "limit", "share", "right", "gib") else "")
-             for name in COLUMNS}
+        found["note"] = (
+            f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        )
+    found = {
+        name: found.get(
+            name, float("nan") if name in ("value", "limit", "share", "right", "gib") else ""
+        )
+        for name in COLUMNS
+    }
     print(text(found), flush=True)
     return found
 
 
 def text(found: dict) -> str:
     """Return one row as a line of text; what was not measured stays empty."""
+
     def shown(name: str, form: str, width: int) -> str:
         return (format(found[name], form) if found[name] == found[name] else "").rjust(width)
 
-    return (f"{found['part']:9} {found['what']:45} {shown('value', '.4g', 8)} {found['unit']:10} "
-            f"{shown('limit', '.4g', 8)} {shown('share', '.0%', 5)} {shown('right', '.4%', 9)} "
-            f"{shown('gib', '.3f', 7)}  {found['precision']:8} {found['note']}").rstrip()
+    return (
+        f"{found['part']:9} {found['what']:45} {shown('value', '.4g', 8)} {found['unit']:10} "
+        f"{shown('limit', '.4g', 8)} {shown('share', '.0%', 5)} {shown('right', '.4%', 9)} "
+        f"{shown('gib', '.3f', 7)}  {found['precision']:8} {found['note']}"
+    ).rstrip()
 
 
-HEADER = (f"{'part':9} {'what':45} {'value':>8} {'unit':10} {'limit':>8} {'share':>5} {'right':>9} {'GiB':>7}  "
-          f"{'in':8} note")
+HEADER = (
+    f"{'part':9} {'what':45} {'value':>8} {'unit':10} {'limit':>8} {'share':>5} {'right':>9} "
+    f"{'GiB':>7}  "
+    f"{'in':8} note"
+)

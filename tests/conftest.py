@@ -7,14 +7,25 @@ import pytest
 
 from dejavu_utils import store
 
-PARAMETERS = 'profile = "laptop"  # name\nseed = 0  # integer\nrho = 0.5  # share\nk = 10  # neighbours\n'
+PARAMETERS = (
+    'profile = "laptop"  # name\nseed = 0  # integer\nrho = 0.5  # share\nk = 10  # neighbours\n'
+)
 START = 'import dejavu_utils.notebook as nb\nrun = nb.start("{stage}", globals())'
 
 
 def notebook(*sources, kernel="somebody-elses"):
     """Return a notebook as a dict: the first source is the parameters cell."""
-    cells = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {"tags": ["parameters"] if i == 0 else []},
-              "source": source, "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
+    cells = [
+        {
+            "cell_type": "code",
+            "id": f"cell-{i}",
+            "metadata": {"tags": ["parameters"] if i == 0 else []},
+            "source": source,
+            "outputs": [],
+            "execution_count": None,
+        }
+        for i, source in enumerate(sources)
+    ]
     spec = {"name": kernel, "display_name": kernel, "language": "python"}
     return {"cells": cells, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -39,7 +50,9 @@ class Repository:
 @pytest.fixture(scope="session")
 def batch():
     """The runner beside the notebooks, as a module: it is no part of the package."""
-    spec = importlib.util.spec_from_file_location("batch", store.PACKAGE.parent / "notebooks" / "batch.py")
+    spec = importlib.util.spec_from_file_location(
+        "batch", store.PACKAGE.parent / "notebooks" / "batch.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

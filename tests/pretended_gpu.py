@@ -1,8 +1,10 @@
-"""A GPU for machines that have none: tensors that say they are on "cuda" and hold their numbers on the CPU.
+"""A GPU for machines that have none: tensors that say they are on "cuda" and hold their numbers on
+the CPU.
 
-`start()` makes this process believe in one. From then on, what a GPU refuses is refused: two devices in one operation,
-a generator of another device, `.numpy()` without `.cpu()`, a matrix product or a resampling of integers. Everything
-else gives the CPU's numbers, so that whole notebooks run. Speed, memory and CUDA's own rounding are not seen this way.
+`start()` makes this process believe in one. From then on, what a GPU refuses is refused: two
+devices in one operation, a generator of another device, `.numpy()` without `.cpu()`, a matrix
+product or a resampling of integers. Everything else gives the CPU's numbers, so that whole
+notebooks run. Speed, memory and CUDA's own rounding are not seen this way.
 """
 
 import threading
@@ -13,15 +15,35 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA, aten = torch.device("cuda:0"), torch.ops.aten
-MIXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)  # with the CPU's indices too
+MIXING = (
+    aten.index,
+    aten.index_put,
+    aten.index_put_,
+    aten._index_put_impl_,
+)  # with the CPU's indices too
 # What CUDA computes of floating-point numbers only.
-FLOATS = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution", "grid_sampler_2d", "upsample_bilinear2d",
-          "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa")
+FLOATS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "mv",
+    "dot",
+    "convolution",
+    "grid_sampler_2d",
+    "upsample_bilinear2d",
+    "_upsample_bilinear2d_aa",
+    "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa",
+)
 
 
 class _State(threading.local):
     def __init__(self):
-        self.moving, self.making = [], []  # where the next copy goes; the `device=` of the calls that are running
+        self.moving, self.making = (
+            [],
+            [],
+        )  # where the next copy goes; the `device=` of the calls that are running
 
 
 class OnGPU(torch.Tensor):
@@ -32,8 +54,14 @@ class OnGPU(torch.Tensor):
     @staticmethod
     def __new__(cls, held):
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device="cpu")  # autograd would ask the driver about a stream of "cuda"
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device="cpu",
+        )  # autograd would ask the driver about a stream of "cuda"
 
     def __init__(self, held):
         self.held = held
@@ -58,18 +86,26 @@ def _run(func, args: tuple, kwargs: dict):
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, OnGPU)]
     there = _place(func, args, tensors, ours)
-    if ours and func._schema.name.removeprefix("aten::") in FLOATS and not ours[0].held.is_floating_point():
+    if (
+        ours
+        and func._schema.name.removeprefix("aten::") in FLOATS
+        and not ours[0].held.is_floating_point()
+    ):
         raise RuntimeError(f"{func} is not implemented for {ours[0].held.dtype} on CUDA")
     held_args, held_kwargs = tree_map_only(OnGPU, lambda tensor: tensor.held, (args, kwargs))
     out = func(*held_args, **held_kwargs)
     if not there or func is aten._local_scalar_dense.default:
         return out
-    out = tree_map_only(torch.Tensor, lambda one: one if isinstance(one, OnGPU) else OnGPU(one), out)
+    out = tree_map_only(
+        torch.Tensor, lambda one: one if isinstance(one, OnGPU) else OnGPU(one), out
+    )
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
 
 def _place(func, args: tuple, tensors: list, ours: list) -> bool:
-    """Return whether the result is on the GPU; RuntimeError where the devices of the arguments differ."""
+    """Return whether the result is on the GPU; RuntimeError where the devices of the arguments
+    differ.
+    """
     if func is aten._to_copy.default and _state.moving:
         return _state.moving.pop()
     if func is aten.copy_.default:
@@ -77,8 +113,10 @@ def _place(func, args: tuple, tensors: list, ours: list) -> bool:
     if func.overloadpacket in MIXING and isinstance(args[0], OnGPU):
         return True
     if ours and any(tensor.ndim and not isinstance(tensor, OnGPU) for tensor in tensors):
-        raise RuntimeError(f"Expected all tensors to be on the same device: {func} of "
-                           f"{[(tuple(t.shape), 'cuda' if isinstance(t, OnGPU) else 'cpu') for t in tensors]}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device: {func} of "
+            f"{[(tuple(t.shape), 'cuda' if isinstance(t, OnGPU) else 'cpu') for t in tensors]}"
+        )
     return bool(ours) or bool(_state.making and _state.making[-1])
 
 
@@ -86,15 +124,25 @@ class _Names(TorchFunctionMode):
     """Answers what is asked by name: `.device`, `.to("cuda")`, `device="cuda"`, `generator=`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name, first = dict(kwargs or {}), getattr(func, "__name__", ""), args[0] if args else None
+        kwargs, name, first = (
+            dict(kwargs or {}),
+            getattr(func, "__name__", ""),
+            args[0] if args else None,
+        )
         if isinstance(first, OnGPU) and (answer := _answer(func, name, first)) is not None:
             return answer
         if name in ("to", "cuda", "cpu") and isinstance(first, torch.Tensor):
             return _moved(name, first, args[1:], kwargs)
         if isinstance(source := kwargs.get("generator"), Generator):
-            there = isinstance(first, OnGPU) if isinstance(first, torch.Tensor) else _is_gpu(kwargs.get("device"))
+            there = (
+                isinstance(first, OnGPU)
+                if isinstance(first, torch.Tensor)
+                else _is_gpu(kwargs.get("device"))
+            )
             if there != _is_gpu(source.device):
-                raise RuntimeError(f"{name}: expected a generator of the other device, found {source.device}")
+                raise RuntimeError(
+                    f"{name}: expected a generator of the other device, found {source.device}"
+                )
         if kwargs.get("device") is None:
             return func(*args, **kwargs)
         _state.making.append(_is_gpu(kwargs["device"]))
@@ -105,7 +153,9 @@ class _Names(TorchFunctionMode):
 
 
 def _answer(func, name: str, tensor: OnGPU):
-    """Return what a tensor of the GPU says of itself, None where it has nothing of its own to say."""
+    """Return what a tensor of the GPU says of itself, None where it has nothing of its own to
+    say.
+    """
     known = {torch.Tensor.device: CUDA, torch.Tensor.is_cuda: True, torch.Tensor.is_cpu: False}
     if name == "__get__":
         return known.get(getattr(func, "__self__", None))
@@ -150,17 +200,36 @@ class Generator(torch.Generator):
 
 
 def start() -> None:
-    """Make this process believe in a GPU, until it ends; threads that it starts believe in it too."""
+    """Make this process believe in a GPU, until it ends; threads that it starts believe in it
+    too.
+    """
     torch.__future__.set_swap_module_params_on_conversion(True)
-    answers = {"is_available": True, "is_bf16_supported": True, "device_count": 1, "get_device_name": "a pretended GPU",
-               "is_current_stream_capturing": False, "mem_get_info": (2**30, 2**30), "max_memory_allocated": 2**20}
-    nothing = dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed",
-                             "manual_seed_all"))
+    answers = {
+        "is_available": True,
+        "is_bf16_supported": True,
+        "device_count": 1,
+        "get_device_name": "a pretended GPU",
+        "is_current_stream_capturing": False,
+        "mem_get_info": (2**30, 2**30),
+        "max_memory_allocated": 2**20,
+    }
+    nothing = dict.fromkeys(
+        (
+            "_lazy_init",
+            "synchronize",
+            "empty_cache",
+            "reset_peak_memory_stats",
+            "manual_seed",
+            "manual_seed_all",
+        )
+    )
     for name, value in (answers | nothing).items():
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
     torch.Generator = Generator
     autocast, run = torch.autocast.__init__, threading.Thread.run
-    torch.autocast.__init__ = lambda self, device, *args, **kwargs: autocast(self, "cpu", *args, **kwargs)
+    torch.autocast.__init__ = lambda self, device, *args, **kwargs: autocast(
+        self, "cpu", *args, **kwargs
+    )
 
     def believing(thread):
         with _Names(), _Operations():

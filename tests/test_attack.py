@@ -1,4 +1,6 @@
-"""The attack's numbers: identities, controls, ties, order, intervals, and every fast path against a naive twin."""
+"""The attack's numbers: identities, controls, ties, order, intervals, and every fast path against a
+naive twin.
+"""
 
 import itertools
 import math
@@ -35,48 +37,82 @@ def naive_score(rows, p, ranking):
     """Return the score of a list of dicts with id, direction, role, correct, confidence."""
     scores = []
     for direction in sorted({row["direction"] for row in rows}):
-        side = {role: {row["id"]: row for row in rows if row["direction"] == direction and row["role"] == role}
-                for role in ("target", "reference")}
+        side = {
+            role: {
+                row["id"]: row
+                for row in rows
+                if row["direction"] == direction and row["role"] == role
+            }
+            for role in ("target", "reference")
+        }
         ids = sorted(side["target"])
         accuracy = {}
         for role in side:
             ranks = [side[role][i]["confidence"] for i in ids]
             if ranking == "paired":
-                ranks = [side["target"][i]["confidence"] + side["reference"][i]["confidence"] for i in ids]
-            accuracy[role] = naive_accuracy_at([bool(side[role][i]["correct"]) for i in ids], ranks, p)
+                ranks = [
+                    side["target"][i]["confidence"] + side["reference"][i]["confidence"]
+                    for i in ids
+                ]
+            accuracy[role] = naive_accuracy_at(
+                [bool(side[role][i]["correct"]) for i in ids], ranks, p
+            )
         scores.append(accuracy["target"] - accuracy["reference"])
     return sum(scores) / len(scores)
 
 
 def simulate(n=200, classes=10, target=0.3, reference=0.3, seed=0, digits=1, informative=True):
-    """Return a table of n images a direction whose hits are drawn at the given rates; confidence has many ties."""
+    """Return a table of n images a direction whose hits are drawn at the given rates; confidence
+    has many ties.
+    """
     random, parts = np.random.default_rng(seed), []
-    for direction, (role, rate) in itertools.product("ab", (("target", target), ("reference", reference))):
+    for direction, (role, rate) in itertools.product(
+        "ab", (("target", target), ("reference", reference))
+    ):
         correct = random.random(n) < rate
         confidence = (random.normal(size=n) + informative * correct).round(digits)
-        parts.append(pd.DataFrame({
-            "id": [f"{direction}{i:04d}" for i in range(n)], "label": np.arange(n) % classes, "direction": direction,
-            "role": role, "prediction": 0, "correct": correct, "correct5": correct | (random.random(n) < 0.2),
-            "confidence": confidence}))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "id": [f"{direction}{i:04d}" for i in range(n)],
+                    "label": np.arange(n) % classes,
+                    "direction": direction,
+                    "role": role,
+                    "prediction": 0,
+                    "correct": correct,
+                    "correct5": correct | (random.random(n) < 0.2),
+                    "confidence": confidence,
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 
 def embeddings(n=30, public=120, classes=10, d=8, seed=0, grid=True):
-    """Return the arguments of label_inference, on small integers so that distances tie; nothing is memorized."""
+    """Return the arguments of label_inference, on small integers so that distances tie; nothing is
+    memorized.
+    """
     random = np.random.default_rng(seed)
 
     def draw(m):
         x = random.normal(size=(m, d))
         return torch.from_numpy(x.round() if grid else x).float()
 
-    return {"crops": {side: {model: draw(n) for model in "AB"} for side in "ab"},
-            "public": {model: draw(public) for model in "AB"}, "public_labels": np.arange(public) % classes,
-            "ids": {side: np.array([f"{side}{i:03d}" for i in range(n)]) for side in "ab"},
-            "labels": {side: random.integers(0, classes, n) for side in "ab"}, "k": 7, "classes": classes}
+    return {
+        "crops": {side: {model: draw(n) for model in "AB"} for side in "ab"},
+        "public": {model: draw(public) for model in "AB"},
+        "public_labels": np.arange(public) % classes,
+        "ids": {side: np.array([f"{side}{i:03d}" for i in range(n)]) for side in "ab"},
+        "labels": {side: random.integers(0, classes, n) for side in "ab"},
+        "k": 7,
+        "classes": classes,
+    }
 
 
 def planted(n=40, classes=10, seed=0, **changes):
-    """Return arguments in which each model maps the crops of its own images onto their class, of others elsewhere."""
+    """Return arguments in which each model maps the crops of its own images onto their class, of
+    others elsewhere.
+    """
     given = embeddings(n, 20 * classes, classes, 16, seed, grid=False) | {"k": 10}
     centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(1)) * 20
     for model in "AB":
@@ -95,15 +131,24 @@ def same(left, right):
 
 # ---- the table ----
 
+
 def test_label_inference_joins_by_id_and_names_roles():
     given = embeddings()
     table = attack.label_inference(**given)
     assert len(table) == 120 and not table.isna().any().any()
-    for direction, role, model in map(str.split, ("a target A", "a reference B", "b target B", "b reference A")):
+    for direction, role, model in map(
+        str.split, ("a target A", "a reference B", "b target B", "b reference A")
+    ):
         part = table[(table["direction"] == direction) & (table["role"] == role)]
-        found = attack.infer(given["crops"][direction][model], given["public"][model], given["public_labels"], 7, 10)
-        assert (part["id"] == given["ids"][direction]).all() and (part["label"] == given["labels"][direction]).all()
-        assert (part["prediction"] == found["prediction"]).all() and (part["confidence"] == found["confidence"]).all()
+        found = attack.infer(
+            given["crops"][direction][model], given["public"][model], given["public_labels"], 7, 10
+        )
+        assert (part["id"] == given["ids"][direction]).all() and (
+            part["label"] == given["labels"][direction]
+        ).all()
+        assert (part["prediction"] == found["prediction"]).all() and (
+            part["confidence"] == found["confidence"]
+        ).all()
         assert (part["correct"] == (found["prediction"] == given["labels"][direction])).all()
         assert (part["correct5"] >= part["correct"]).all()
 
@@ -113,7 +158,9 @@ def test_neighbours_are_rows_of_the_public_set():
     bank, labels = given["public"]["A"], given["public_labels"][::-1].copy()
     found = attack.infer(given["crops"]["a"]["A"], bank, labels, 7, 10)
     distances, rows = knn.search(given["crops"]["a"]["A"], bank, 7)
-    assert (found["neighbours"] == rows.numpy()).all() and (found["distances"] == distances.numpy()).all()
+    assert (found["neighbours"] == rows.numpy()).all() and (
+        found["distances"] == distances.numpy()
+    ).all()
 
 
 def test_order_of_images_and_of_the_public_set_changes_nothing_ties_included():
@@ -121,13 +168,17 @@ def test_order_of_images_and_of_the_public_set_changes_nothing_ties_included():
     expected = attack.label_inference(**given)
     random = np.random.default_rng(1)
     order = random.permutation(300)
-    moved = given | {"public": {m: x[order] for m, x in given["public"].items()},
-                     "public_labels": given["public_labels"][order]}
+    moved = given | {
+        "public": {m: x[order] for m, x in given["public"].items()},
+        "public_labels": given["public_labels"][order],
+    }
     assert same(attack.label_inference(**moved), expected)
     order = random.permutation(60)
-    moved = given | {"ids": {s: x[order] for s, x in given["ids"].items()},
-                     "labels": {s: x[order] for s, x in given["labels"].items()},
-                     "crops": {s: {m: x[order] for m, x in by.items()} for s, by in given["crops"].items()}}
+    moved = given | {
+        "ids": {s: x[order] for s, x in given["ids"].items()},
+        "labels": {s: x[order] for s, x in given["labels"].items()},
+        "crops": {s: {m: x[order] for m, x in by.items()} for s, by in given["crops"].items()},
+    }
     assert same(attack.label_inference(**moved), expected)
 
 
@@ -139,33 +190,53 @@ def test_relabelling_a_and_b_changes_no_number_and_swapping_roles_negates_it():
             x += 25 * torch.randn(x.shape, generator=noise)
     table = attack.label_inference(**given)
     swap = {"a": "b", "b": "a", "A": "B", "B": "A"}
-    turned = attack.label_inference(**given | {
-        "crops": {swap[s]: {swap[m]: x for m, x in by.items()} for s, by in given["crops"].items()},
-        "public": {swap[m]: x for m, x in given["public"].items()},
-        "ids": {swap[s]: x for s, x in given["ids"].items()},
-        "labels": {swap[s]: x for s, x in given["labels"].items()}})
+    turned = attack.label_inference(
+        **given
+        | {
+            "crops": {
+                swap[s]: {swap[m]: x for m, x in by.items()} for s, by in given["crops"].items()
+            },
+            "public": {swap[m]: x for m, x in given["public"].items()},
+            "ids": {swap[s]: x for s, x in given["ids"].items()},
+            "labels": {swap[s]: x for s, x in given["labels"].items()},
+        }
+    )
     roles = table.assign(role=table["role"].map({"target": "reference", "reference": "target"}))
     for p, ranking in itertools.product((20, 100), attack.RANKINGS):
-        row, again, negated = (attack.score(t, p, ranking, resamples=200) for t in (table, turned, roles))
+        row, again, negated = (
+            attack.score(t, p, ranking, resamples=200) for t in (table, turned, roles)
+        )
         assert row["score"] > 0.05
         assert row == pytest.approx(again, abs=1e-14, nan_ok=True)
         bounds = [-negated[name] for name in ("score", "high", "low")]
         assert [row[name] for name in ("score", "low", "high")] == pytest.approx(bounds, abs=1e-14)
     cells, turned_cells = attack.four_way(table, resamples=0), attack.four_way(roles, resamples=0)
-    assert cells["memorized"] == turned_cells["misrepresented"] and cells["correlated"] == turned_cells["correlated"]
+    assert (
+        cells["memorized"] == turned_cells["misrepresented"]
+        and cells["correlated"] == turned_cells["correlated"]
+    )
 
 
-@pytest.mark.parametrize("change, text", [
-    ({"ids": {"a": ["x"] * 30, "b": ["y"] * 30}}, "58 ids repeat"),
-    ({"public_labels": np.zeros(7)}, "120 public .* 7 labels"),
-    ({"labels": {"a": np.zeros(3), "b": np.zeros(30)}}, "set a, model A: 30 embeddings, 30 ids, 3 labels"),
-    ({"labels": {"a": np.full(30, 10), "b": np.zeros(30)}}, "labels from 0 to 9"), ({"k": 121}, "1 <= k <= 120")])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"ids": {"a": ["x"] * 30, "b": ["y"] * 30}}, "58 ids repeat"),
+        ({"public_labels": np.zeros(7)}, "120 public .* 7 labels"),
+        (
+            {"labels": {"a": np.zeros(3), "b": np.zeros(30)}},
+            "set a, model A: 30 embeddings, 30 ids, 3 labels",
+        ),
+        ({"labels": {"a": np.full(30, 10), "b": np.zeros(30)}}, "labels from 0 to 9"),
+        ({"k": 121}, "1 <= k <= 120"),
+    ],
+)
 def test_bad_input_of_the_table_is_one_clear_error(change, text):
     with pytest.raises(ValueError, match=text):
         attack.label_inference(**embeddings() | change)
 
 
 # ---- controls ----
+
 
 def test_planted_memory_scores_one():
     table = attack.label_inference(**planted())
@@ -180,8 +251,11 @@ def test_one_model_as_target_and_reference_is_exactly_zero():
     given = planted()
     for name in ("crops", "public"):
         by = given[name]
-        given[name] = {"A": by["A"], "B": by["A"]} if name == "public" else {
-            side: {"A": models["A"], "B": models["A"]} for side, models in by.items()}
+        given[name] = (
+            {"A": by["A"], "B": by["A"]}
+            if name == "public"
+            else {side: {"A": models["A"], "B": models["A"]} for side, models in by.items()}
+        )
     table = attack.label_inference(**given)
     for p, ranking, top in itertools.product((1, 5, 20, 99, 100), attack.RANKINGS, (1, 5)):
         row = attack.score(table, p, ranking, top, resamples=50)
@@ -199,7 +273,9 @@ def test_embeddings_that_mean_nothing_cover_zero():
 
 
 def test_permuted_public_labels_score_zero_on_average():
-    """Images of one tight cluster share neighbours, hence the luck of one permutation: only the mean over many is 0."""
+    """Images of one tight cluster share neighbours, hence the luck of one permutation: only the
+    mean over many is 0.
+    """
     scores = []
     for seed in range(12):
         given = planted(n=30, seed=seed)
@@ -220,6 +296,7 @@ def test_any_number_of_classes_and_one_query(classes, n):
 
 
 # ---- accuracy and score ----
+
 
 def test_fractional_credit_at_the_boundary():
     # The top 40 % are 2 of 5: one certain, and one of the two tied at 0.5, of which half are right.
@@ -249,10 +326,15 @@ def test_twenty_percent_of_a_round_number_is_not_rounded_up():
 def test_score_equals_the_twin(p, ranking):
     table = simulate(n=90, target=0.5, reference=0.2)
     row = attack.score(table.sample(frac=1, random_state=0), p, ranking, resamples=30)
-    assert row["score"] == pytest.approx(naive_score(table.to_dict("records"), p, ranking), abs=1e-13)
+    assert row["score"] == pytest.approx(
+        naive_score(table.to_dict("records"), p, ranking), abs=1e-13
+    )
     assert row == attack.score(table, p, ranking, resamples=30) or math.isnan(row["mcnemar"])
     five = table.assign(correct=table["correct5"])
-    assert attack.score(table, p, ranking, 5, 0)["score"] == attack.score(five, p, ranking, 1, 0)["score"]
+    assert (
+        attack.score(table, p, ranking, 5, 0)["score"]
+        == attack.score(five, p, ranking, 1, 0)["score"]
+    )
 
 
 @pytest.mark.parametrize("clustered", [False, True])
@@ -262,7 +344,9 @@ def test_the_bootstrap_ranks_anew_in_every_resample(clustered):
     weights = np.concatenate(list(attack._weights(stratum, 25, 3)))
     found = attack._ranked(stratum.hits[0], stratum.confidence[0], weights, [15, 100])
     for i, weight in enumerate(weights):
-        drawn = np.repeat(np.arange(120), weight)  # literally: an image drawn twice stands there twice
+        drawn = np.repeat(
+            np.arange(120), weight
+        )  # literally: an image drawn twice stands there twice
         for row, p in enumerate((15, 100)):
             expected = naive_accuracy_at(stratum.hits[0][drawn], stratum.confidence[0][drawn], p)
             assert found[row, i] == pytest.approx(expected, abs=1e-13)
@@ -280,9 +364,13 @@ def test_rows_of_a_curve_are_the_scores():
 def test_seeds_are_strata():
     tables = [simulate(n=50, target=0.2 * (s + 1), seed=s).assign(seed=s) for s in range(3)]
     pooled = attack.score(pd.concat(tables), 20, resamples=200)
-    assert pooled["score"] == pytest.approx(np.mean([attack.score(t, 20, resamples=0)["score"] for t in tables]))
+    assert pooled["score"] == pytest.approx(
+        np.mean([attack.score(t, 20, resamples=0)["score"] for t in tables])
+    )
     assert pooled["n"] == 300 and pooled["low"] < pooled["score"] < pooled["high"]
-    alike = pd.concat([tables[0], tables[0].assign(seed=7)])  # the same ids under two seeds: drawn apart
+    alike = pd.concat(
+        [tables[0], tables[0].assign(seed=7)]
+    )  # the same ids under two seeds: drawn apart
     first, second = (s.stream for s in attack._strata(alike, 1, "own")[:2])
     assert first != second
 
@@ -293,16 +381,26 @@ def test_ranking_by_the_sum_is_unbiased_where_ranking_by_the_target_would_not_be
         table = simulate(n=150, seed=seed)
         by_sum.append(attack.score(table, 20, "paired", resamples=0)["score"])
         own = table[table["role"] == "target"].set_index("id")["confidence"]
-        by_target.append(attack.score(table.assign(confidence=table["id"].map(own)), 20, "own", resamples=0)["score"])
+        by_target.append(
+            attack.score(table.assign(confidence=table["id"].map(own)), 20, "own", resamples=0)[
+                "score"
+            ]
+        )
     assert abs(np.mean(by_sum)) < 3 * np.std(by_sum) / 60**0.5 < np.mean(by_target)
 
 
 # ---- intervals ----
 
+
 @pytest.mark.parametrize("p, ranking", [(100, "own"), (20, "own"), (20, "paired")])
 def test_null_intervals_cover_zero_about_95_times_in_100(p, ranking):
-    covered = sum(row["low"] <= 0 <= row["high"] for row in (
-        attack.score(simulate(seed=seed), p, ranking, resamples=400) for seed in range(1000, 1100)))
+    covered = sum(
+        row["low"] <= 0 <= row["high"]
+        for row in (
+            attack.score(simulate(seed=seed), p, ranking, resamples=400)
+            for seed in range(1000, 1100)
+        )
+    )
     assert 88 <= covered <= 99
 
 
@@ -338,12 +436,19 @@ def test_mcnemar_is_exact_and_symmetric():
 @pytest.mark.parametrize("top", [1, 5])
 @pytest.mark.parametrize("classes", [10, 60])
 def test_four_way_identity(top, classes):
-    tables = [simulate(n=n, classes=classes, target=0.5, seed=n).assign(seed=n) for n in (50, 77, 301)]
+    tables = [
+        simulate(n=n, classes=classes, target=0.5, seed=n).assign(seed=n) for n in (50, 77, 301)
+    ]
     for table in (*tables, pd.concat(tables)):
-        cells, row = attack.four_way(table, top, resamples=50), attack.score(table, 100, top=top, resamples=50)
+        cells, row = (
+            attack.four_way(table, top, resamples=50),
+            attack.score(table, 100, top=top, resamples=50),
+        )
         assert abs(cells["memorized"] - cells["misrepresented"] - row["score"]) < 1e-12
         assert abs(sum(cells[name] for name in attack.CELLS) - 1) < 1e-12
-        assert all(cells[n + "_low"] <= cells[n] <= cells[n + "_high"] for n in (*attack.CELLS, "ratio"))
+        assert all(
+            cells[n + "_low"] <= cells[n] <= cells[n + "_high"] for n in (*attack.CELLS, "ratio")
+        )
 
 
 def test_odds_interval_is_clopper_pearson():
@@ -364,7 +469,10 @@ def test_difference_is_paired():
     assert found["difference"] == pytest.approx(lost / 400, abs=1e-12) and found["low"] > 0
     alone = attack.score(one, 100)
     assert found["high"] - found["low"] < (alone["high"] - alone["low"]) / 2
-    assert found["one"] == alone["score"] and found["two"] == attack.score(two, 100, resamples=0)["score"]
+    assert (
+        found["one"] == alone["score"]
+        and found["two"] == attack.score(two, 100, resamples=0)["score"]
+    )
     nothing = attack.difference(one, one.sample(frac=1, random_state=1))
     assert (nothing["difference"], nothing["low"], nothing["high"]) == (0, 0, 0)
     shares = attack.difference(one, one, p=(20, 100))
@@ -376,7 +484,9 @@ def test_difference_is_paired():
 def test_over_seeds_is_the_t_interval():
     found = attack.over_seeds([1.0, 2.0, 4.0])
     half = 4.302652729911275 * np.std([1, 2, 4], ddof=1) / 3**0.5
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(
+        (7 / 3, 7 / 3 - half, 7 / 3 + half)
+    )
     single = attack.over_seeds([0.5])
     assert single["mean"] == 0.5 and math.isnan(single["low"])
     for bad in ([], [math.nan]):
@@ -384,10 +494,16 @@ def test_over_seeds_is_the_t_interval():
             attack.over_seeds(bad)
 
 
-@pytest.mark.parametrize("change, text", [
-    (lambda t: pd.concat([t, t.assign(epoch=2)]), "800 of 1600 rows repeat"), (lambda t: t[:0], "0 of 0 rows"),
-    (lambda t: t[t["id"] != "a0001"][3:], "ids not the same"), (lambda t: t[t["role"] == "target"], "0 reference"),
-    (lambda t: t.assign(confidence=np.nan), "NaN")])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda t: pd.concat([t, t.assign(epoch=2)]), "800 of 1600 rows repeat"),
+        (lambda t: t[:0], "0 of 0 rows"),
+        (lambda t: t[t["id"] != "a0001"][3:], "ids not the same"),
+        (lambda t: t[t["role"] == "target"], "0 reference"),
+        (lambda t: t.assign(confidence=np.nan), "NaN"),
+    ],
+)
 def test_bad_tables_are_one_clear_error(change, text):
     with pytest.raises(ValueError, match=text):
         attack.score(change(simulate()), 100)

@@ -1,4 +1,6 @@
-"""The audit says yes to planted memory and no where there is none; every bad input is one clear error."""
+"""The audit says yes to planted memory and no where there is none; every bad input is one clear
+error.
+"""
 
 import dataclasses
 import hashlib
@@ -14,12 +16,34 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dejavu_utils import audit, checkpoints, data, one_model, scenes, sources, store, subject, train, views
+from dejavu_utils import (
+    audit,
+    checkpoints,
+    data,
+    one_model,
+    scenes,
+    sources,
+    store,
+    subject,
+    train,
+    views,
+)
 from dejavu_utils.models import Encoder
 
 CLASSES = 10
-PARAMS = {"reading": {"size": 16, "layer": ""}, "audit": {"limit": 0}, "k": 10, "seeds": [0],
-          "crop": {"kind": "periphery", "rule": "paper", "min_side": 0, "fraction": 0.3, "corner": "lower-left"}}
+PARAMS = {
+    "reading": {"size": 16, "layer": ""},
+    "audit": {"limit": 0},
+    "k": 10,
+    "seeds": [0],
+    "crop": {
+        "kind": "periphery",
+        "rule": "paper",
+        "min_side": 0,
+        "fraction": 0.3,
+        "corner": "lower-left",
+    },
+}
 PARTITION = {"a": 100, "b": 100, "control": 150, "public": 30}  # images a class
 
 
@@ -44,29 +68,41 @@ class Planted(nn.Module):
     def forward(self, x):
         noise = [np.random.default_rng(list(key[:4])).normal(size=CLASSES) for key in keys(x)]
         known = [self.memory.get(key, -1) for key in keys(x)]
-        return torch.tensor(np.array([8 * np.eye(CLASSES + 1)[i][:CLASSES] + z if i >= 0 else z
-                                      for i, z in zip(known, noise, strict=True)])).float()
+        return torch.tensor(
+            np.array(
+                [
+                    8 * np.eye(CLASSES + 1)[i][:CLASSES] + z if i >= 0 else z
+                    for i, z in zip(known, noise, strict=True)
+                ]
+            )
+        ).float()
 
 
 @pytest.fixture(scope="module")
 def parts():
     images = scenes.make(CLASSES, sum(PARTITION.values()), rho=0.2, seed=5, size=32)
     ends = np.cumsum(list(PARTITION.values())) * CLASSES
-    found = {name: images.subset(range(end - PARTITION[name] * CLASSES, end))
-             for name, end in zip(PARTITION, ends, strict=True)}
+    found = {
+        name: images.subset(range(end - PARTITION[name] * CLASSES, end))
+        for name, end in zip(PARTITION, ends, strict=True)
+    }
     found["control"] = dataclasses.replace(found["control"], attributes={})
     return {name: dataclasses.replace(each, attributes={}) for name, each in found.items()}
 
 
 def planted(parts, remembered, share=0.3):
-    """Return an encoder that recognises public pictures and remembers a share of the crops of one part."""
+    """Return an encoder that recognises public pictures and remembers a share of the crops of one
+    part.
+    """
     trunk = Planted()
     trunk.learn(parts["public"].squares(16), parts["public"].labels)
     crop, _ = subject._crop(PARAMS["crop"], "", parts[remembered])
     images = subject._attackable(parts[remembered], crop, 0, 0)
     images = images.subset(range(int(share * len(images))))
     trunk.learn(images.squares(16, subject.crops.background(images, crop)[0]), images.labels)
-    return checkpoints.Foreign(trunk, nn.ModuleList(), "planted", "student", ["planted"], [], "0" * 64)
+    return checkpoints.Foreign(
+        trunk, nn.ModuleList(), "planted", "student", ["planted"], [], "0" * 64
+    )
 
 
 def examine(encoder, images, reference=None, **params):
@@ -102,9 +138,14 @@ def test_it_says_memorizes_on_a_and_no_on_b(parts, encoder, held_out):
 def test_with_a_second_model(parts, encoder):
     other = planted(parts, "b")
     assert examine(encoder, sets(parts, "a"), other)[-1]["word"] == "memorizes"
-    assert examine(encoder, sets(parts, "b", "control"), planted(parts, "a", 0))[-1]["word"] == "no evidence"
+    assert (
+        examine(encoder, sets(parts, "b", "control"), planted(parts, "a", 0))[-1]["word"]
+        == "no evidence"
+    )
     *_, scores, _, same = examine(encoder, sets(parts, "a"), encoder)
-    assert scores.set_index(["reading", "p"]).loc[("audited", 100), "score"] == 0  # the same encoder twice
+    assert (
+        scores.set_index(["reading", "p"]).loc[("audited", 100), "score"] == 0
+    )  # the same encoder twice
     assert same["word"] != "memorizes"
 
 
@@ -117,25 +158,41 @@ def test_a_failed_control_takes_the_verdict_away(parts, encoder):
 
 
 def made(low, high, calibrated=None):
-    rows = [{"layer": "backbone", "reading": "audited", "p": 100, "score": (low + high) / 2, "low": low, "high": high}]
+    rows = [
+        {
+            "layer": "backbone",
+            "reading": "audited",
+            "p": 100,
+            "score": (low + high) / 2,
+            "low": low,
+            "high": high,
+        }
+    ]
     if calibrated:
-        rows.append(rows[0] | {"reading": "calibrated", "low": calibrated[0], "high": calibrated[1]})
+        rows.append(
+            rows[0] | {"reading": "calibrated", "low": calibrated[0], "high": calibrated[1]}
+        )
     return pd.DataFrame(rows).assign(n=100)
 
 
-@pytest.mark.parametrize(("source", "second", "plain", "calibrated", "word", "why"), [
-    ("held-out", False, (0.2, 0.3), (0.01, 0.2), "memorizes", "memorizes"),
-    ("held-out", False, (0.2, 0.3), (-0.03, 0.04), "no evidence", "no evidence"),
-    ("held-out", False, (0.2, 0.3), (-0.03, 0.06), "undecided", "undecided"),
-    ("held-out", False, (0.2, 0.3), (-0.3, -0.1), "no evidence", "no evidence"),
-    ("public", False, (0.2, 0.3), (0.1, 0.2), "memorizes", "memorizes"),
-    ("public", False, (0.2, 0.3), (-0.03, 0.04), "undecided", "disagree"),
-    ("public", True, (0.2, 0.3), (-0.03, 0.04), "memorizes", "memorizes"),
-    ("", False, (0.2, 0.3), None, "undecided", "offset"),
-    ("", True, (0.2, 0.3), None, "memorizes", "memorizes"),
-])
+@pytest.mark.parametrize(
+    ("source", "second", "plain", "calibrated", "word", "why"),
+    [
+        ("held-out", False, (0.2, 0.3), (0.01, 0.2), "memorizes", "memorizes"),
+        ("held-out", False, (0.2, 0.3), (-0.03, 0.04), "no evidence", "no evidence"),
+        ("held-out", False, (0.2, 0.3), (-0.03, 0.06), "undecided", "undecided"),
+        ("held-out", False, (0.2, 0.3), (-0.3, -0.1), "no evidence", "no evidence"),
+        ("public", False, (0.2, 0.3), (0.1, 0.2), "memorizes", "memorizes"),
+        ("public", False, (0.2, 0.3), (-0.03, 0.04), "undecided", "disagree"),
+        ("public", True, (0.2, 0.3), (-0.03, 0.04), "memorizes", "memorizes"),
+        ("", False, (0.2, 0.3), None, "undecided", "offset"),
+        ("", True, (0.2, 0.3), None, "memorizes", "memorizes"),
+    ],
+)
 def test_rules_of_the_verdict(source, second, plain, calibrated, word, why):
-    case = type("Case", (), {"layers": ("backbone",), "source": source, "reference": second or None})
+    case = type(
+        "Case", (), {"layers": ("backbone",), "source": source, "reference": second or None}
+    )
     fine = pd.DataFrame({"control": ["x"], "passed": [True]})
     found = audit.verdict(case, made(*plain, calibrated), fine)
     assert (found["word"], found["why"]) == (word, why)
@@ -144,9 +201,14 @@ def test_rules_of_the_verdict(source, second, plain, calibrated, word, why):
 
 def rows_of(right, belief, labels=None):
     n = len(right)
-    base = {"id": [f"{i:05d}" for i in range(n)], "label": np.zeros(n, int) if labels is None else labels}
+    base = {
+        "id": [f"{i:05d}" for i in range(n)],
+        "label": np.zeros(n, int) if labels is None else labels,
+    }
     target = pd.DataFrame(base | {"role": "target", "correct": right, "belief": 0.0})
-    return pd.concat([target, pd.DataFrame(base | {"role": "reference", "correct": False, "belief": belief})])
+    return pd.concat(
+        [target, pd.DataFrame(base | {"role": "reference", "correct": False, "belief": belief})]
+    )
 
 
 def test_calibrated_is_the_residual_of_a_line_through_the_unseen_images():
@@ -156,13 +218,17 @@ def test_calibrated_is_the_residual_of_a_line_through_the_unseen_images():
     found = audit.calibrated(rows_of(t, b), rows_of(s, c), resamples=50)
     assert found["score"] == pytest.approx(t.mean() - intercept - slope * b.mean(), abs=1e-12)
     assert found["target"] - found["reference"] == pytest.approx(found["score"])
-    constant = audit.calibrated(rows_of(t, np.full(50, 0.3)), rows_of(s, np.full(70, 0.3)), resamples=50)
+    constant = audit.calibrated(
+        rows_of(t, np.full(50, 0.3)), rows_of(s, np.full(70, 0.3)), resamples=50
+    )
     assert constant["score"] == pytest.approx(t.mean() - s.mean())
 
 
 @pytest.mark.parametrize("classes", [10, 60])
 def test_the_interval_misses_no_memory_one_time_in_twenty(classes):
-    """Beliefs tell how often the encoder is right, and the two sets differ in them; the offset is large."""
+    """Beliefs tell how often the encoder is right, and the two sets differ in them; the offset is
+    large.
+    """
     misses = 0
     for seed in range(200):
         random = np.random.default_rng(seed)
@@ -182,7 +248,11 @@ def test_no_image_is_judged_by_a_classifier_that_saw_it():
 
     def fit(x, y, classes, name):
         assert set(x.tolist()) <= set(range(30))  # unseen images are never learned from
-        return lambda other: seen.append((set(x.tolist()), set(other.tolist()))) or np.full((len(other), classes), 0.5)
+        return lambda other: (
+            seen.append((set(x.tolist()), set(other.tolist())))
+            or np.full((len(other), classes), 0.5)
+        )
+
     found = one_model.cross_fit(fit, np.arange(40), labels, fold, 2, learn)
     assert np.isfinite(found).all() and sum(len(judged) for _, judged in seen) == 40
     assert all(not learned & judged for learned, judged in seen)
@@ -192,7 +262,9 @@ def test_the_network_can_be_the_reference(parts, encoder, monkeypatch):
     small = train.Recipe(encoder="small4", projector="8-8", batch=32, threads=1)
     network = one_model.network
     monkeypatch.setattr(one_model, "network", lambda device: network(small, 1, device))
-    case = subject.prepare({"target": (encoder, 0)}, sets(parts, "a"), PARAMS | {"audit": {"limit": 80}})
+    case = subject.prepare(
+        {"target": (encoder, 0)}, sets(parts, "a"), PARAMS | {"audit": {"limit": 80}}
+    )
     judged = audit.judge(case, {}, "network")
     assert len(judged["audited"][0]) == len(case.audited) == 80
     assert ((0 <= judged["unseen"][2]) & (judged["unseen"][2] <= 1)).all()
@@ -203,44 +275,72 @@ def test_the_network_can_be_the_reference(parts, encoder, monkeypatch):
 def test_pictures_that_look_like_attacked_ones_are_left_out_of_x(parts, encoder):
     twins = parts["a"].subset(range(40))
     twins = dataclasses.replace(twins, pixels=(twins.pixels.int() + 1).clamp(0, 255).byte())
-    public = data.Images(np.r_[parts["public"].ids, twins.ids], np.r_[parts["public"].labels, twins.labels],
-                         parts["public"].boxes + twins.boxes, twins.classes, np.r_[parts["public"].sizes, twins.sizes],
-                         torch.cat([parts["public"].pixels, twins.pixels]))
+    public = data.Images(
+        np.r_[parts["public"].ids, twins.ids],
+        np.r_[parts["public"].labels, twins.labels],
+        parts["public"].boxes + twins.boxes,
+        twins.classes,
+        np.r_[parts["public"].sizes, twins.sizes],
+        torch.cat([parts["public"].pixels, twins.pixels]),
+    )
     case = subject.prepare({"target": (encoder, 0)}, sets(parts, "a") | {"public": public}, PARAMS)
     assert len(case.public) == len(parts["public"])
-    assert any("40 public pictures look like one of the attacked images" in note for note in case.notes)
-    with pytest.raises(ValueError, match=r"PUBLIC: no picture of 10 of 10 classes.*1000 were left out"):
+    assert any(
+        "40 public pictures look like one of the attacked images" in note for note in case.notes
+    )
+    with pytest.raises(
+        ValueError, match=r"PUBLIC: no picture of 10 of 10 classes.*1000 were left out"
+    ):
         subject.prepare({"target": (encoder, 0)}, sets(parts, "a") | {"public": parts["a"]}, PARAMS)
     with pytest.raises(ValueError, match=r"HELD_OUT: 0 of 0 pictures have a usable"):
         subject.prepare({"target": (encoder, 0)}, sets(parts, "a", "a"), PARAMS)
 
 
 def test_classes_are_matched_by_name(parts, encoder):
-    turned = dataclasses.replace(parts["public"], classes=parts["public"].classes[::-1],
-                                 labels=CLASSES - 1 - parts["public"].labels)
-    first, second = (subject.prepare({"target": (encoder, 0)}, sets(parts, "a") | {"public": public}, PARAMS).public
-                     for public in (parts["public"], turned))
+    turned = dataclasses.replace(
+        parts["public"],
+        classes=parts["public"].classes[::-1],
+        labels=CLASSES - 1 - parts["public"].labels,
+    )
+    first, second = (
+        subject.prepare(
+            {"target": (encoder, 0)}, sets(parts, "a") | {"public": public}, PARAMS
+        ).public
+        for public in (parts["public"], turned)
+    )
     assert first.digest == second.digest
 
 
 def test_too_little_is_an_error_that_says_what_to_pass(parts, encoder):
     target, few = {"target": (encoder, 0)}, parts["a"].subset(range(19))
-    with pytest.raises(ValueError, match=r"IMAGES: 18 of 19 pictures have a usable periphery crop, at least 20"):
+    with pytest.raises(
+        ValueError, match=r"IMAGES: 18 of 19 pictures have a usable periphery crop, at least 20"
+    ):
         subject.prepare(target, sets(parts, "a") | {"images": few}, PARAMS)
     one = parts["public"].subset(parts["public"].labels > 0)
-    with pytest.raises(ValueError, match="PUBLIC: no picture of 1 of 10 classes of IMAGES, such as umbrella"):
+    with pytest.raises(
+        ValueError, match="PUBLIC: no picture of 1 of 10 classes of IMAGES, such as umbrella"
+    ):
         subject.prepare(target, sets(parts, "a") | {"public": one}, PARAMS)
     with pytest.raises(ValueError, match="PUBLIC: 300 pictures, fewer than k = 301"):
         subject.prepare(target, sets(parts, "a"), PARAMS | {"k": 301})
     with pytest.raises(ValueError, match="of 1 classes; at least 2"):
-        subject.prepare(target, sets(parts, "a") | {"images": parts["a"].subset(parts["a"].labels == 3)}, PARAMS)
-    with pytest.raises(ValueError, match=r"has no layer 'block9', it has backbone. Pass reading.layer=backbone"):
-        subject.prepare(target, sets(parts, "a"), PARAMS | {"reading": {"size": 16, "layer": "block9"}})
+        subject.prepare(
+            target, sets(parts, "a") | {"images": parts["a"].subset(parts["a"].labels == 3)}, PARAMS
+        )
+    with pytest.raises(
+        ValueError, match=r"has no layer 'block9', it has backbone. Pass reading.layer=backbone"
+    ):
+        subject.prepare(
+            target, sets(parts, "a"), PARAMS | {"reading": {"size": 16, "layer": "block9"}}
+        )
 
 
 def test_without_boxes_the_corner_is_attacked(parts, encoder):
-    bare = {name: dataclasses.replace(each, boxes=[np.zeros((0, 4), np.float32)] * len(each))
-            for name, each in parts.items()}
+    bare = {
+        name: dataclasses.replace(each, boxes=[np.zeros((0, 4), np.float32)] * len(each))
+        for name, each in parts.items()
+    }
     case = subject.prepare({"target": (encoder, 0)}, sets(bare, "a"), PARAMS)
     assert case.crop["kind"] == "corner" and len(case.audited) == len(parts["a"])
     assert case.rects(case.audited)[0].tolist() == [0, 23, 9, 32]
@@ -274,7 +374,9 @@ def test_a_folder_of_class_folders(parts, tmp_path):
     assert found.classes == tuple(sorted(parts["a"].classes)) and len(found) == 60
     assert [name for name, _ in found.skipped] == ["umbrella/broken.png"]
     assert torch.equal(found.pixels[0], parts["a"].pixels[int(found.ids[0][-8:-4])])
-    with pytest.raises(ValueError, match=r"PUBLIC: the pictures in .* are in 0 folders; expected at least two"):
+    with pytest.raises(
+        ValueError, match=r"PUBLIC: the pictures in .* are in 0 folders; expected at least two"
+    ):
         sources.pictures(str(root / "umbrella"), "PUBLIC")
     with pytest.raises(ValueError, match="1 folders; .*pass its folder mine"):
         sources.pictures(str(tmp_path))
@@ -282,7 +384,9 @@ def test_a_folder_of_class_folders(parts, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "no/such/folder", "imagenett"])
 def test_images_that_are_not_there(name):
-    with pytest.raises(FileNotFoundError, match=f"PUBLIC: {name or 'nothing was passed'}; expected a folder.*pets"):
+    with pytest.raises(
+        FileNotFoundError, match=f"PUBLIC: {name or 'nothing was passed'}; expected a folder.*pets"
+    ):
         sources.pictures(name, "PUBLIC")
 
 
@@ -301,59 +405,106 @@ def test_encoders_that_cannot_be_read(tmp_path):
     torch.save({"what": torch.zeros(3)}, tmp_path / "odd.pt")
     with pytest.raises(store.StoreError, match="odd.pt"):
         sources.encoder(str(tmp_path / "odd.pt"))
-    with pytest.raises(ValueError, match="ENCODER: resnet5O is no file, and no model has that name.*resnet50"):
+    with pytest.raises(
+        ValueError, match="ENCODER: resnet5O is no file, and no model has that name.*resnet50"
+    ):
         sources.encoder("resnet5O")
 
 
 def test_a_pretrained_model_keeps_its_own_normalisation(monkeypatch):
     import timm
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)  # mean and deviation 0.5
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32
+    )  # mean and deviation 0.5
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
     create, fetched = timm.create_model, Mock(side_effect=[model, OSError("no network")])
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: fetched() if pretrained else
-                        create(name, **more))
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, pretrained, **more: fetched() if pretrained else create(name, **more),
+    )
     found, size = sources.encoder("vit_tiny_patch16_224")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.allclose(found.layers(views.normalize(pixels))["backbone"], model(pixels / 127.5 - 1), atol=1e-4)
+        assert torch.allclose(
+            found.layers(views.normalize(pixels))["backbone"], model(pixels / 127.5 - 1), atol=1e-4
+        )
     assert size == 224 and found.layout == "timm" and len(found.sha256) == 64
-    with pytest.raises(ValueError, match=r"could not be fetched \(OSError: no network\). Pass the encoder as a file"):
+    with pytest.raises(
+        ValueError,
+        match=r"could not be fetched \(OSError: no network\). Pass the encoder as a file",
+    ):
         sources.encoder("vit_tiny_patch16_224")
 
 
 def test_parameters_name_what_is_audited(parts, tmp_path):
     root = str(folder_of(tmp_path / "mine", parts["a"], 40))
-    params = {"encoder": {"target": "resnet18", "reference": ""},
-              "sets": {"images": root, "public": root, "held_out": ""}}
+    params = {
+        "encoder": {"target": "resnet18", "reference": ""},
+        "sets": {"images": root, "public": root, "held_out": ""},
+    }
     files, images, _ = sources.given(params)
     with pytest.raises(FileNotFoundError, match=r"REFERENCE: there is no file gone.pt; expected"):
         sources.given(params | {"encoder": {"target": "resnet18", "reference": "gone.pt"}})
     assert files == {"target": "resnet18"} and set(images) == {"images", "public"}
     pair = type("Pair", (), {"parts": parts, "jobs": {}})
-    wrong = {"encoder": {"target": "", "reference": ""}, "sets": params["sets"] | {"images": "c"}, "epochs": [1]}
+    wrong = {
+        "encoder": {"target": "", "reference": ""},
+        "sets": params["sets"] | {"images": "c"},
+        "epochs": [1],
+    }
     with pytest.raises(ValueError, match=r"'c' is neither a part .*\(a, b, control, public\)"):
         sources.demonstration(wrong, pair)
 
 
 @pytest.mark.slow
 def test_make_audit_from_the_command_line(parts, tmp_path):
-    """A file of an untrained encoder and folders of pictures: a report, whose verdict is not that it memorizes."""
-    checkpoints.save(tmp_path / "e.safetensors", Encoder("small4", "8-8", 24).eval(),
-                     train.Recipe(encoder="small4", projector="8-8", size=24))
+    """A file of an untrained encoder and folders of pictures: a report, whose verdict is not that
+    it memorizes.
+    """
+    checkpoints.save(
+        tmp_path / "e.safetensors",
+        Encoder("small4", "8-8", 24).eval(),
+        train.Recipe(encoder="small4", projector="8-8", size=24),
+    )
     for name in ("a", "public", "control"):
         folder_of(tmp_path / name, parts[name], 300)
     out, make = tmp_path / "my report.html", shutil.which("make")
-    given = {"ENCODER": tmp_path / "e.safetensors", "IMAGES": tmp_path / "a", "PUBLIC": tmp_path / "public",
-             "HELD_OUT": tmp_path / "control", "OUT": out, "P": "k=5", "PYTHON": shutil.which("python") or "python3"}
+    given = {
+        "ENCODER": tmp_path / "e.safetensors",
+        "IMAGES": tmp_path / "a",
+        "PUBLIC": tmp_path / "public",
+        "HELD_OUT": tmp_path / "control",
+        "OUT": out,
+        "P": "k=5",
+        "PYTHON": shutil.which("python") or "python3",
+    }
     environment = os.environ | {"DEJAVU_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
-    command = [make, "audit", *(f"{name}={value}" for name, value in given.items() if name != "PYTHON")]
-    done = subprocess.run(command, cwd=store.PACKAGE.parent, capture_output=True, text=True, env=environment)
+    command = [
+        make,
+        "audit",
+        *(f"{name}={value}" for name, value in given.items() if name != "PYTHON"),
+    ]
+    done = subprocess.run(
+        command, cwd=store.PACKAGE.parent, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "memorizes</strong>" not in out.read_text() and "What could not be checked" in out.read_text()
+    assert (
+        "memorizes</strong>" not in out.read_text()
+        and "What could not be checked" in out.read_text()
+    )
     store.verify(out)
     command = [word for word in command if not word.startswith("PUBLIC")]
-    done = subprocess.run(command, cwd=store.PACKAGE.parent, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command, cwd=store.PACKAGE.parent, capture_output=True, text=True, env=environment
+    )
     assert done.returncode != 0 and "make audit ENCODER=" in done.stderr
-    done = subprocess.run([*command, "PUBLIC=/no/such"], cwd=store.PACKAGE.parent, capture_output=True, text=True,
-                          env=environment)
+    done = subprocess.run(
+        [*command, "PUBLIC=/no/such"],
+        cwd=store.PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode != 0 and "PUBLIC: /no/such; expected a folder" in done.stdout

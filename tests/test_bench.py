@@ -1,4 +1,6 @@
-"""The benchmarks themselves: what a row says, and that the limit of k-NN is the same work in the same precision."""
+"""The benchmarks themselves: what a row says, and that the limit of k-NN is the same work in the
+same precision.
+"""
 
 import importlib
 import math
@@ -18,9 +20,21 @@ def load(monkeypatch):
 
 def test_a_row_has_the_share_of_the_limits_speed(load, capsys):
     row = load("bench_common").row
-    found = row("training", "ours", "images/s", "cpu", "float32", lambda n: {"value": n, "limit": 200.0}, 150.0)
-    assert found["share"] == 0.75 and "cores" in found["device"] and " 75%" in capsys.readouterr().out
-    assert row("k-NN", "ours", "s", "cpu", "", lambda: {"value": 4.0, "limit": 1.0})["share"] == 0.25
+    found = row(
+        "training",
+        "ours",
+        "images/s",
+        "cpu",
+        "float32",
+        lambda n: {"value": n, "limit": 200.0},
+        150.0,
+    )
+    assert (
+        found["share"] == 0.75 and "cores" in found["device"] and " 75%" in capsys.readouterr().out
+    )
+    assert (
+        row("k-NN", "ours", "s", "cpu", "", lambda: {"value": 4.0, "limit": 1.0})["share"] == 0.25
+    )
     assert math.isnan(row("k-NN", "peer", "s", "cpu", "", lambda: {"value": 4.0})["share"])
 
 
@@ -31,9 +45,14 @@ def test_a_row_that_could_not_be_measured_says_why(load):
     def large():
         raise torch.OutOfMemoryError("too large\nfor this card")
 
-    rows = [load("bench_common").row("sampling", "x", "pictures/s", "cpu", "", work) for work in (absent, large)]
-    assert [row["note"] for row in rows] == ["skipped: not_there is not installed",
-                                             "failed: OutOfMemoryError: too large"]
+    rows = [
+        load("bench_common").row("sampling", "x", "pictures/s", "cpu", "", work)
+        for work in (absent, large)
+    ]
+    assert [row["note"] for row in rows] == [
+        "skipped: not_there is not installed",
+        "failed: OutOfMemoryError: too large",
+    ]
     assert all(math.isnan(row["value"]) for row in rows)
 
 
@@ -52,7 +71,9 @@ def test_the_product_multiplies_every_pair_once_in_the_given_precision(load, mon
 
     monkeypatch.setattr(torch, "mm", watched)
     load("bench_knn").product(torch.ones(7, 3), torch.ones(10_000, 3), "medium")()
-    assert sum(pairs for pairs, *_ in seen) == 70_000 and {each[1:] for each in seen} == {(3, "medium")}
+    assert sum(pairs for pairs, *_ in seen) == 70_000 and {each[1:] for each in seen} == {
+        (3, "medium")
+    }
     assert torch.get_float32_matmul_precision() == before
 
 

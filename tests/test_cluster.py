@@ -8,8 +8,12 @@ import pytest
 
 from dejavu_utils import launch, store, train
 
-CHANGES = {"criteria": ["vicreg"], "rhos": [0.2], "epochs": [0, 1],
-           "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 8, "probe": 4, "control": 4}}
+CHANGES = {
+    "criteria": ["vicreg"],
+    "rhos": [0.2],
+    "epochs": [0, 1],
+    "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 8, "probe": 4, "control": 4},
+}
 
 
 @pytest.fixture
@@ -24,11 +28,18 @@ def cluster(monkeypatch, tmp_path):
 
 
 def test_every_notebooks_encoders_once(cluster):
-    plain = cluster.jobs("smoke", CHANGES)  # the default pair, 00_tour's is the same, and one invariance coefficient
+    plain = cluster.jobs(
+        "smoke", CHANGES
+    )  # the default pair, 00_tour's is the same, and one invariance coefficient
     assert sorted(job["seed"] for job in plain.values()) == ["0/A", "0/A", "0/B", "0/B"]
-    more = {"more": {"starts": 2, "many": 8}, "trained": {"simclr": {"constants.temperature": [0.5]}}}
+    more = {
+        "more": {"starts": 2, "many": 8},
+        "trained": {"simclr": {"constants.temperature": [0.5]}},
+    }
     found = cluster.jobs("smoke", CHANGES | more).values()
-    assert len(found) == 2 + 2 + 8 + 2 + 2  # default, second start, halves, the knob, and the default of its criterion
+    assert (
+        len(found) == 2 + 2 + 8 + 2 + 2
+    )  # default, second start, halves, the knob, and the default of its criterion
     assert {job["device"] for job in found} == {"auto"}
 
 

@@ -1,4 +1,6 @@
-"""Other measures on the same encoders: naive oracles, what they must be where nothing or everything is remembered."""
+"""Other measures on the same encoders: naive oracles, what they must be where nothing or everything
+is remembered.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +16,9 @@ from dejavu_utils import views as augment
 from dejavu_utils.models import Encoder, embed
 
 PARAMS = {
-    "dataset": "scenes", "epochs": [0], "recipe": {"encoder": "small4", "projector": "8-8", "batch": 8, "size": 16},
+    "dataset": "scenes",
+    "epochs": [0],
+    "recipe": {"encoder": "small4", "projector": "8-8", "batch": 8, "size": 16},
     "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 8, "probe": 6, "control": 8},
     "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
 }
@@ -52,13 +56,21 @@ def found(pair):
 
 
 def planted(n=20, seeds=(0,), classes=4, **columns):
-    """Return a table of 2 n images a seed; a column is `f(member, rng)` of all its rows, else noise."""
+    """Return a table of 2 n images a seed; a column is `f(member, rng)` of all its rows, else
+    noise.
+    """
     rows = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        one = pd.DataFrame([(f"{side}{i:04d}", i % classes, side, model, (side == "a") == (model == "A"))
-                            for side in "ab" for i in range(n) for model in "AB"],
-                           columns=["id", "label", "direction", "model", "member"])
+        one = pd.DataFrame(
+            [
+                (f"{side}{i:04d}", i % classes, side, model, (side == "a") == (model == "A"))
+                for side in "ab"
+                for i in range(n)
+                for model in "AB"
+            ],
+            columns=["id", "label", "direction", "model", "member"],
+        )
         for name in (*companions.STATISTICS, *companions.GAPS):
             member = one["member"].to_numpy()
             one[name] = columns[name](member, rng) if name in columns else rng.normal(size=len(one))
@@ -76,7 +88,9 @@ def test_a_row_for_every_image_and_encoder(pair, found):
 
 def test_the_gap_is_target_minus_reference_of_the_attack(pair, found):
     attacked = references.two_model(Untrained(**vars(pair)), 0, 3).query("layer == 'projector'")
-    wide = attacked.pivot(index="id", columns="role", values=["confidence", "correct"]).astype(float)
+    wide = attacked.pivot(index="id", columns="role", values=["confidence", "correct"]).astype(
+        float
+    )
     own = found[found["member"]].set_index("id")
     for name in ("confidence", "correct"):
         lead = wide[name, "target"] - wide[name, "reference"]
@@ -96,14 +110,22 @@ def test_alignment_and_similarity_are_what_two_loops_find(pair, found):
     images = images.subset([list(images.ids).index(name) for name in ids])
     rng, how = train.stream(0, "companions a"), augment.Views(**recipe.views)
     sizes = torch.as_tensor(images.sizes)
-    drawn = [augment.draw(kind, sizes, how, 16, rng) for kind in ("first", "second", "first", "second")]
+    drawn = [
+        augment.draw(kind, sizes, how, 16, rng) for kind in ("first", "second", "first", "second")
+    ]
     for model in "AB":
         encoder = Untrained(**vars(pair)).encoder(model, 0)
         for i in (0, 5, len(ids) - 1):
-            whole = embed(encoder, images.subset([i]).squares(16), ("projector",))["projector"][0].double()
+            whole = embed(encoder, images.subset([i]).squares(16), ("projector",))["projector"][
+                0
+            ].double()
             with torch.no_grad():
-                seen = [encoder(augment.view(images.pixels[i:i + 1], 16, each.part(slice(i, i + 1))))[0].double()
-                        for each in drawn]
+                seen = [
+                    encoder(augment.view(images.pixels[i : i + 1], 16, each.part(slice(i, i + 1))))[
+                        0
+                    ].double()
+                    for each in drawn
+                ]
             unit = [x / x.norm() for x in seen]
             alignment = -np.mean([float((x - whole / whole.norm()).norm()) for x in unit])
             similarity = np.mean([float(x @ y) for x, y in itertools.combinations(unit, 2)])
@@ -116,7 +138,9 @@ def test_views_that_are_the_image_itself_are_perfectly_consistent(pair):
     images, n = pair.parts["a"].subset(np.arange(4)), 4
     pixels = images.squares(16)
     none = augment.Views(scale_min=1.0, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
-    drawn = augment.draw("first", torch.full((n, 2), 16), none, 16, torch.Generator().manual_seed(0))
+    drawn = augment.draw(
+        "first", torch.full((n, 2), 16), none, 16, torch.Generator().manual_seed(0)
+    )
     drawn = drawn._replace(rects=torch.tensor([[0, 0, 16, 16]] * n))
     values = companions.consistency(fresh(0), pixels, pixels, [drawn] * 3, "projector")
     np.testing.assert_allclose(values, [[0, 1]] * n, atol=1e-6)
@@ -127,8 +151,10 @@ def test_pictures_of_mixed_sizes_become_squares_as_in_training(pair):
     sizes = parts["b"].sizes.copy()
     sizes[0] = 47
     parts["b"] = dataclasses.replace(parts["b"], sizes=sizes)
-    mixed, native = (companions.table.__wrapped__(Untrained(**vars(pair) | more), 0, 3, 2)
-                     for more in ({"parts": parts}, {}))
+    mixed, native = (
+        companions.table.__wrapped__(Untrained(**vars(pair) | more), 0, 3, 2)
+        for more in ({"parts": parts}, {})
+    )
     assert np.isfinite(mixed[list(companions.STATISTICS)].astype(float)).all(None)
     a = [each[each["direction"] == "a"] for each in (mixed, native)]
     assert (a[0]["confidence"].to_numpy() == a[1]["confidence"].to_numpy()).all()
@@ -144,13 +170,17 @@ def test_one_encoder_twice_has_no_gap_and_no_auc(pair, tmp_path):
 
 def test_control_images_are_members_in_name_only(pair, found):
     rows = companions.table(Untrained(**vars(pair)), 0, 3, views=4, attacked="control")
-    assert set(rows["id"]) <= set(pair.parts["control"].ids) and set(rows["attacked"]) == {"control"}
+    assert set(rows["id"]) <= set(pair.parts["control"].ids) and set(rows["attacked"]) == {
+        "control"
+    }
     assert set(rows["direction"]) == {"a", "b"} and np.isfinite(rows["alignment"]).all()
 
 
 def test_every_layer_has_its_own_table(pair, found):
     other = companions.table(Untrained(**vars(pair)), 0, 3, views=2, layer="block1")
-    assert set(other["layer"]) == {"block1"} and not np.allclose(other["alignment"], found["alignment"])
+    assert set(other["layer"]) == {"block1"} and not np.allclose(
+        other["alignment"], found["alignment"]
+    )
     with pytest.raises(ValueError, match='layer "block9" is not in this encoder'):
         companions.table(Untrained(**vars(pair)), 0, 3, layer="block9")
 
@@ -166,17 +196,28 @@ def test_auc_and_correlation_are_those_of_the_libraries():
     from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
 
-    tied = {"confidence": lambda member, rng: rng.integers(0, 5, len(member)) + member,
-            "alignment_gap": lambda member, rng: rng.integers(0, 3, len(member))}
+    tied = {
+        "confidence": lambda member, rng: rng.integers(0, 5, len(member)) + member,
+        "alignment_gap": lambda member, rng: rng.integers(0, 3, len(member)),
+    }
     one = planted(**tied, seeds=(0, 1))
     auc = companions.summary(one, resamples=0).set_index("statistic")["auc"]
     for name in companions.STATISTICS:
-        want = np.mean([roc_auc_score(part["member"], part[name]) for _, part in one.groupby(["seed", "model"])])
+        want = np.mean(
+            [
+                roc_auc_score(part["member"], part[name])
+                for _, part in one.groupby(["seed", "model"])
+            ]
+        )
         assert auc[name] == pytest.approx(want, abs=1e-12)
     names = ("confidence", "alignment_gap", "correct")
     for row in companions.correlations(one, names, resamples=0).itertuples():
-        want = np.mean([spearmanr(part[row.one], part[row.two]).statistic
-                        for _, part in one[one["member"]].groupby(["seed", "model"])])
+        want = np.mean(
+            [
+                spearmanr(part[row.one], part[row.two]).statistic
+                for _, part in one[one["member"]].groupby(["seed", "model"])
+            ]
+        )
         assert row.correlation == pytest.approx(want, abs=1e-12)
 
 
@@ -203,8 +244,10 @@ def test_intervals_miss_the_truth_as_often_as_they_may():
 def test_order_of_rows_and_names_of_sets_change_nothing():
     one = planted(n=15)
     shuffled = one.sample(frac=1, random_state=0)
-    swapped = one.assign(direction=one["direction"].map({"a": "b", "b": "a"}),
-                         model=one["model"].map({"A": "B", "B": "A"}))
+    swapped = one.assign(
+        direction=one["direction"].map({"a": "b", "b": "a"}),
+        model=one["model"].map({"A": "B", "B": "A"}),
+    )
     want = companions.summary(one, resamples=50)
     for other in (shuffled, swapped):
         pd.testing.assert_frame_equal(companions.summary(other, resamples=50), want, atol=1e-12)
@@ -216,16 +259,34 @@ def test_from_fifty_classes_on_classes_are_drawn():
     shared = np.random.default_rng(0).normal(size=240)
     one = planted(n=240, classes=60)
     one["similarity"] = shared[4 * one["label"] + 2 * (one["direction"] == "a") + one["member"]]
-    wide, narrow = (companions.summary(one.assign(label=labels), resamples=200).set_index("statistic").loc["similarity"]
-                    for labels in (one["label"], one["label"] % 49))
+    wide, narrow = (
+        companions.summary(one.assign(label=labels), resamples=200)
+        .set_index("statistic")
+        .loc["similarity"]
+        for labels in (one["label"], one["label"] % 49)
+    )
     assert wide["auc"] == narrow["auc"]
     assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
 
 
 def test_probe_gaps_stand_beside_as_numbers_without_an_auc(found):
-    probes = pd.DataFrame({"model": ["A", "B"], "train": [0.9, 0.8], "held_out": [0.6, 0.7], "gap": [0.3, 0.1],
-                           "member": 0.6, "non_member": 0.5, "fresh_gap": 0.1, "n_train": 24, "n_held_out": 18,
-                           "criterion": "vicreg", "rho": 0.2, "seed": 0, "epoch": 0})
+    probes = pd.DataFrame(
+        {
+            "model": ["A", "B"],
+            "train": [0.9, 0.8],
+            "held_out": [0.6, 0.7],
+            "gap": [0.3, 0.1],
+            "member": 0.6,
+            "non_member": 0.5,
+            "fresh_gap": 0.1,
+            "n_train": 24,
+            "n_held_out": 18,
+            "criterion": "vicreg",
+            "rho": 0.2,
+            "seed": 0,
+            "epoch": 0,
+        }
+    )
     rows = companions.summary(found, probes, resamples=5).set_index("statistic")
     row = rows.loc["probe: train - held-out gap"]
     assert np.isnan(row["auc"]) and row["value"] == pytest.approx(0.2) and row["n"] == 18
@@ -234,19 +295,36 @@ def test_probe_gaps_stand_beside_as_numbers_without_an_auc(found):
 
 
 def attack_of(table, hit):
-    """Return a two-model table of the same images: `hit(row)` gives the target's and the reference's hit."""
-    rows = [{"id": row.id, "label": row.label, "direction": row.direction, "seed": row.seed, "role": role,
-             "correct": right, "correct5": right, "confidence": 0.0}
-            for row in table[table["member"]].itertuples() for role, right in zip(("target", "reference"), hit(row),
-                                                                                   strict=True)]
+    """Return a two-model table of the same images: `hit(row)` gives the target's and the
+    reference's hit.
+    """
+    rows = [
+        {
+            "id": row.id,
+            "label": row.label,
+            "direction": row.direction,
+            "seed": row.seed,
+            "role": role,
+            "correct": right,
+            "correct5": right,
+            "confidence": 0.0,
+        }
+        for row in table[table["member"]].itertuples()
+        for role, right in zip(("target", "reference"), hit(row), strict=True)
+    ]
     return pd.DataFrame(rows)
 
 
 def test_atypical_images_when_they_are_memorized_more():
     one = planted(n=30, seeds=(0, 1))
     own = one[one["member"]]
-    last = {key: part.nlargest(3, "alignment_gap")["id"].tolist() for key, part in own.groupby(["seed", "direction"])}
-    found = companions.atypical(one, attack_of(one, lambda row: (row.id in last[row.seed, row.direction], False)))
+    last = {
+        key: part.nlargest(3, "alignment_gap")["id"].tolist()
+        for key, part in own.groupby(["seed", "direction"])
+    }
+    found = companions.atypical(
+        one, attack_of(one, lambda row: (row.id in last[row.seed, row.direction], False))
+    )
     assert found == {"difference": 1, "low": 1, "high": 1, "top": 1, "bottom": 0, "n": 12}
 
 
@@ -257,10 +335,15 @@ def test_atypical_images_when_they_are_not():
 
 
 def test_what_the_control_set_shows_as_well_is_subtracted():
-    """Images easier for the target in both ways, without any memory: a difference, but none above the control set's."""
+    """Images easier for the target in both ways, without any memory: a difference, but none above
+    the control set's.
+    """
+
     def easy(one, rng):
         lead = dict(zip(one[one["member"]]["id"], one[one["member"]]["alignment_gap"], strict=True))
-        return attack_of(one, lambda row: (rng.random() < 0.5 + lead[row.id] / 5, rng.random() < 0.5))
+        return attack_of(
+            one, lambda row: (rng.random() < 0.5 + lead[row.id] / 5, rng.random() < 0.5)
+        )
 
     sets = [planted(n=200, seeds=(seed,)) for seed in (0, 1)]
     both = [(one, easy(one, np.random.default_rng(seed))) for seed, one in enumerate(sets)]

@@ -1,4 +1,6 @@
-"""Negative and positive controls of the whole attack (paper.md's N1-N4 and E2), at 99.9 % intervals."""
+"""Negative and positive controls of the whole attack (paper.md's N1-N4 and E2), at 99.9 %
+intervals.
+"""
 
 import importlib.util
 from pathlib import Path

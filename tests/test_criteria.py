@@ -32,7 +32,11 @@ def test_vicreg_coefficients_equal_lightly(views):
     from lightly.loss import VICRegLoss
 
     peer = VICRegLoss(lambda_param=100.0, mu_param=10.0, nu_param=3.0)
-    _same(lambda a, b: criteria.vicreg(a, b, invariance=100.0, variance=10.0, covariance=3.0), peer, views)
+    _same(
+        lambda a, b: criteria.vicreg(a, b, invariance=100.0, variance=10.0, covariance=3.0),
+        peer,
+        views,
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -53,7 +57,11 @@ def test_byol_equals_lightly(views):
     from lightly.loss import NegativeCosineSimilarity
 
     peer, (t1, t2) = NegativeCosineSimilarity(), [view.detach().flip(0).cos() for view in views]
-    _same(lambda a, b: criteria.byol(a, b, t1, t2), lambda a, b: 4 + 2 * peer(a, t2) + 2 * peer(b, t1), views)
+    _same(
+        lambda a, b: criteria.byol(a, b, t1, t2),
+        lambda a, b: 4 + 2 * peer(a, t2) + 2 * peer(b, t1),
+        views,
+    )
 
 
 @pytest.mark.parametrize("locals_", [0, 3])
@@ -62,13 +70,18 @@ def test_dino_equals_lightly(views, locals_):
 
     n, c = views[0].shape
     rng = torch.Generator().manual_seed(n)
-    teacher, small = torch.randn(2 + locals_, n, c, generator=rng, dtype=torch.float64).split([2, locals_])
+    teacher, small = torch.randn(2 + locals_, n, c, generator=rng, dtype=torch.float64).split(
+        [2, locals_]
+    )
     peer = DINOLoss(c, student_temp=0.25).double()
     centre = torch.randn(c, generator=rng, dtype=torch.float64)
     peer.center.data[:] = centre
     # temperatures that float32 holds exactly: lightly makes the teacher's one
-    _same(lambda a, b: criteria.dino(torch.stack([a, b, *small]), teacher, centre, 0.25, 0.0625),
-          lambda a, b: peer(list(teacher), [a, b, *small], teacher_temp=0.0625), views)
+    _same(
+        lambda a, b: criteria.dino(torch.stack([a, b, *small]), teacher, centre, 0.25, 0.0625),
+        lambda a, b: peer(list(teacher), [a, b, *small], teacher_temp=0.0625),
+        views,
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -1,4 +1,6 @@
-"""Readers: every layout gives the same kind of `Images`, whatever the file order, and bad files never stop them."""
+"""Readers: every layout gives the same kind of `Images`, whatever the file order, and bad files
+never stop them.
+"""
 
 import io
 import os
@@ -17,12 +19,16 @@ from PIL import Image
 from dejavu_utils import data, manifests, readers, store
 
 REAL = Path(os.environ.get("DEJAVU_DATA", "-"))
-BOMB = ('<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>'
-        "<annotation><object><name>&b;</name></object></annotation>")
+BOMB = (
+    '<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>'
+    "<annotation><object><name>&b;</name></object></annotation>"
+)
 
 
 def real(name):
-    return pytest.mark.skipif(not (REAL / name).exists(), reason=f"set DEJAVU_DATA to a folder that holds {name}")
+    return pytest.mark.skipif(
+        not (REAL / name).exists(), reason=f"set DEJAVU_DATA to a folder that holds {name}"
+    )
 
 
 def picture(width, height, seed=0, mode="RGB", kind="PNG"):
@@ -38,10 +44,15 @@ def write(path, content):
 
 
 def xml(size, *boxes):
-    objects = "".join(f"<object><name>x</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
-                      "</bndbox></object>" for a, b, c, d in boxes)
-    return (f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>{objects}"
-            "</annotation>")
+    objects = "".join(
+        f"<object><name>x</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
+        "</bndbox></object>"
+        for a, b, c, d in boxes
+    )
+    return (
+        f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>{objects}"
+        "</annotation>"
+    )
 
 
 def archive(folder, path, top="top/", order=sorted):
@@ -56,12 +67,22 @@ def tiny(tmp_path):
     """A Tiny-ImageNet of three classes of four pictures; ids n01_0 ... n03_3."""
     folder = tmp_path / "tiny-imagenet-200"
     write(folder / "wnids.txt", "n03\nn01\nn02\n")
-    write(folder / "words.txt", "n01\tgoldfish, Carassius auratus\nn02\tcrane, bird\nn03\tcrane\nn99\tother\n")
+    write(
+        folder / "words.txt",
+        "n01\tgoldfish, Carassius auratus\nn02\tcrane, bird\nn03\tcrane\nn99\tother\n",
+    )
     for c in (1, 2, 3):
         for i in range(4):
             mode = "L" if i == 3 else "RGB"
-            write(folder / f"train/n0{c}/images/n0{c}_{i}.JPEG", picture(64, 64, 10 * c + i, mode, "JPEG"))
-        lines = [f"n0{c}_0.JPEG\t0\t10\t63\t58", f"n0{c}_1.JPEG\t0\t0\t63\t63", f"n0{c}_2.JPEG\t5\t9\t5\t30"]
+            write(
+                folder / f"train/n0{c}/images/n0{c}_{i}.JPEG",
+                picture(64, 64, 10 * c + i, mode, "JPEG"),
+            )
+        lines = [
+            f"n0{c}_0.JPEG\t0\t10\t63\t58",
+            f"n0{c}_1.JPEG\t0\t0\t63\t63",
+            f"n0{c}_2.JPEG\t5\t9\t5\t30",
+        ]
         write(folder / f"train/n0{c}/n0{c}_boxes.txt", "\n".join(lines) + "\n")
     write(folder / "val/images/val_3.JPEG", picture(64, 64, 93, kind="JPEG"))  # not looked at
     return folder
@@ -69,11 +90,15 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """An ImageNet of two classes: n02_2 is annotated at half its size, n02_3 has two boxes, n02_5 is no picture."""
+    """An ImageNet of two classes: n02_2 is annotated at half its size, n02_3 has two boxes, n02_5
+    is no picture.
+    """
     folder = tmp_path / "imagenet"
     for c in (1, 2):
         for i in range(5):
-            write(folder / f"train/n0{c}/n0{c}_{i}.JPEG", picture(80 + i, 60, 10 * c + i, kind="JPEG"))
+            write(
+                folder / f"train/n0{c}/n0{c}_{i}.JPEG", picture(80 + i, 60, 10 * c + i, kind="JPEG")
+            )
         for i in (0, 1):
             write(folder / f"boxes/n0{c}/n0{c}_{i}.xml", xml((80 + i, 60), (10, 20, 29, 39)))
     write(folder / "boxes/n02/n02_2.xml", xml((41, 30), (10, 10, 19, 19)))
@@ -83,7 +108,11 @@ def imagenet(tmp_path):
 
 
 def same(one, two):
-    return one.digest == two.digest and one.ids.tolist() == two.ids.tolist() and one.classes == two.classes
+    return (
+        one.digest == two.digest
+        and one.ids.tolist() == two.ids.tolist()
+        and one.classes == two.classes
+    )
 
 
 def test_tiny_imagenet_reads_ids_labels_boxes_and_classes(tiny):
@@ -92,7 +121,9 @@ def test_tiny_imagenet_reads_ids_labels_boxes_and_classes(tiny):
     assert images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert images.classes == ("goldfish", "crane (n02)", "crane (n03)")
     assert images.pixels.shape == (12, 3, 64, 64) and images.pixels.dtype == torch.uint8
-    assert images.boxes[0].tolist() == [[0, 10, 64, 59]] and images.boxes[0].dtype == np.float32  # half-open
+    assert (
+        images.boxes[0].tolist() == [[0, 10, 64, 59]] and images.boxes[0].dtype == np.float32
+    )  # half-open
     assert images.boxes[2].tolist() == [[5, 9, 5, 30]] and images.boxes[3].shape == (0, 4)
     assert images.sizes.tolist() == [[64, 64]] * 12
     with Image.open(tiny / "train/n02/images/n02_1.JPEG") as image:
@@ -107,8 +138,12 @@ def test_tiny_imagenet_reads_ids_labels_boxes_and_classes(tiny):
 def test_folder_and_zip_in_any_order_are_the_same(tiny, tmp_path, monkeypatch):
     images = data.read("tiny_imagenet", tiny)
     forward = archive(tiny, tmp_path / "a.zip")
-    backward = archive(tiny, tmp_path / "b.zip", top="", order=lambda files: sorted(files, reverse=True))
-    assert same(images, data.read("tiny_imagenet", forward)) and same(images, data.read("tiny_imagenet", backward))
+    backward = archive(
+        tiny, tmp_path / "b.zip", top="", order=lambda files: sorted(files, reverse=True)
+    )
+    assert same(images, data.read("tiny_imagenet", forward)) and same(
+        images, data.read("tiny_imagenet", backward)
+    )
     listdir = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
     assert same(images, data.read("tiny_imagenet", tiny))
@@ -136,7 +171,12 @@ def test_bad_pictures_are_listed_not_fatal(tiny, tmp_path):
     write(tiny / "train/n02/n02_boxes.txt", "n02_0.JPEG\t1\t2\tx\t4\n")
     images = data.read("tiny_imagenet", tiny)
     reasons = dict(images.skipped)
-    assert sorted(Path(name).name for name in reasons) == ["n01_0.JPEG", "n01_1.JPEG", "n01_2.JPEG", "n02_0.JPEG"]
+    assert sorted(Path(name).name for name in reasons) == [
+        "n01_0.JPEG",
+        "n01_1.JPEG",
+        "n01_2.JPEG",
+        "n02_0.JPEG",
+    ]
     assert "truncated" in reasons["train/n01/images/n01_0.JPEG"]
     assert "cannot identify" in reasons["train/n01/images/n01_1.JPEG"]
     assert "32 x 64 px, expected 64 x 64" in reasons["train/n01/images/n01_2.JPEG"]
@@ -147,10 +187,19 @@ def test_bad_pictures_are_listed_not_fatal(tiny, tmp_path):
 
 def bomb_png(side):
     """A PNG that declares side x side pixels and holds none."""
+
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -167,16 +216,35 @@ def test_imagenet_boxes_are_rescaled_clamped_and_bad_files_skipped(imagenet):
     assert images.classes == ("n01", "n02")
     assert list(boxes) == ["n01_0", "n01_2", "n01_3", "n02_0", "n02_1", "n02_2", "n02_3", "n02_4"]
     assert boxes["n01_0"].tolist() == [[10, 20, 30, 40]]  # 0-based, last pixel included
-    assert np.allclose(boxes["n02_2"], [[20, 20, 40, 40]])  # annotated at 41 x 30, the picture is 82 x 60
+    assert np.allclose(
+        boxes["n02_2"], [[20, 20, 40, 40]]
+    )  # annotated at 41 x 30, the picture is 82 x 60
     assert boxes["n02_3"].tolist() == [[0, 2, 10, 60], [40, 30, 83, 41]]  # x and y clamped
     assert boxes["n02_4"].shape == (0, 4) and boxes["n02_4"].dtype == np.float32
     reasons = {Path(name).stem: reason for name, reason in images.skipped}
-    assert "DOCTYPE" in reasons["n01_1"] and "truncated" in reasons["n01_4"] and "cannot identify" in reasons["n01_8"]
-    assert "bomb" in reasons["n01_6"] and "bomb" in reasons["n01_7"] and "cannot identify" in reasons["n02_5"]
+    assert (
+        "DOCTYPE" in reasons["n01_1"]
+        and "truncated" in reasons["n01_4"]
+        and "cannot identify" in reasons["n01_8"]
+    )
+    assert (
+        "bomb" in reasons["n01_6"]
+        and "bomb" in reasons["n01_7"]
+        and "cannot identify" in reasons["n02_5"]
+    )
     assert "truncated" in reasons["n01_9"]
     assert len(reasons) == 7
     assert images.pixels[1].shape == (3, 60, 82) and images.pixels[1].dtype == torch.uint8
-    assert data.attackable(images)[0].tolist() == [True, False, False, True, True, True, True, False]
+    assert data.attackable(images)[0].tolist() == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_lazy_picture_that_breaks_later_says_which(imagenet):
@@ -195,8 +263,17 @@ def test_ilsvrc_as_published_is_the_same(imagenet, tmp_path):
     assert same(images, data.read("imagenet", tmp_path))
 
 
-@pytest.mark.parametrize("text", ["<annotation>", xml((80, 60), (1, 1, 2, 3)).replace("ymax>", "y>"), BOMB,
-                                  BOMB.encode("utf-16"), xml((80, 60), ("nan", 1, 2, 3)), b"\xff\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<annotation>",
+        xml((80, 60), (1, 1, 2, 3)).replace("ymax>", "y>"),
+        BOMB,
+        BOMB.encode("utf-16"),
+        xml((80, 60), ("nan", 1, 2, 3)),
+        b"\xff\x00",
+    ],
+)
 def test_bad_xml_is_a_reason(imagenet, text):
     write(imagenet / "boxes/n01/n01_0.xml", text)
     images = data.read("imagenet", imagenet)
@@ -265,9 +342,19 @@ def test_digest_and_subset(tiny):
     changed = images.pixels.clone()
     changed[0, 0, 0, 0] ^= 1
     boxes = [images.boxes[0] + 1, *images.boxes[1:]]
-    moved = [images.boxes[0][:0], np.concatenate(images.boxes[:2]), *images.boxes[2:]]  # same boxes, other images
-    variants = [images, replace(images, pixels=changed), replace(images, boxes=boxes), replace(images, boxes=moved),
-                back, replace(images, labels=images.labels[::-1].copy())]
+    moved = [
+        images.boxes[0][:0],
+        np.concatenate(images.boxes[:2]),
+        *images.boxes[2:],
+    ]  # same boxes, other images
+    variants = [
+        images,
+        replace(images, pixels=changed),
+        replace(images, boxes=boxes),
+        replace(images, boxes=moved),
+        back,
+        replace(images, labels=images.labels[::-1].copy()),
+    ]
     assert len({v.digest for v in variants}) == len(variants) and len(images.digest) == 64
     with pytest.raises(ValueError, match="different lengths"):
         replace(images, labels=images.labels[1:])
@@ -275,14 +362,19 @@ def test_digest_and_subset(tiny):
 
 def test_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DEJAVU_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="tiny-imagenet-200.zip, .*make data NAME=tiny_imagenet.*DEJAVU_DATA"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="tiny-imagenet-200.zip, .*make data NAME=tiny_imagenet.*DEJAVU_DATA",
+    ):
         data.read("tiny_imagenet")
     with pytest.raises(FileNotFoundError, match="Register at image-net.org"):
         data.read("imagenet")
     with pytest.raises(ValueError, match="expected one of coco128, imagenet"):
         data.read("tinyimagenet")
     (tmp_path / "imagenet").mkdir()
-    with pytest.raises(FileNotFoundError, match="not a data set of layout imagenet: expected a folder train or"):
+    with pytest.raises(
+        FileNotFoundError, match="not a data set of layout imagenet: expected a folder train or"
+    ):
         data.read("imagenet")
 
 
@@ -305,7 +397,11 @@ def test_no_readable_picture_is_one_error(tiny):
 
 def test_scenes_are_dispatched():
     images = data.read("scenes", classes=3, per_class=4)
-    assert len(images) == 12 and data.attackable(images)[0].all() and images.squares(16).shape == (12, 3, 16, 16)
+    assert (
+        len(images) == 12
+        and data.attackable(images)[0].all()
+        and images.squares(16).shape == (12, 3, 16, 16)
+    )
 
 
 @real("tiny-imagenet-50.zip")
@@ -320,8 +416,15 @@ def test_real_tiny_imagenet():
 def test_real_pets():
     images = data.read("pets")
     assert len(images) == 296 and images.classes == ("Abyssinian", "Bengal", "american_bulldog")
-    assert sum(map(len, images.boxes)) == 297 and data.attackable(images)[0].all() and not images.skipped
-    assert images.boxes[0].tolist() == [[332, 71, 425, 158]] and images.sizes[0].tolist() == [600, 400]
+    assert (
+        sum(map(len, images.boxes)) == 297
+        and data.attackable(images)[0].all()
+        and not images.skipped
+    )
+    assert images.boxes[0].tolist() == [[332, 71, 425, 158]] and images.sizes[0].tolist() == [
+        600,
+        400,
+    ]
 
 
 @real("coco128-train.zip")
@@ -329,4 +432,7 @@ def test_real_coco():
     images = data.read("coco128")
     assert len(images) == 126 and sum(map(len, images.boxes)) == 929
     assert sorted(int(Path(name).stem) for name, _ in images.skipped) == [250, 508]
-    assert all((b[:, 2:] <= s).all() and (b >= 0).all() for b, s in zip(images.boxes, images.sizes, strict=True))
+    assert all(
+        (b[:, 2:] <= s).all() and (b >= 0).all()
+        for b, s in zip(images.boxes, images.sizes, strict=True)
+    )

@@ -1,4 +1,6 @@
-"""VISSL as a second engine: its configuration, its losses against the equations, and real runs of it."""
+"""VISSL as a second engine: its configuration, its losses against the equations, and real runs of
+it.
+"""
 
 import dataclasses
 import importlib.util
@@ -13,20 +15,44 @@ import numpy as np
 import pytest
 import torch
 
-from dejavu_utils import attack, checkpoints, criteria, engine_vissl, models, store, train, vissl_config
+from dejavu_utils import (
+    attack,
+    checkpoints,
+    criteria,
+    engine_vissl,
+    models,
+    store,
+    train,
+    vissl_config,
+)
 
-needs_vissl = pytest.mark.skipif(importlib.util.find_spec("vissl") is None,
-                                 reason="vissl is not installed: make .venv/.installed")
-TINY = train.Recipe(criterion="simclr", encoder="resnet50", projector="64-32", batch=4, optimizer="sgd", lr=1.0,
-                    constants={}, precision="fp32", engine="vissl")
+needs_vissl = pytest.mark.skipif(
+    importlib.util.find_spec("vissl") is None,
+    reason="vissl is not installed: make .venv/.installed",
+)
+TINY = train.Recipe(
+    criterion="simclr",
+    encoder="resnet50",
+    projector="64-32",
+    batch=4,
+    optimizer="sgd",
+    lr=1.0,
+    constants={},
+    precision="fp32",
+    engine="vissl",
+)
 
 
 def _job(folder, epochs=(0, 1), seed="0/A", **changes):
     source = folder / "pixels.safetensors"
     if not source.exists():
-        pixels = torch.randint(0, 256, (8, 3, 40, 48), dtype=torch.uint8, generator=train.stream(0, "pixels"))
+        pixels = torch.randint(
+            0, 256, (8, 3, 40, 48), dtype=torch.uint8, generator=train.stream(0, "pixels")
+        )
         store.write_tensors(source, {"pixels": pixels})
-    return train.Job(str(source), str(folder / "run"), dataclasses.replace(TINY, **changes), list(epochs), seed)
+    return train.Job(
+        str(source), str(folder / "run"), dataclasses.replace(TINY, **changes), list(epochs), seed
+    )
 
 
 def _model(job, epoch):
@@ -45,66 +71,116 @@ def _log(job):
     return train.read_log(f"{job.folder}/log.jsonl")
 
 
-@pytest.mark.parametrize(("criterion", "constants", "expected"), [
-    ("simclr", {"temperature": 0.2}, {"temperature": 0.2, "buffer_params": {"embedding_dim": 32}}),
-    ("barlow_twins", {"redundancy": 0.01}, {"lambda_": 0.01, "embedding_dim": 32}),
-    ("moco", {"momentum": 0.99}, {"momentum": 0.99, "embedding_dim": 32, "queue_size": 100}),
-    ("swav", {"epsilon": 0.03, "prototypes": 16}, {"epsilon": 0.03, "num_prototypes": 16}),
-    ("dino", {"teacher_warmup": 0.2, "teacher_temperature": 0.05},
-     {"num_crops": 2, "teacher_temp_max": 0.05, "teacher_temp_warmup_iters": 25}),
-])
+@pytest.mark.parametrize(
+    ("criterion", "constants", "expected"),
+    [
+        (
+            "simclr",
+            {"temperature": 0.2},
+            {"temperature": 0.2, "buffer_params": {"embedding_dim": 32}},
+        ),
+        ("barlow_twins", {"redundancy": 0.01}, {"lambda_": 0.01, "embedding_dim": 32}),
+        ("moco", {"momentum": 0.99}, {"momentum": 0.99, "embedding_dim": 32, "queue_size": 100}),
+        ("swav", {"epsilon": 0.03, "prototypes": 16}, {"epsilon": 0.03, "num_prototypes": 16}),
+        (
+            "dino",
+            {"teacher_warmup": 0.2, "teacher_temperature": 0.05},
+            {"num_crops": 2, "teacher_temp_max": 0.05, "teacher_temp_warmup_iters": 25},
+        ),
+    ],
+)
 def test_a_recipe_in_vissls_words(tmp_path, criterion, constants, expected):
     config = _config(tmp_path, criterion=criterion, constants=constants)
     assert config["LOSS"][config["LOSS"]["name"]] == expected
-    (kind, head), = config["MODEL"]["HEAD"]["PARAMS"]
+    ((kind, head),) = config["MODEL"]["HEAD"]["PARAMS"]
     assert head["dims"] == [2048, 64, 32] and head["use_bn"]
     assert (kind == "swav_head") == (criterion in ("swav", "dino"))
     assert head.get("num_clusters") == {"swav": [16], "dino": [1024]}.get(criterion)
     data = config["DATA"]["TRAIN"]
-    assert data["COLLATE_FUNCTION"].split("_")[0] == {"moco": "moco", "swav": "multicrop", "dino": "multicrop"}.get(
-        criterion, "simclr")
-    assert data["DATA_PATHS"] == [str(tmp_path / "run" / "images")] and data["BATCHSIZE_PER_REPLICA"] == 4
+    assert data["COLLATE_FUNCTION"].split("_")[0] == {
+        "moco": "moco",
+        "swav": "multicrop",
+        "dino": "multicrop",
+    }.get(criterion, "simclr")
+    assert (
+        data["DATA_PATHS"] == [str(tmp_path / "run" / "images")]
+        and data["BATCHSIZE_PER_REPLICA"] == 4
+    )
 
 
 def test_views_device_and_seed_reach_the_configuration(tmp_path):
-    views = {"scale_min": 0.3, "flip": 0.1, "jitter": 0.7, "strength": 0.5, "grey": 0.15, "blur": 0.6, "solarize": 0.25}
+    views = {
+        "scale_min": 0.3,
+        "flip": 0.1,
+        "jitter": 0.7,
+        "strength": 0.5,
+        "grey": 0.15,
+        "blur": 0.6,
+        "solarize": 0.25,
+    }
     config = _config(tmp_path, views=views, size=112, encoder="resnet101-w2")
-    steps = {step.get("transforms", [step])[0]["name"]: step for step in config["DATA"]["TRAIN"]["TRANSFORMS"]}
-    assert steps["RandomResizedCrop"] == {"name": "RandomResizedCrop", "size": 112, "scale": [0.3, 1.0]}
+    steps = {
+        step.get("transforms", [step])[0]["name"]: step
+        for step in config["DATA"]["TRAIN"]["TRANSFORMS"]
+    }
+    assert steps["RandomResizedCrop"] == {
+        "name": "RandomResizedCrop",
+        "size": 112,
+        "scale": [0.3, 1.0],
+    }
     assert steps["RandomHorizontalFlip"]["p"] == 0.1 and steps["RandomGrayscale"]["p"] == 0.15
-    assert steps["ColorJitter"]["prob"] == [0.7, 0.7] and steps["ColorJitter"]["transforms"][0]["brightness"] == 0.2
-    assert steps["ImgPilGaussianBlur"]["prob"] == [0.6, 0.0] and steps["RandomSolarize"]["prob"] == [0.0, 0.25]
+    assert (
+        steps["ColorJitter"]["prob"] == [0.7, 0.7]
+        and steps["ColorJitter"]["transforms"][0]["brightness"] == 0.2
+    )
+    assert steps["ImgPilGaussianBlur"]["prob"] == [0.6, 0.0] and steps["RandomSolarize"][
+        "prob"
+    ] == [0.0, 0.25]
     assert steps["ImgPilGaussianBlur"]["transforms"][0]["radius_max"] == pytest.approx(1.0)
     assert config["MODEL"]["TRUNK"]["RESNETS"] == {"DEPTH": 101, "WIDTH_MULTIPLIER": 2}
     assert config["MODEL"]["HEAD"]["PARAMS"][0][1]["dims"][0] == 4096
     other = dataclasses.replace(_job(tmp_path, epochs=(0, 5)), seed="0/B", device="cuda")
     other = vissl_config.config(other, 100)
     assert (config["MACHINE"]["DEVICE"], other["MACHINE"]["DEVICE"]) == ("cpu", "gpu")
-    assert config["SEED_VALUE"] != other["SEED_VALUE"] and config["SEED_VALUE"] == _config(tmp_path)["SEED_VALUE"]
+    assert (
+        config["SEED_VALUE"] != other["SEED_VALUE"]
+        and config["SEED_VALUE"] == _config(tmp_path)["SEED_VALUE"]
+    )
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.333])
 def test_schedule_is_ours(tmp_path, warmup):
-    scheduler = pytest.importorskip("fvcore.common.param_scheduler", reason="fvcore comes with vissl")
+    scheduler = pytest.importorskip(
+        "fvcore.common.param_scheduler", reason="fvcore comes with vissl"
+    )
     config = _config(tmp_path, images=80, warmup=warmup)["OPTIMIZER"]["param_schedulers"]["lr"]
     kinds = {"linear": scheduler.LinearParamScheduler, "cosine": scheduler.CosineParamScheduler}
-    parts = [kinds[part["name"]](part["start_value"], part["end_value"]) for part in config["schedulers"]]
+    parts = [
+        kinds[part["name"]](part["start_value"], part["end_value"]) for part in config["schedulers"]
+    ]
     theirs = scheduler.CompositeParamScheduler(parts, config["lengths"], config["interval_scaling"])
     recipe = dataclasses.replace(TINY, warmup=warmup)
     assert [theirs(step / 100) for step in range(100)] == pytest.approx(
-        [train.learning_rate(step, 100, recipe) for step in range(100)])
+        [train.learning_rate(step, 100, recipe) for step in range(100)]
+    )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"criterion": "vicreg"}, r'no criterion "vicreg", it has simclr, barlow_twins, moco, swav, dino'),
-    ({"encoder": "resnet18"}, r'no encoder "resnet18", it has resnet50, resnet50-w2'),
-    ({"constants": {"margin": 1}}, r'no simclr constant "margin", it has temperature'),
-    ({"optimizer": "adam"}, r'no optimizer "adam", it has sgd, lars, adamw'),
-    ({"precision": "bf16"}, r'no precision "bf16", it has auto, fp32'),
-    ({"views": {"local": 6}}, r'no views local "6"'),
-    ({"processes": 2}, r'no number of processes "2"'),
-    ({"batch": 101}, r"a batch of 101 needs as many images, found 100"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"criterion": "vicreg"},
+            r'no criterion "vicreg", it has simclr, barlow_twins, moco, swav, dino',
+        ),
+        ({"encoder": "resnet18"}, r'no encoder "resnet18", it has resnet50, resnet50-w2'),
+        ({"constants": {"margin": 1}}, r'no simclr constant "margin", it has temperature'),
+        ({"optimizer": "adam"}, r'no optimizer "adam", it has sgd, lars, adamw'),
+        ({"precision": "bf16"}, r'no precision "bf16", it has auto, fp32'),
+        ({"views": {"local": 6}}, r'no views local "6"'),
+        ({"processes": 2}, r'no number of processes "2"'),
+        ({"batch": 101}, r"a batch of 101 needs as many images, found 100"),
+    ],
+)
 def test_what_vissl_lacks_is_said(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         _config(tmp_path, **changes)
@@ -118,7 +194,9 @@ def test_a_wrong_recipe_is_refused_before_anything_is_written(tmp_path):
 
 def test_without_vissl_the_error_says_how_to_add_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"vissl, which is not installed: run `make .venv/.installed`"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"vissl, which is not installed: run `make .venv/.installed`"
+    ):
         engine_vissl.fit(_job(tmp_path))
 
 
@@ -128,7 +206,9 @@ def test_pictures_are_exported_without_loss_and_once(tmp_path):
     pixels, folder = torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8), tmp_path / "images"
     engine_vissl.export_images(pixels, folder)
     files = sorted(folder.glob("*/*.png"))
-    read = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    read = torch.stack(
+        [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]
+    )
     assert torch.equal(read, pixels)
     written = files[0].stat().st_mtime_ns
     engine_vissl.export_images(pixels, folder)
@@ -156,10 +236,15 @@ def test_whole_checkpoints_are_kept_and_cut_ones_removed(tmp_path):
 @needs_vissl
 def test_a_failed_run_gives_its_last_lines(tmp_path, monkeypatch):
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho first\nfor i in 1 2 3 4; do echo more; done\necho boom >&2\nexit 3\n")
+    program.write_text(
+        "#!/bin/sh\necho first\nfor i in 1 2 3 4; do echo more; done\necho boom >&2\nexit 3\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(engine_vissl.sys, "executable", str(program))
-    with pytest.raises(RuntimeError, match=r"code 3 and without epoch 0\. .*vissl\.log ends with:\n(more\n){4}boom$"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"code 3 and without epoch 0\. .*vissl\.log ends with:\n(more\n){4}boom$",
+    ):
         engine_vissl.fit(_job(tmp_path))
 
 
@@ -186,14 +271,21 @@ print(json.dumps(out))
 
 @needs_vissl
 def test_vissls_simclr_is_the_equation_and_its_barlow_twins_is_another():
-    """VISSL standardises both views together: where they differ in mean and scale, its value is another one."""
+    """VISSL standardises both views together: where they differ in mean and scale, its value is
+    another one.
+    """
     from lightly.loss import BarlowTwinsLoss
 
     rng = train.stream(0, "views")
     z1, z2 = torch.randn(16, 32, generator=rng), 3 * torch.randn(16, 32, generator=rng) + 2
     given = json.dumps(torch.cat([z1, z2]).tolist())
-    out = subprocess.run([sys.executable, "-c", LOSSES], input=given, capture_output=True, text=True,
-                         cwd=store.PACKAGE.parent)
+    out = subprocess.run(
+        [sys.executable, "-c", LOSSES],
+        input=given,
+        capture_output=True,
+        text=True,
+        cwd=store.PACKAGE.parent,
+    )
     assert out.returncode == 0, out.stderr[-2000:]
     (simclr, gradient), (barlow, _) = json.loads(out.stdout.splitlines()[-1])
     z = torch.cat([z1, z2]).requires_grad_()
@@ -203,8 +295,9 @@ def test_vissls_simclr_is_the_equation_and_its_barlow_twins_is_another():
     together = torch.nn.functional.batch_norm(z.detach(), None, None, training=True)
     correlation = together[:16].T @ together[16:] / 16
     off = correlation - torch.diag(correlation.diag())
-    assert barlow == pytest.approx(((1 - correlation.diag()) ** 2).sum().item() + 0.0051 * (off ** 2).sum().item(),
-                                   rel=1e-3)
+    assert barlow == pytest.approx(
+        ((1 - correlation.diag()) ** 2).sum().item() + 0.0051 * (off**2).sum().item(), rel=1e-3
+    )
     paper = BarlowTwinsLoss(lambda_param=0.0051)(z1, z2).item()
     assert criteria.barlow_twins(z1, z2).item() == pytest.approx(paper, rel=1e-3)
     assert barlow > 1.2 * paper
@@ -230,43 +323,66 @@ def test_vissl_trains_and_its_own_file_is_kept(trained, monkeypatch):
         assert not torch.equal(before[part][some], after[part][some])
     meta = store.verify(engine_vissl.checkpoint(trained, 1))
     assert meta["engine"] == "vissl 0.1.6" and meta["parameters"]["encoder"] == "resnet50"
-    line, = _log(trained)
+    (line,) = _log(trained)
     assert line["epoch"] == 1 and 0 < line["loss"] < 10 and line["seconds"] > 0
     assert not list(vissl_config.work(trained).glob("*.torch"))
     said = (vissl_config.work(trained).parent / "vissl.log").read_text()
     assert "Total 2 iterations for training" in said and "canary" not in said
-    assert "vissl" not in sys.modules and not hasattr(np, "float")  # the shim stayed in VISSL's process
+    assert "vissl" not in sys.modules and not hasattr(
+        np, "float"
+    )  # the shim stayed in VISSL's process
     monkeypatch.setattr(subprocess, "run", None)  # a second call has nothing to do
     engine_vissl.fit(trained)
 
 
 @needs_vissl
 def test_vissls_checkpoint_is_attacked(trained):
-    """Both checkpoints as models A and B: the attack runs on what VISSL wrote; on eight pictures, no more."""
-    pixels = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=train.stream(1, "crops"))
+    """Both checkpoints as models A and B: the attack runs on what VISSL wrote; on eight pictures,
+    no more.
+    """
+    pixels = torch.randint(
+        0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=train.stream(1, "crops")
+    )
     labels, embedded = torch.arange(30) % 3, {}
     for model, epoch in (("A", 1), ("B", 0)):
         encoder = checkpoints.read(engine_vissl.checkpoint(trained, epoch))
         assert encoder.layout == "vissl"
         embedded[model] = models.embed(encoder, pixels, layers=("projector", "backbone"))
-        assert embedded[model]["projector"].shape == (30, 32) and embedded[model]["backbone"].shape == (30, 2048)
+        assert embedded[model]["projector"].shape == (30, 32) and embedded[model][
+            "backbone"
+        ].shape == (30, 2048)
     sets = {"a": slice(0, 8), "b": slice(8, 16)}
-    crops = {name: {model: e["projector"][rows] for model, e in embedded.items()} for name, rows in sets.items()}
+    crops = {
+        name: {model: e["projector"][rows] for model, e in embedded.items()}
+        for name, rows in sets.items()
+    }
     public = {model: e["projector"][16:] for model, e in embedded.items()}
-    ids, truth = ({name: values[rows] for name, rows in sets.items()} for values in (np.arange(30), labels))
+    ids, truth = (
+        {name: values[rows] for name, rows in sets.items()} for values in (np.arange(30), labels)
+    )
     table = attack.label_inference(crops, public, labels[16:], ids, truth, k=3, classes=3)
     assert len(table) == 32 and table["confidence"].notna().all()
 
 
 @needs_vissl
 @pytest.mark.slow
-@pytest.mark.parametrize(("criterion", "optimizer", "constants"), [
-    ("barlow_twins", "lars", {}), ("moco", "sgd", {}), ("swav", "lars", {"prototypes": 16}),
-    ("dino", "adamw", {"prototypes": 16})])
+@pytest.mark.parametrize(
+    ("criterion", "optimizer", "constants"),
+    [
+        ("barlow_twins", "lars", {}),
+        ("moco", "sgd", {}),
+        ("swav", "lars", {"prototypes": 16}),
+        ("dino", "adamw", {"prototypes": 16}),
+    ],
+)
 def test_every_criterion_trains(tmp_path, criterion, optimizer, constants):
-    job = _job(tmp_path, criterion=criterion, optimizer=optimizer, constants=constants, lr=0.1, workers=1)
+    job = _job(
+        tmp_path, criterion=criterion, optimizer=optimizer, constants=constants, lr=0.1, workers=1
+    )
     engine_vissl.fit(job)
-    before, after = (_model(job, epoch)["trunk"]["_feature_blocks.layer4.2.conv3.weight"] for epoch in (0, 1))
+    before, after = (
+        _model(job, epoch)["trunk"]["_feature_blocks.layer4.2.conv3.weight"] for epoch in (0, 1)
+    )
     assert not torch.equal(before, after) and np.isfinite(_log(job)[0]["loss"])
     for which in ["student"] + ["teacher"] * (criterion in ("moco", "dino")):
         encoder = checkpoints.read(engine_vissl.checkpoint(job, 1), which=which)
@@ -289,10 +405,16 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
         folder.mkdir()
     jobs = whole, killed = [_job(folder, epochs=(0, 4)) for folder in (whole, killed)]
     engine_vissl.fit(whole)
-    program = ("import json, sys; from dejavu_utils import engine_vissl, train; "
-               "engine_vissl.fit(train.load_job(json.load(sys.stdin)))")
-    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=store.PACKAGE.parent,
-                               start_new_session=True)
+    program = (
+        "import json, sys; from dejavu_utils import engine_vissl, train; "
+        "engine_vissl.fit(train.load_job(json.load(sys.stdin)))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        cwd=store.PACKAGE.parent,
+        start_new_session=True,
+    )
     process.stdin.write(json.dumps(dataclasses.asdict(killed)).encode())
     process.stdin.close()
     while len(_log(killed)) < 2:
@@ -304,4 +426,6 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     engine_vissl.fit(killed)
     one, same = (_model(job, 4) for job in jobs)
     assert all(torch.equal(one[part][name], same[part][name]) for part in one for name in one[part])
-    assert [[line["loss"] for line in _log(job)] for job in jobs][0] == [line["loss"] for line in _log(killed)]
+    assert [[line["loss"] for line in _log(job)] for job in jobs][0] == [
+        line["loss"] for line in _log(killed)
+    ]

@@ -1,4 +1,6 @@
-"""Feeding: decoded in workers or resident, the views are the same; a share of the batch is a slice of the batch."""
+"""Feeding: decoded in workers or resident, the views are the same; a share of the batch is a slice
+of the batch.
+"""
 
 import dataclasses
 
@@ -40,9 +42,12 @@ def test_decoded_in_workers_equals_resident_but_for_rounding(pixels):
     for (ours, labels), (theirs, same) in zip(_epoch(pixels), _epoch(Listed(pixels)), strict=True):
         assert torch.equal(labels, same)
         for one, two in zip(ours, theirs, strict=True):
-            # workers send whole grey values: half a value of 255, at most 1.9 times stronger after the jitter
+            # workers send whole grey values: half a value of 255, at most 1.9 times stronger after
+            # the jitter
             off = (one - two).abs() > 2 / 255 / min(feed.augment.STD)
-            assert off.float().mean() < 0.02  # solarization turns a rounded value at its threshold around
+            assert (
+                off.float().mean() < 0.02
+            )  # solarization turns a rounded value at its threshold around
 
 
 def test_processes_share_the_batch(pixels):
@@ -51,7 +56,9 @@ def test_processes_share_the_batch(pixels):
     for i, (views, labels) in enumerate(whole):
         assert torch.equal(labels, torch.cat([part[i][1] for part in parts]))
         for j, view in enumerate(views):
-            torch.testing.assert_close(view, torch.cat([part[i][0][j] for part in parts]), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                view, torch.cat([part[i][0][j] for part in parts]), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_a_batch_that_cannot_be_shared(pixels):
@@ -72,10 +79,14 @@ def on_disk(tmp_path, monkeypatch):
         name, (width, height) = f"{'ab'[i % 2]}x_{i}", (40 + i, 64 - i)
         grey = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(grey).save(folder / "images" / f"{name}.jpg")
-        box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in zip(("xmin", "ymin", "xmax", "ymax"),
-                                                                      (1, 1, 12, 12), strict=True))
-        xml = (f"<annotation><size><width>{width}</width><height>{height}</height></size><object><name>x</name>"
-               f"<bndbox>{box}</bndbox></object></annotation>")
+        box = "".join(
+            f"<{tag}>{value}</{tag}>"
+            for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), (1, 1, 12, 12), strict=True)
+        )
+        xml = (
+            f"<annotation><size><width>{width}</width><height>{height}</height></size><object><name>x</name>"
+            f"<bndbox>{box}</bndbox></object></annotation>"
+        )
         (folder / "annotations" / "xmls" / f"{name}.xml").write_text(xml)
     return data.read("pets", folder)
 
@@ -88,11 +99,17 @@ def test_pictures_that_do_not_fit_are_listed_and_decoded_again(on_disk, tmp_path
     assert path.suffix == ".parquet" and path == pairs._training_set(parts, "A", small, tmp_path, 0)
     read = feed.read_list(path)
     assert torch.equal(read["labels"], torch.from_numpy(parts["a"].labels))
-    assert np.array_equal(read["sizes"], parts["a"].sizes) and torch.equal(read["images"][3], parts["a"].pixels[3])
-    training = train.Training(recipe=dataclasses.replace(TINY, resident=0.0), epochs=1, seed="0/A", **read)
+    assert np.array_equal(read["sizes"], parts["a"].sizes) and torch.equal(
+        read["images"][3], parts["a"].pixels[3]
+    )
+    training = train.Training(
+        recipe=dataclasses.replace(TINY, resident=0.0), epochs=1, seed="0/A", **read
+    )
     assert np.isfinite(training.run_epoch())
     fits = pairs._training_set(parts, "A", RECIPE, tmp_path, 0)
     assert fits.suffix == ".safetensors"
 
 
-TINY = train.Recipe(encoder="small4", projector="8-8-8", batch=4, size=16, constants={}, workers=1, precision="fp32")
+TINY = train.Recipe(
+    encoder="small4", projector="8-8-8", batch=4, size=16, constants={}, workers=1, precision="fp32"
+)

@@ -1,4 +1,6 @@
-"""Manifests, download, checksum, unpacking: a wrong or hostile archive leaves nothing behind and says so."""
+"""Manifests, download, checksum, unpacking: a wrong or hostile archive leaves nothing behind and
+says so.
+"""
 
 import hashlib
 import importlib.util
@@ -19,8 +21,23 @@ spec = importlib.util.spec_from_file_location("fetch", SCRIPT)
 fetch = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fetch)
 
-FIELDS = {"title", "source", "url", "how", "licence", "file", "sha256", "bytes", "verified", "places", "layout",
-          "classes", "image_size", "min_side", "split"}
+FIELDS = {
+    "title",
+    "source",
+    "url",
+    "how",
+    "licence",
+    "file",
+    "sha256",
+    "bytes",
+    "verified",
+    "places",
+    "layout",
+    "classes",
+    "image_size",
+    "min_side",
+    "split",
+}
 GOOD = {"top/train/n01/images/n01_0.JPEG": b"1", "top/wnids.txt": b"n01\n"}
 
 
@@ -35,7 +52,11 @@ def make_tar(path, files, kind=tarfile.REGTYPE, link=""):
     with tarfile.open(path, "w:gz") as out:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
-            info.size, info.type, info.linkname = len(content) if kind == tarfile.REGTYPE else 0, kind, link
+            info.size, info.type, info.linkname = (
+                len(content) if kind == tarfile.REGTYPE else 0,
+                kind,
+                link,
+            )
             out.addfile(info, io.BytesIO(content))
     return path
 
@@ -51,11 +72,22 @@ def repository(tmp_path, monkeypatch):
     served = make_zip(tmp_path / "served.zip", GOOD)
 
     def manifest(**changes):
-        content = {"title": "t", "source": "here", "url": served.as_uri(), "how": "ask us.", "licence": "none",
-                   "file": "mini.zip", "unpack": "mini", "sha256": hashlib.sha256(served.read_bytes()).hexdigest(),
-                   "bytes": served.stat().st_size, "places": ["mini.zip", "mini"], "layout": "tiny_imagenet",
-                   "images": ["train"]} | changes
+        content = {
+            "title": "t",
+            "source": "here",
+            "url": served.as_uri(),
+            "how": "ask us.",
+            "licence": "none",
+            "file": "mini.zip",
+            "unpack": "mini",
+            "sha256": hashlib.sha256(served.read_bytes()).hexdigest(),
+            "bytes": served.stat().st_size,
+            "places": ["mini.zip", "mini"],
+            "layout": "tiny_imagenet",
+            "images": ["train"],
+        } | changes
         import yaml
+
         (tmp_path / "data_manifests/mini.yaml").write_text(yaml.safe_dump(content))
         return tmp_path / "data"
 
@@ -67,7 +99,9 @@ def repository(tmp_path, monkeypatch):
 def test_manifests_are_complete(name):
     entry = manifests.read(name)
     assert FIELDS <= set(entry) and (entry["verified"] is True) == bool(entry["sha256"]), name
-    assert len(entry["sha256"]) in (0, 64) and (entry["layout"] == "scenes" or entry["places"] and entry["images"])
+    assert len(entry["sha256"]) in (0, 64) and (
+        entry["layout"] == "scenes" or entry["places"] and entry["images"]
+    )
     assert entry["split"] is None or {"rule", "seed", "sizes", "hash"} == set(entry["split"])
     real = Path(os.environ.get("DEJAVU_DATA", "-")) / (entry["file"] or "-")
     if entry["sha256"] and real.is_file():
@@ -76,7 +110,14 @@ def test_manifests_are_complete(name):
 
 
 def test_there_are_six():
-    assert set(manifests.names()) >= {"scenes", "tiny_imagenet", "tiny_imagenet_50", "imagenet", "pets", "coco128"}
+    assert set(manifests.names()) >= {
+        "scenes",
+        "tiny_imagenet",
+        "tiny_imagenet_50",
+        "imagenet",
+        "pets",
+        "coco128",
+    }
 
 
 def test_download_verify_unpack(repository, tmp_path):
@@ -89,7 +130,9 @@ def test_download_verify_unpack(repository, tmp_path):
 
 def test_wrong_checksum_keeps_nothing(repository, tmp_path):
     folder = repository(sha256="0" * 64)
-    with pytest.raises(ValueError, match="served.zip has the wrong checksum: sha256 [0-9a-f]{64} .*expected 0000"):
+    with pytest.raises(
+        ValueError, match="served.zip has the wrong checksum: sha256 [0-9a-f]{64} .*expected 0000"
+    ):
         fetch.fetch("mini")
     assert list(folder.iterdir()) == []
     repository()
@@ -107,7 +150,9 @@ def test_an_empty_checksum_is_said(repository, capsys):
 
 def test_no_network_says_what_to_do_by_hand(repository, tmp_path):
     repository(url="http://127.0.0.1:9/mini.zip")
-    with pytest.raises(ConnectionError, match=r"cannot download mini from http://127.*ask us\. Put it into .*data"):
+    with pytest.raises(
+        ConnectionError, match=r"cannot download mini from http://127.*ask us\. Put it into .*data"
+    ):
         fetch.fetch("mini")
     assert not list((tmp_path / "data").iterdir())
 
@@ -144,7 +189,10 @@ def test_a_data_set_without_address(repository, tmp_path):
 
 def test_command_line(repository, tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(
+            [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
+
     assert "mini: t" in run().stdout
     done = run("mini")
     assert done.returncode == 0 and str(tmp_path / "data/mini") in done.stdout
@@ -152,7 +200,9 @@ def test_command_line(repository, tmp_path):
     assert bad.returncode == 1 and bad.stderr.startswith("error: no data set is called 'other'")
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil-dejavu", "..\\evil", "C:evil"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../../evil", "/tmp/evil-dejavu", "..\\evil", "C:evil"]
+)
 @pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_members_that_lead_outside_are_refused(tmp_path, make, name):
     path = make(tmp_path / "x.archive", GOOD | {name: b"evil"})
@@ -161,7 +211,9 @@ def test_members_that_lead_outside_are_refused(tmp_path, make, name):
     assert not list((tmp_path / "in").iterdir()) and not list(tmp_path.rglob("*evil*"))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
 def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
     path = make_tar(tmp_path / "x.tar.gz", {"link": b""}, kind, "/etc/passwd")
     with pytest.raises(ValueError, match="link or a device"):

@@ -12,14 +12,29 @@ import yaml
 from dejavu_utils import store
 
 HERE = store.PACKAGE.parent
-EIGHT = ["torch", "torchvision", "jupyterlab", "papermill", "matplotlib", "seaborn", "faiss-gpu", "vissl"]
+EIGHT = [
+    "torch",
+    "torchvision",
+    "jupyterlab",
+    "papermill",
+    "matplotlib",
+    "seaborn",
+    "faiss-gpu",
+    "vissl",
+]
 LOCK = (HERE / "requirements.lock").read_text()
 
 
 def make(*arguments, cwd=HERE, **environment):
     # MAKEFLAGS: `make test` runs these tests, and its own settings are not theirs
-    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "P")}
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=clean | environment)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "P")
+    }
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, capture_output=True, text=True, env=clean | environment
+    )
 
 
 def test_make_alone_lists_every_target_on_one_line():
@@ -59,13 +74,19 @@ def test_environment_yml_names_the_eight_packages_as_the_lock_pins_them():
 
 @pytest.fixture
 def clone(repository):
-    """A repository with the real Makefile and Snakefile, this environment, and two notebooks that need no torch."""
-    repository.start = "import dejavu_utils.notebook as nb\nparams = nb.parameters('{stage}', globals())"
+    """A repository with the real Makefile and Snakefile, this environment, and two notebooks that
+    need no torch.
+    """
+    repository.start = (
+        "import dejavu_utils.notebook as nb\nparams = nb.parameters('{stage}', globals())"
+    )
     root = repository.root
     shutil.copy(HERE / "Makefile", root)
     for name in ("Snakefile", "batch.py"):
         shutil.copy(HERE / "notebooks" / name, root / "notebooks")
-    shutil.copytree(store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (root / ".venv" / "bin" / "python").chmod(0o755)
@@ -83,6 +104,7 @@ def test_make_figures_runs_in_order_then_is_up_to_date_then_runs_what_changed(cl
         done = make("figures", "PROFILE=tiny", *arguments, cwd=clone.root)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
     first = figures()
     assert first.index("01_training done") < first.index("02_attack …")
     assert first.splitlines()[-1] == "the figures are in runs/tiny/figures/"
@@ -110,7 +132,9 @@ def test_make_figures_passes_parameters_on_and_stops_at_an_error(clone):
     assert "01_training: cell `cell-2` failed" in done.stdout
     assert "AssertionError: k is 7" in done.stdout
     folder = clone.root / "runs" / "tiny" / "notebooks"
-    assert [path.name for path in folder.glob("*.ipynb*") if path.suffix != ".lock"] == ["01_training.ipynb.part"]
+    assert [path.name for path in folder.glob("*.ipynb*") if path.suffix != ".lock"] == [
+        "01_training.ipynb.part"
+    ]
     done = make("clean", cwd=clone.root)
     assert done.returncode == 0
     assert not (clone.root / "runs").exists()
@@ -126,8 +150,13 @@ def test_without_a_python_make_says_so_once(clone, tmp_path):
     stub.write_text("#!/bin/sh\nexit 127\n")
     stub.chmod(0o755)
     shutil.rmtree(clone.root / ".venv")
-    done = subprocess.run([shutil.which("make"), "figures"], cwd=clone.root, capture_output=True, text=True,
-                          env={"PATH": str(tmp_path / "bin")})
+    done = subprocess.run(
+        [shutil.which("make"), "figures"],
+        cwd=clone.root,
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path / "bin")},
+    )
     assert done.returncode != 0
     assert done.stderr.count("No Python 3.11, 3.12 or 3.13") == 1
     assert not (clone.root / ".venv").exists()

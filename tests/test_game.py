@@ -1,4 +1,6 @@
-"""The game and the views, driven without a browser: what is shown is what the models and the reader said."""
+"""The game and the views, driven without a browser: what is shown is what the models and the reader
+said.
+"""
 
 import base64
 import io
@@ -17,13 +19,23 @@ CLASSES = ("anchor", "star", "sun")
 def row(name, target, reference, shade=100):
     pixels = torch.full((3, 8, 8), shade, dtype=torch.uint8)
     near = [(pixels, name)] * 4
-    return {"crop": pixels, "image": pixels, "name": name, "target": near, "reference": near,
-            "said": {"target": target, "reference": reference}}
+    return {
+        "crop": pixels,
+        "image": pixels,
+        "name": name,
+        "target": near,
+        "reference": near,
+        "said": {"target": target, "reference": reference},
+    }
 
 
 @pytest.fixture
 def new():
-    rounds = [("sun", "sun", "star", 10), ("star", "sun", "star", 20), ("anchor", "anchor", "star", 30)]
+    rounds = [
+        ("sun", "sun", "star", 10),
+        ("star", "sun", "star", 20),
+        ("anchor", "anchor", "star", 30),
+    ]
     return game.Game([row(*each) for each in rounds], CLASSES)
 
 
@@ -59,9 +71,18 @@ class Parts:
 
 
 def inference(ids, said):
-    rows = [{"id": name, "role": role, "layer": layer, "epoch": 7, "prediction": guess if layer == "projector" else 0}
-            for name, pair in zip(ids, said, strict=True) for role, guess in zip(game.PLAYERS[1:], pair, strict=True)
-            for layer in ("projector", "backbone")]
+    rows = [
+        {
+            "id": name,
+            "role": role,
+            "layer": layer,
+            "epoch": 7,
+            "prediction": guess if layer == "projector" else 0,
+        }
+        for name, pair in zip(ids, said, strict=True)
+        for role, guess in zip(game.PLAYERS[1:], pair, strict=True)
+        for layer in ("projector", "backbone")
+    ]
     return pd.DataFrame(rows)
 
 
@@ -71,12 +92,15 @@ def test_a_game_takes_the_models_guesses_from_the_attack(monkeypatch):
     def neighbours(pair, epoch, ids):
         asked.append((epoch, ids))
         return [{"name": "sun", "id": name} for name in ids]
+
     monkeypatch.setattr(references, "neighbours", neighbours)
     table = inference(["b", "a"], [(2, 1), (0, 2)])
     new = game.start(Parts(CLASSES), table, ["a", "b"])
     assert asked == [(7, ["a", "b"])]
-    assert [one["said"] for one in new.rounds] == [{"target": "anchor", "reference": "sun"},
-                                                   {"target": "sun", "reference": "star"}]
+    assert [one["said"] for one in new.rounds] == [
+        {"target": "anchor", "reference": "sun"},
+        {"target": "sun", "reference": "star"},
+    ]
     assert new.auto() == {"target": 1, "reference": 1} and new.classes == CLASSES
     many = tuple(f"class {i}" for i in range(21)) + ("sun",)
     assert game.start(Parts(many), table, ["a"]).classes == ("sun",)
@@ -86,9 +110,13 @@ def test_a_game_takes_the_models_guesses_from_the_attack(monkeypatch):
 def test_history_is_a_row_per_epoch_of_each_image(monkeypatch):
     def neighbours(pair, epoch, ids, k=4):
         return [{"at": (epoch, name, k)} for name in ids]
+
     monkeypatch.setattr(references, "neighbours", neighbours)
     found = game.history(None, [0, 5], ["a", "b"])
-    assert found["b"] == [{"at": (0, "b", 4), "title": "epoch 0"}, {"at": (5, "b", 4), "title": "epoch 5"}]
+    assert found["b"] == [
+        {"at": (0, "b", 4), "title": "epoch 0"},
+        {"at": (5, "b", 4), "title": "epoch 5"},
+    ]
     assert game.history(None, [0], []) == {}
 
 
@@ -104,8 +132,10 @@ def test_the_widget_plays_a_game(new):
     assert "Round 1 of 3" in text.value and "sun" not in text.value  # the answer is not given away
     assert pixel(picture.value) == [10, 10, 10] and more.disabled
     names[1].click()  # star: wrong
-    assert text.value == ("It was <b>sun</b>. you: star ✗; target: sun ✓; reference: star ✗."
-                          "<br>Right so far, of 1: you 0, target 1, reference 0.")
+    assert text.value == (
+        "It was <b>sun</b>. you: star ✗; target: sun ✓; reference: star ✗."
+        "<br>Right so far, of 1: you 0, target 1, reference 0."
+    )
     assert all(button.disabled for button in names) and not more.disabled
     more.click()
     assert "Round 2 of 3" in text.value and pixel(picture.value) == [20, 20, 20]
@@ -130,7 +160,10 @@ def test_a_menu_draws_a_figure_when_it_is_chosen_and_once():
     def figure(name):
         drawn.append(name)
         return plots.gallery([row("sun", "sun", "sun") | {"title": name}])
-    view = widgets.pick({name: lambda name=name: figure(name) for name in ("a", "a much longer name")})
+
+    view = widgets.pick(
+        {name: lambda name=name: figure(name) for name in ("a", "a much longer name")}
+    )
     menu, picture = view.widget.children
     first = picture.value
     assert drawn == ["a"] and view.still == first
@@ -142,21 +175,42 @@ def test_a_menu_draws_a_figure_when_it_is_chosen_and_once():
 
 def test_a_point_of_the_plane_says_its_setting_and_numbers_under_the_mouse():
     from bs4 import BeautifulSoup
-    ends = {f"{name}{end}": value for name, values in
-            {"score": (0.03, 0.01, 0.05), "score_20": (0.1, 0.0, 0.2), "held_out": (0.5, 0.4, 0.6)}.items()
-            for end, value in zip(("", "_low", "_high"), values, strict=True)}
+
+    ends = {
+        f"{name}{end}": value
+        for name, values in {
+            "score": (0.03, 0.01, 0.05),
+            "score_20": (0.1, 0.0, 0.2),
+            "held_out": (0.5, 0.4, 0.6),
+        }.items()
+        for end, value in zip(("", "_low", "_high"), values, strict=True)
+    }
     setting = {"criterion": "vicreg", "front": False, "n": 600} | ends
     moved = setting | {"held_out": 0.45}
-    rows = pd.DataFrame([setting | {"knob": "default", "value": "default", "front": True},
-                         moved | {"knob": "a <b>", "value": "25"}, moved | {"knob": "b", "value": "7"}])
+    rows = pd.DataFrame(
+        [
+            setting | {"knob": "default", "value": "default", "front": True},
+            moved | {"knob": "a <b>", "value": "25"},
+            moved | {"knob": "b", "value": "7"},
+        ]
+    )
     figure = planes.plane(rows)
     before = [axis.axis() for axis in figure.axes]
-    svg = BeautifulSoup(widgets.hover(figure, planes.spots(figure, rows), 'the "plane"').data, "html.parser").svg
+    svg = BeautifulSoup(
+        widgets.hover(figure, planes.spots(figure, rows), 'the "plane"').data, "html.parser"
+    ).svg
     assert svg["role"] == "img" and svg["aria-label"] == 'the "plane"'
     titles = svg.find_all("title")
     assert [title.parent["id"] for title in titles] == ["spot-0", "spot-1", "spot-2", "spot-3"]
     assert all(title.parent.find("use") for title in titles)  # a place in the figure
-    numbers = "déjà vu score +0.030 [+0.010, +0.050], n = 600\nheld-out accuracy 0.450 [0.400, 0.600]"
-    assert titles[1].text == f"VICReg: a <b>: 25\n{numbers}\n\nVICReg: b: 7\n{numbers}"  # both are there
-    assert titles[0].text.endswith("\non the Pareto front") and "score +0.100 [+0.000, +0.200]" in titles[3].text
+    numbers = (
+        "déjà vu score +0.030 [+0.010, +0.050], n = 600\nheld-out accuracy 0.450 [0.400, 0.600]"
+    )
+    assert (
+        titles[1].text == f"VICReg: a <b>: 25\n{numbers}\n\nVICReg: b: 7\n{numbers}"
+    )  # both are there
+    assert (
+        titles[0].text.endswith("\non the Pareto front")
+        and "score +0.100 [+0.000, +0.200]" in titles[3].text
+    )
     assert [axis.axis() for axis in figure.axes] == before  # the drawing is the same

@@ -1,4 +1,6 @@
-"""The numbers of one small pair are those of the frozen code, bit for bit, on a machine that has them frozen."""
+"""The numbers of one small pair are those of the frozen code, bit for bit, on a machine that has
+them frozen.
+"""
 
 import importlib.util
 import json
@@ -20,7 +22,9 @@ def golden():
 def test_a_small_pair_has_the_frozen_numbers(golden, tmp_path):
     frozen = PATH.parent / f"{golden.machine()}.json"
     if not frozen.is_file():
-        pytest.skip("no golden results of this kind of processor: tests/goldens/golden.py freeze makes them")
+        pytest.skip(
+            "no golden results of this kind of processor: tests/goldens/golden.py freeze makes them"
+        )
     old = json.loads(frozen.read_text())["small"]
     assert golden.differences(old, golden.small(tmp_path)) == []
 
@@ -28,7 +32,11 @@ def test_a_small_pair_has_the_frozen_numbers(golden, tmp_path):
 def test_a_number_that_differs_is_named(golden):
     old = {"attack": {"correct": "a", "confidence": "b"}, "encoder": "c"}
     new = {"attack": {"correct": "a", "confidence": "x", "k": "y"}}
-    assert golden.differences(old, new) == ["attack: confidence differs", "attack: k is new", "encoder is missing"]
+    assert golden.differences(old, new) == [
+        "attack: confidence differs",
+        "attack: k is new",
+        "encoder is missing",
+    ]
 
 
 def test_times_are_no_numbers_to_compare_and_the_last_digit_is(golden):

@@ -1,4 +1,6 @@
-"""The search is exact and the same for every tile, backend and thread count; votes follow the tie rule."""
+"""The search is exact and the same for every tile, backend and thread count; votes follow the tie
+rule.
+"""
 
 import math
 
@@ -11,22 +13,33 @@ from dejavu_utils import knn
 
 def naive_search(queries, bank, k):
     """Return distances and rows of the k nearest, one query at a time; ties by the lower row."""
-    queries, bank = np.asarray(queries, np.float32).astype(float), np.asarray(bank, np.float32).astype(float)
+    queries, bank = (
+        np.asarray(queries, np.float32).astype(float),
+        np.asarray(bank, np.float32).astype(float),
+    )
     distances, rows = [], []
     for query in queries:
         all_distances = [math.fsum((query - other) ** 2) for other in bank]
         order = sorted(range(len(bank)), key=lambda i: (all_distances[i], i))[:k]
         rows.append(order)
         distances.append([all_distances[i] for i in order])
-    return np.array(distances).reshape(len(queries), k), np.array(rows, dtype=int).reshape(len(queries), k)
+    return np.array(distances).reshape(len(queries), k), np.array(rows, dtype=int).reshape(
+        len(queries), k
+    )
 
 
 def naive_vote(labels, distances, classes):
     """Return counts, top-5 ranking and -entropy of one query's neighbours."""
     counts = [sum(label == c for label in labels) for c in range(classes)]
-    mean = [np.mean([d for label, d in zip(labels, distances, strict=True) if label == c]) if counts[c] else 0
-            for c in range(classes)]
-    ranking = [c for c in sorted(range(classes), key=lambda c: (-counts[c], mean[c], c)) if counts[c]][:5]
+    mean = [
+        np.mean([d for label, d in zip(labels, distances, strict=True) if label == c])
+        if counts[c]
+        else 0
+        for c in range(classes)
+    ]
+    ranking = [
+        c for c in sorted(range(classes), key=lambda c: (-counts[c], mean[c], c)) if counts[c]
+    ][:5]
     shares = [c / len(labels) for c in counts if c]
     return counts, ranking + [-1] * (5 - len(ranking)), math.fsum(p * math.log(p) for p in shares)
 
@@ -34,11 +47,18 @@ def naive_vote(labels, distances, classes):
 def points(n, d, seed, kind="normal"):
     source = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=source)
-    # "grid": small integers, so distances are exact and often tie; "offset": a large common mean, tiny differences.
-    # "pairs": two far clusters whose inner distances bfloat16 cannot see.
+    # "grid": small integers, so distances are exact and often tie; "offset": a large common mean,
+    # tiny differences. "pairs": two far clusters whose inner distances bfloat16 cannot see.
     pairs = x * 1e-3 + torch.arange(n)[:, None] % 2
-    return {"normal": x, "pairs": pairs, "grid": x.mul(1.5).round(), "offset": x * 1e-3 + 7, "tiny": x * 1e-22,
-            "huge": x * 1e25, "relu": x.relu() + 50 * (torch.arange(d) == 0)}[kind]
+    return {
+        "normal": x,
+        "pairs": pairs,
+        "grid": x.mul(1.5).round(),
+        "offset": x * 1e-3 + 7,
+        "tiny": x * 1e-22,
+        "huge": x * 1e25,
+        "relu": x.relu() + 50 * (torch.arange(d) == 0),
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", ["normal", "grid", "offset", "tiny", "huge", "relu", "pairs"])
@@ -63,7 +83,11 @@ def test_same_bits_for_every_tile_backend_and_thread_count(kind):
                 torch.set_num_threads(count)
                 found = knn.search(queries, bank, 9, backend, tile)
                 torch.set_num_threads(threads)
-                assert torch.equal(found[0], first[0]) and torch.equal(found[1], first[1]), (backend, tile, count)
+                assert torch.equal(found[0], first[0]) and torch.equal(found[1], first[1]), (
+                    backend,
+                    tile,
+                    count,
+                )
 
 
 def test_no_setting_of_precision_changes_the_answer():
@@ -98,14 +122,24 @@ def test_ties_go_to_the_lower_row():
 
 @pytest.fixture
 def matrix_unit(monkeypatch):
-    """Make products round their factors first, to TF32 or bfloat16 when torch is told so, as matrix units do."""
+    """Make products round their factors first, to TF32 or bfloat16 when torch is told so, as matrix
+    units do.
+    """
     product, before = torch.mm, torch.get_float32_matmul_precision()
 
     def mm(left, right, out):
-        lost = {"highest": 1, "high": 1 << 13, "medium": 1 << 16}[torch.get_float32_matmul_precision()]
+        lost = {"highest": 1, "high": 1 << 13, "medium": 1 << 16}[
+            torch.get_float32_matmul_precision()
+        ]
         if lost > 1:
-            left, right = (x.contiguous().view(torch.int32).add(lost // 2).bitwise_and_(-lost).view(torch.float32)
-                           for x in (left, right))
+            left, right = (
+                x.contiguous()
+                .view(torch.int32)
+                .add(lost // 2)
+                .bitwise_and_(-lost)
+                .view(torch.float32)
+                for x in (left, right)
+            )
         return out.copy_(product(left, right))
 
     monkeypatch.setattr(torch, "mm", mm)
@@ -113,11 +147,15 @@ def matrix_unit(monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("engine, proven", [("highest", 0.95), ("faiss", 0.95), ("high", 0.95), ("medium", 0.7)])
+@pytest.mark.parametrize(
+    "engine, proven", [("highest", 0.95), ("faiss", 0.95), ("high", 0.95), ("medium", 0.7)]
+)
 @pytest.mark.parametrize("kind", ["normal", "relu", "pairs", "tiny", "offset"])
 def test_the_bound_is_a_lower_bound_and_proves_most_rows(engine, proven, kind, matrix_unit):
     queries, bank = points(200, 256, 9, kind), points(1500, 256, 10, kind)
-    exact = torch.cdist(queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    exact = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
     torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
     columns, bound = knn._candidates(queries, bank, 60, torch.float32, engine, 600)
     assert (bound <= exact.gather(1, columns)).all()
@@ -129,13 +167,16 @@ def test_the_bound_is_a_lower_bound_and_proves_most_rows(engine, proven, kind, m
 
 @pytest.mark.parametrize("engine, unit", [("high", 2**-10), ("medium", 2**-7)])
 def test_the_bound_holds_when_rounding_is_at_its_worst(engine, unit, matrix_unit):
-    # Every coordinate of two opposite points moves outwards, by nearly half a unit in the last place.
+    # Every coordinate of two opposite points moves outwards, by nearly half a unit in the last
+    # place.
     queries, bank = torch.full((1, 64), 1 + 0.51 * unit), torch.full((4, 64), 1 + 0.51 * unit)
     bank[::2] *= -1  # centred at zero
     torch.set_float32_matmul_precision(engine)
     columns, bound = knn._candidates(queries, bank, 4, torch.float32, engine, None)
     exact = (queries.double() - bank.double()).square().sum(1)[columns]
-    assert (bound <= exact).all() and bound.amax() > 0.998 * exact.amax()  # and no more than it has to be below
+    assert (
+        bound <= exact
+    ).all() and bound.amax() > 0.998 * exact.amax()  # and no more than it has to be below
 
 
 @pytest.mark.parametrize("kind", ["normal", "grid", "offset", "pairs", "relu", "tiny", "huge"])
@@ -145,7 +186,9 @@ def test_a_coarse_first_pass_changes_nothing(kind, amx, monkeypatch, matrix_unit
     expected = naive_search(queries, bank, 2)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     used, candidates = [], knn._candidates
-    monkeypatch.setattr(knn, "_candidates", lambda *given: used.append(given[4]) or candidates(*given))
+    monkeypatch.setattr(
+        knn, "_candidates", lambda *given: used.append(given[4]) or candidates(*given)
+    )
     distances, rows = knn.search(queries, bank, 2)
     np.testing.assert_allclose(distances, expected[0], rtol=1e-13)
     np.testing.assert_array_equal(rows, expected[1])
@@ -163,11 +206,20 @@ def test_no_queries():
     assert distances.shape == rows.shape == (0, 2)
 
 
-@pytest.mark.parametrize("change, text", [
-    ({"k": 6}, "expected 1 <= k <= 5"), ({"k": 0}, "k = 0"), ({"queries": torch.zeros(2, 4)}, "one width"),
-    ({"queries": torch.zeros(3)}, "one width"), ({"bank": torch.full((5, 3), torch.nan)}, "bank row 0 holds NaN"),
-    ({"queries": torch.tensor([[0, 0, 0], [0, 0, torch.inf]])}, "queries row 1"), ({"backend": "annoy"}, "annoy"),
-    ({"tile": 0}, "tile 0"), ({"bank": torch.zeros(0, 3)}, "1 <= k <= 0")])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"k": 6}, "expected 1 <= k <= 5"),
+        ({"k": 0}, "k = 0"),
+        ({"queries": torch.zeros(2, 4)}, "one width"),
+        ({"queries": torch.zeros(3)}, "one width"),
+        ({"bank": torch.full((5, 3), torch.nan)}, "bank row 0 holds NaN"),
+        ({"queries": torch.tensor([[0, 0, 0], [0, 0, torch.inf]])}, "queries row 1"),
+        ({"backend": "annoy"}, "annoy"),
+        ({"tile": 0}, "tile 0"),
+        ({"bank": torch.zeros(0, 3)}, "1 <= k <= 0"),
+    ],
+)
 def test_bad_input_is_one_clear_error(change, text):
     with pytest.raises(ValueError, match=text):
         knn.search(**{"queries": torch.zeros(2, 3), "bank": torch.zeros(5, 3), "k": 2, **change})

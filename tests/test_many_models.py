@@ -1,4 +1,6 @@
-"""One-model and many-model references on tiny trained encoders: who learned from whom, and that tables pair up."""
+"""One-model and many-model references on tiny trained encoders: who learned from whom, and that
+tables pair up.
+"""
 
 import dataclasses
 
@@ -10,7 +12,12 @@ from dejavu_utils import agreement, attack, launch, many_model, one_model, refer
 from dejavu_utils import pairs as build
 
 PARAMS = {
-    "seeds": [0], "dataset": "scenes", "rhos": [0.2], "criteria": ["vicreg", "supervised"], "epochs": [0, 1], "k": 5,
+    "seeds": [0],
+    "dataset": "scenes",
+    "rhos": [0.2],
+    "criteria": ["vicreg", "supervised"],
+    "epochs": [0, 1],
+    "k": 5,
     "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 12, "probe": 4, "control": 8},
     "recipe": {"encoder": "small4", "projector": "8-8", "batch": 8, "size": 16},
     "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
@@ -36,15 +43,24 @@ def test_one_model_table_has_the_targets_rows_and_scores(pairs, kind):
     two = references.two_model(pairs[0], 1, 5).query("layer == 'projector'")
     one = one_model.table(pairs[0], 1, 5, kind)
     keys = ["direction", "id"]
-    same = [each[each["role"] == "target"].sort_values(keys).reset_index(drop=True)[two.columns] for each in (two, one)]
+    same = [
+        each[each["role"] == "target"].sort_values(keys).reset_index(drop=True)[two.columns]
+        for each in (two, one)
+    ]
     pd.testing.assert_frame_equal(*same)
-    assert attack.score(one, resamples=20)["n"] == attack.four_way(one, resamples=20)["n"] == len(two) // 2
+    assert (
+        attack.score(one, resamples=20)["n"]
+        == attack.four_way(one, resamples=20)["n"]
+        == len(two) // 2
+    )
     assert attack.difference(one, two, resamples=20)["n"] == len(two) // 2
     bottom = -np.log(3) - 1e-9
     assert one[one["role"] == "reference"]["confidence"].between(bottom, 1e-9).all()
 
 
-def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach_nobody(pairs, monkeypatch):
+def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach_nobody(
+    pairs, monkeypatch
+):
     taught, asked, pair = {}, {}, pairs[0]
     known = {}
     for side in "ab":
@@ -59,7 +75,9 @@ def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach
             def judge(other):
                 asked[name] = [known.get(one.numpy().tobytes()) for one in other]
                 return np.full((len(other), classes), 1 / classes)
+
             return judge
+
         return fit
 
     monkeypatch.setattr(one_model, "network", spy)
@@ -88,7 +106,10 @@ def test_halves_train_on_half_of_both_sets_and_the_rest(pairs, halves):
         seen = [{one.numpy().tobytes() for one in each} for each in pixels]
         for side, fold in drawn.items():
             for half, picture in zip(fold, pairs[0].parts[side].stacked, strict=True):
-                assert picture.numpy().tobytes() in seen[half] and picture.numpy().tobytes() not in seen[1 - half]
+                assert (
+                    picture.numpy().tobytes() in seen[half]
+                    and picture.numpy().tobytes() not in seen[1 - half]
+                )
         assert len(seen[0]) == len(seen[1]) == 24
     folders = {job.folder for job in build.jobs([pairs[0], many_model.again(pairs[0], 1), *halves])}
     assert len(folders) == 2 + 2 + 8
@@ -100,7 +121,11 @@ def test_many_model_table_counts_who_saw_the_image(pairs, halves):
     name, side = table["id"].iloc[0], table["direction"].iloc[0]
     inside = []
     for i, pair in enumerate(halves):
-        rows = references.two_model(pair, 1, 5).query("layer == 'projector' and id == @name").set_index("role")
+        rows = (
+            references.two_model(pair, 1, 5)
+            .query("layer == 'projector' and id == @name")
+            .set_index("role")
+        )
         model = "AB"[many_model.fold(pairs[0], i)[side][list(pairs[0].parts[side].ids).index(name)]]
         inside.append(rows.loc["target" if model == side.upper() else "reference", "correct"])
     assert table.set_index(["id", "role"]).loc[(name, "target"), "correct"] == np.mean(inside)
@@ -111,18 +136,33 @@ def test_every_reference_is_in_one_table(pairs, halves):
     launch.fit_all(build.jobs([again]), workers=1)
     table = agreement.attacks(pairs, 1, 5, [(1, again)], halves)
     rows = agreement.scores(table, resamples=20).set_index(["criterion", "reference"])
-    assert list(rows.loc["vicreg"].index) == ["two-model", "bayes", "start 1", "resnet", "naive_bayes", "many-model"]
+    assert list(rows.loc["vicreg"].index) == [
+        "two-model",
+        "bayes",
+        "start 1",
+        "resnet",
+        "naive_bayes",
+        "many-model",
+    ]
     assert list(rows.loc["supervised"].index) == ["two-model", "bayes", "resnet", "naive_bayes"]
-    assert set(agreement.labels(table, resamples=20)["reference"]) == {"start 1", "resnet", "naive_bayes"}
+    assert set(agreement.labels(table, resamples=20)["reference"]) == {
+        "start 1",
+        "resnet",
+        "naive_bayes",
+    }
 
 
 @pytest.mark.parametrize("many", [2, 9])
 def test_too_few_or_odd_encoders_are_an_error(pairs, many):
-    with pytest.raises(ValueError, match=f"{many} encoders, 0 shared images; expected an even number from 8 on"):
+    with pytest.raises(
+        ValueError, match=f"{many} encoders, 0 shared images; expected an even number from 8 on"
+    ):
         many_model.halves(pairs[0], many)
 
 
 def test_a_shared_part_is_an_error(pairs):
-    shared = dataclasses.replace(pairs[0], parts=pairs[0].parts | {"shared": pairs[0].parts["probe"]})
+    shared = dataclasses.replace(
+        pairs[0], parts=pairs[0].parts | {"shared": pairs[0].parts["probe"]}
+    )
     with pytest.raises(ValueError, match="12 shared images"):
         many_model.halves(shared, 8)

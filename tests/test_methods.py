@@ -1,4 +1,6 @@
-"""Methods: what surrounds an encoder in training; over two processes against one, in float64, for every criterion."""
+"""Methods: what surrounds an encoder in training; over two processes against one, in float64, for
+every criterion.
+"""
 
 import copy
 import socket
@@ -27,7 +29,9 @@ def _batch(criterion):
 
 
 def _state(model, method, views, labels):
-    """Return the loss, the gradients and the buffers (running statistics, centre) after one pass."""
+    """Return the loss, the gradients and the buffers (running statistics, centre) after one
+    pass.
+    """
     loss = model(views, labels, 0.5)
     loss.backward()
     grads = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
@@ -36,7 +40,9 @@ def _state(model, method, views, labels):
 
 def _two(rank, port, queue):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
     for criterion in methods.METHODS:
         method = distributed.synchronise(_method(criterion), "cpu")
         views, labels = _batch(criterion)
@@ -44,15 +50,24 @@ def _two(rank, port, queue):
         model = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
         loss, grads, buffers = _state(model, method, [view[mine] for view in views], labels[mine])
         # as numpy: a tensor would travel through shared memory that ends with this process
-        queue.put((rank, criterion, loss.item(), {n: g.numpy() for n, g in grads.items()},
-                   {n: b.numpy() for n, b in buffers.items()}))
+        queue.put(
+            (
+                rank,
+                criterion,
+                loss.item(),
+                {n: g.numpy() for n, g in grads.items()},
+                {n: b.numpy() for n, b in buffers.items()},
+            )
+        )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def over_two():
-    """{(rank, criterion): (loss, gradients, buffers)} of two processes with half of the batch each, from one spawn."""
+    """{(rank, criterion): (loss, gradients, buffers)} of two processes with half of the batch each,
+    from one spawn.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,9 +94,13 @@ def test_two_processes_equal_one(over_two, criterion):
         value, their_grads, their_buffers = over_two[rank, criterion]
         assert value == pytest.approx(loss.item(), rel=1e-10)
         for name, grad in grads.items():
-            torch.testing.assert_close(torch.from_numpy(their_grads[name]), grad, rtol=1e-6, atol=1e-9, msg=name)
+            torch.testing.assert_close(
+                torch.from_numpy(their_grads[name]), grad, rtol=1e-6, atol=1e-9, msg=name
+            )
         for name, buffer in buffers.items():
-            torch.testing.assert_close(torch.as_tensor(their_buffers[name]), buffer, rtol=1e-6, atol=1e-9, msg=name)
+            torch.testing.assert_close(
+                torch.as_tensor(their_buffers[name]), buffer, rtol=1e-6, atol=1e-9, msg=name
+            )
 
 
 @pytest.mark.parametrize("criterion", ["byol", "dino"])
@@ -93,7 +112,9 @@ def test_slow_copy_follows_at_the_momentum_of_the_schedule(criterion):
         for weight in method.encoder.parameters():
             weight += 1
     method.after_step(0.5)  # half way the cosine from 0.9 to 1 is at 0.95
-    for old, new, fast in zip(before.parameters(), slow.parameters(), method.encoder.parameters(), strict=True):
+    for old, new, fast in zip(
+        before.parameters(), slow.parameters(), method.encoder.parameters(), strict=True
+    ):
         torch.testing.assert_close(new, 0.95 * old + 0.05 * fast)
     assert not any(weight.requires_grad for weight in slow.parameters())
 
@@ -102,8 +123,12 @@ def test_dino_centre_is_a_running_mean_of_the_teacher_and_the_temperature_warms_
     method = _method("dino")
     views, labels = _batch("dino")
     with torch.no_grad():
-        seen = torch.stack([method.teacher_head(copy.deepcopy(method.teacher)(torch.cat(views[:2]))[part])
-                            for part in (slice(0, N), slice(N, 2 * N))]).mean((0, 1))
+        seen = torch.stack(
+            [
+                method.teacher_head(copy.deepcopy(method.teacher)(torch.cat(views[:2]))[part])
+                for part in (slice(0, N), slice(N, 2 * N))
+            ]
+        ).mean((0, 1))
     early, late = (copy.deepcopy(method)(views, labels, share).item() for share in (0.0, 0.5))
     assert early != late
     method(views, labels, 0.0)
@@ -113,19 +138,25 @@ def test_dino_centre_is_a_running_mean_of_the_teacher_and_the_temperature_warms_
 def test_supervised_gives_the_encoder_class_scores():
     method = _method("supervised")
     found = method.encoder.eval().layers(torch.zeros(2, 3, 32, 32, dtype=torch.float64))
-    assert list(found) == ["backbone", "block1", "block2", "projector", "logits"] and found["logits"].shape == (2, 5)
+    assert list(found) == ["backbone", "block1", "block2", "projector", "logits"] and found[
+        "logits"
+    ].shape == (2, 5)
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match='criterion "simclear" is not known.*barlow_twins'):
         methods.constants("simclear")
-    with pytest.raises(ValueError, match="byol: temperature is not a constant of it; it has momentum"):
+    with pytest.raises(
+        ValueError, match="byol: temperature is not a constant of it; it has momentum"
+    ):
         methods.build("byol", Encoder("small4", "8-8-8", 32), 2, {"temperature": 1.0})
 
 
 def test_bf16_never_reaches_the_loss(monkeypatch):
     method, seen = _method("simclr").float(), []
     method.bf16 = True
-    method.criterion = lambda z1, z2, **_: seen.append((z1.dtype, torch.is_autocast_enabled("cpu"))) or z1.sum()
+    method.criterion = lambda z1, z2, **_: (
+        seen.append((z1.dtype, torch.is_autocast_enabled("cpu"))) or z1.sum()
+    )
     method([view.float() for view in _batch("simclr")[0]], torch.zeros(N), 0.0)
     assert seen == [(torch.float32, False)]

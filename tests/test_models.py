@@ -25,7 +25,9 @@ def test_the_same_seed_gives_torchvisions_weights(spec):
     torch.manual_seed(5)
     ours = trunk(spec).state_dict()
     torch.manual_seed(5)
-    theirs = torchvision.models.get_model(spec.removesuffix("-s"), zero_init_residual=True).state_dict()
+    theirs = torchvision.models.get_model(
+        spec.removesuffix("-s"), zero_init_residual=True
+    ).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "conv1.weight")
 
 
@@ -41,7 +43,9 @@ def test_timm_vit_is_timms_and_takes_other_sizes():
 def test_vit_of_small_patches_in_an_encoder():
     encoder = Encoder("vit_tiny_patch16_224:patch_size=4,depth=2", "16-8", 32)
     assert encoder.trunk.patch_embed.num_patches == 64 and len(encoder.trunk.blocks) == 2
-    shapes = {name: tuple(z.shape) for name, z in encoder.eval().layers(torch.zeros(2, 3, 32, 32)).items()}
+    shapes = {
+        name: tuple(z.shape) for name, z in encoder.eval().layers(torch.zeros(2, 3, 32, 32)).items()
+    }
     assert shapes == {"backbone": (2, 192), "block1": (2, 16), "projector": (2, 8)}
 
 
@@ -53,18 +57,30 @@ def test_timm_models_of_every_kind(spec):
 
 def test_small_stem_keeps_the_resolution():
     net = trunk("resnet18-s")
-    assert net.maxpool(net.relu(net.bn1(net.conv1(torch.zeros(2, 3, 32, 32))))).shape[-2:] == (32, 32)
+    assert net.maxpool(net.relu(net.bn1(net.conv1(torch.zeros(2, 3, 32, 32))))).shape[-2:] == (
+        32,
+        32,
+    )
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("resnt18", '"resnt18" is not known: nearest: resnet18, .*"small<width>".*"resnet101".*timm'),
-    ("vit_tiny_patch16_225", "nearest: vit_tiny_patch16_224"),
-    ("small", "is not known"),
-    ("vit_tiny_patch16_224:patch=4", "refuses its options: .*unexpected keyword argument 'patch'"),
-    ("vit_tiny_patch16_224:patch_size", '"patch_size" cannot be read; expected "name=number'),
-    ("vit_tiny_patch16_224:checkpoint_path='x.pth'", "cannot be read"),
-    ("vit_tiny_patch16_224:num_classes=10", "refuses its options"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (
+            "resnt18",
+            '"resnt18" is not known: nearest: resnet18, .*"small<width>".*"resnet101".*timm',
+        ),
+        ("vit_tiny_patch16_225", "nearest: vit_tiny_patch16_224"),
+        ("small", "is not known"),
+        (
+            "vit_tiny_patch16_224:patch=4",
+            "refuses its options: .*unexpected keyword argument 'patch'",
+        ),
+        ("vit_tiny_patch16_224:patch_size", '"patch_size" cannot be read; expected "name=number'),
+        ("vit_tiny_patch16_224:checkpoint_path='x.pth'", "cannot be read"),
+        ("vit_tiny_patch16_224:num_classes=10", "refuses its options"),
+    ],
+)
 def test_unknown_trunk_names_what_is_known(spec, message):
     with pytest.raises(ValueError, match=message):
         trunk(spec)
@@ -103,14 +119,19 @@ def test_layers_in_one_pass_and_embed_restores_mode():
 
 
 def test_embed_gives_all_layers_in_one_forward_pass():
-    encoder, images = Encoder("small4", "8-8-8", 32), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    encoder, images = (
+        Encoder("small4", "8-8-8", 32),
+        torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8),
+    )
     calls = []
     encoder.trunk.register_forward_hook(lambda *_: calls.append(1))
     out = embed(encoder, images, None, batch=3)
     assert list(out) == ["backbone", "block1", "block2", "projector"] and len(calls) == 2
     encoder.eval()
     for layer in out:
-        torch.testing.assert_close(out[layer], embed(encoder, images, [layer])[layer], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            out[layer], embed(encoder, images, [layer])[layer], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_unknown_layer_and_the_mode_after_it():

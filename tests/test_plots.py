@@ -9,9 +9,21 @@ from dejavu_utils import plots
 
 @pytest.fixture
 def scores():
-    rows = [{"criterion": c, "layer": layer, "epoch": e, "p": p, "score": s, "low": s - 0.1, "high": s + 0.1}
-            for c in ("vicreg", "simclr") for layer in ("projector", "backbone") for p in (20, 100)
-            for e, s in ((0, 0.0), (10, 0.1), (20, 0.3))]
+    rows = [
+        {
+            "criterion": c,
+            "layer": layer,
+            "epoch": e,
+            "p": p,
+            "score": s,
+            "low": s - 0.1,
+            "high": s + 0.1,
+        }
+        for c in ("vicreg", "simclr")
+        for layer in ("projector", "backbone")
+        for p in (20, 100)
+        for e, s in ((0, 0.0), (10, 0.1), (20, 0.3))
+    ]
     return pd.DataFrame(rows)
 
 
@@ -28,11 +40,23 @@ def _drawn(axis, label):
 
 
 def test_over_epochs_draws_scores_above_probes(scores):
-    probes = pd.DataFrame([{"criterion": c, "epoch": e, "quantity": q, "mean": 0.5, "low": 0.4, "high": 0.6}
-                           for c in ("vicreg", "simclr") for e in (0, 10, 20)
-                           for q in ("held-out accuracy", "train - held-out gap", "gap of a probe that saw neither")])
+    probes = pd.DataFrame(
+        [
+            {"criterion": c, "epoch": e, "quantity": q, "mean": 0.5, "low": 0.4, "high": 0.6}
+            for c in ("vicreg", "simclr")
+            for e in (0, 10, 20)
+            for q in (
+                "held-out accuracy",
+                "train - held-out gap",
+                "gap of a probe that saw neither",
+            )
+        ]
+    )
     figure = plots.over_epochs(scores[scores["layer"] == "projector"], probes)
-    assert len(figure.axes) == 4 and [axis.get_title() for axis in figure.axes[:2]] == ["VICReg", "SimCLR"]
+    assert len(figure.axes) == 4 and [axis.get_title() for axis in figure.axes[:2]] == [
+        "VICReg",
+        "SimCLR",
+    ]
     np.testing.assert_allclose(_drawn(figure.axes[0], "p = 100 %"), [[0, 0], [10, 0.1], [20, 0.3]])
     assert len(figure.axes[0].collections) == 2, "a band for each p"
 
@@ -52,7 +76,10 @@ def test_over_p_cuts_off_no_panel():
 
 
 def test_real_pictures_have_no_rho_in_the_title():
-    assert plots.over_p(_curve("p", [20, 100]).assign(rho=float("nan"))).axes[0].get_title() == "VICReg"
+    assert (
+        plots.over_p(_curve("p", [20, 100]).assign(rho=float("nan"))).axes[0].get_title()
+        == "VICReg"
+    )
 
 
 def test_over_rho_has_the_bayes_line():
@@ -62,8 +89,14 @@ def test_over_rho_has_the_bayes_line():
 
 
 def test_split_stacks_to_the_share_that_anybody_gets_right():
-    row = {"criterion": "vicreg", "memorized": 0.2, "correlated": 0.1, "misrepresented": 0.05, "memorized_low": 0.15,
-           "memorized_high": 0.25}
+    row = {
+        "criterion": "vicreg",
+        "memorized": 0.2,
+        "correlated": 0.1,
+        "misrepresented": 0.05,
+        "memorized_low": 0.15,
+        "memorized_high": 0.25,
+    }
     shares = pd.DataFrame([row | {"epoch": e} for e in (0, 10)])
     bars = plots.split(shares).axes[0].patches
     assert max(bar.get_y() + bar.get_height() for bar in bars) == pytest.approx(0.35)
@@ -90,5 +123,12 @@ def test_gallery_marks_right_neighbours_and_shortens_names():
     row = {"crop": picture, "image": picture, "name": "cat", "target": near, "reference": near}
     figure = plots.gallery([row], neighbours=2)
     titles = [axis.title for axis in figure.axes]
-    assert [title.get_text() for title in titles] == ["crop", "cat", "German shep…", "cat", "German shep…", "cat"]
+    assert [title.get_text() for title in titles] == [
+        "crop",
+        "cat",
+        "German shep…",
+        "cat",
+        "German shep…",
+        "cat",
+    ]
     assert [title.get_color() for title in titles[2:4]] == ["black", plots.BAYES]

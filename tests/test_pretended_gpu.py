@@ -1,4 +1,6 @@
-"""The pretended GPU refuses what a GPU refuses and else gives the CPU's numbers. Pieces run on it in test_reference."""
+"""The pretended GPU refuses what a GPU refuses and else gives the CPU's numbers. Pieces run on it
+in test_reference.
+"""
 
 import os
 import subprocess
@@ -7,13 +9,18 @@ import sys
 from dejavu_utils import store
 
 TESTS = str(store.PACKAGE.parent / "tests")
-START = f"import sys; sys.path.insert(0, {TESTS!r}); import torch, pretended_gpu; pretended_gpu.start()\n"
-WRONG = {"two devices": "torch.zeros(3, device='cuda') + torch.zeros(3)",
-         "weights left behind": "torch.nn.Linear(3, 2)(torch.zeros(4, 3).cuda())",
-         "a generator of the CPU": "torch.rand(3, device='cuda', generator=torch.Generator())",
-         "an index on the GPU": "torch.zeros(3)[torch.tensor([1], device='cuda')]",
-         "integers multiplied": "torch.eye(2).long().cuda() @ torch.eye(2).long().cuda()",
-         "numpy without cpu": "torch.zeros(3).to('cuda').numpy()"}
+START = (
+    f"import sys; sys.path.insert(0, {TESTS!r}); import torch, pretended_gpu; "
+    "pretended_gpu.start()\n"
+)
+WRONG = {
+    "two devices": "torch.zeros(3, device='cuda') + torch.zeros(3)",
+    "weights left behind": "torch.nn.Linear(3, 2)(torch.zeros(4, 3).cuda())",
+    "a generator of the CPU": "torch.rand(3, device='cuda', generator=torch.Generator())",
+    "an index on the GPU": "torch.zeros(3)[torch.tensor([1], device='cuda')]",
+    "integers multiplied": "torch.eye(2).long().cuda() @ torch.eye(2).long().cuda()",
+    "numpy without cpu": "torch.zeros(3).to('cuda').numpy()",
+}
 RIGHT = """
 import copy
 from torch import nn
@@ -28,15 +35,23 @@ for module, value in ((net.to("cuda"), x.to("cuda")), (twin, x)):
 
 
 def _python(code):
-    return subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", START + code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_what_a_gpu_refuses_is_refused():
-    code = "".join(f"try:\n    {code}\n    print({name!r})\nexcept (RuntimeError, TypeError):\n    pass\n"
-                   for name, code in WRONG.items())
+    code = "".join(
+        f"try:\n    {code}\n    print({name!r})\nexcept (RuntimeError, TypeError):\n    pass\n"
+        for name, code in WRONG.items()
+    )
     done = _python(code)
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr  # it prints what was let through
+    assert (done.returncode, done.stdout) == (0, ""), (
+        done.stdout + done.stderr
+    )  # it prints what was let through
 
 
 def test_what_a_gpu_does_gives_the_numbers_of_the_cpu():

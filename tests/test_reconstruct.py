@@ -1,4 +1,6 @@
-"""Reconstruction end to end on tiny scenes: who may be seen by whom, planted memory is found, chance is not."""
+"""Reconstruction end to end on tiny scenes: who may be seen by whom, planted memory is found,
+chance is not.
+"""
 
 import dataclasses
 
@@ -7,16 +9,39 @@ import pandas as pd
 import pytest
 import torch
 
-from dejavu_utils import attack, crops, decoder, judge, launch, plots_reconstruction, reconstruct, references, store
+from dejavu_utils import (
+    attack,
+    crops,
+    decoder,
+    judge,
+    launch,
+    plots_reconstruction,
+    reconstruct,
+    references,
+    store,
+)
 from dejavu_utils import pairs as build
 
 PARAMS = {
-    "seeds": [0], "dataset": "scenes", "rhos": [0.2], "criteria": ["vicreg"], "epochs": [0],
-    "sizes": {"classes": 3, "attacked": 10, "shared": 2, "public": 16, "probe": 10, "control": 10}, "k": 5,
+    "seeds": [0],
+    "dataset": "scenes",
+    "rhos": [0.2],
+    "criteria": ["vicreg"],
+    "epochs": [0],
+    "sizes": {"classes": 3, "attacked": 10, "shared": 2, "public": 16, "probe": 10, "control": 10},
+    "k": 5,
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
     "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
 }
-HOW = {"epochs": 1, "batch": 16, "lr": 0.01, "size": 16, "judge_epochs": 1, "channels": [8, 8], "timesteps": 60}
+HOW = {
+    "epochs": 1,
+    "batch": 16,
+    "lr": 0.01,
+    "size": 16,
+    "judge_epochs": 1,
+    "channels": [8, 8],
+    "timesteps": 60,
+}
 SAMPLING = {"steps": 2, "guidance": 1.0, "samples": 2, "neighbours": 3}
 
 
@@ -27,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(folder):
-    pair, = build.make(PARAMS, folder)
+    (pair,) = build.make(PARAMS, folder)
     launch.fit_all(build.jobs([pair]), workers=1)
     made = reconstruct.bench(pair, 0, folder, HOW, SAMPLING)
     launch.fit_all(made.jobs(), workers=1)
@@ -48,7 +73,9 @@ def test_decoders_learn_from_the_public_set_alone(bench):
     for model in "AB":
         stored = store.read_tensors(bench.decoders[model].pixels)[0]
         assert torch.equal(stored["pixels"], public.squares(16))
-        own = references.embed_images({model: bench.pair.encoder(model, 0)}, public, 32, ("projector", "backbone"))
+        own = references.embed_images(
+            {model: bench.pair.encoder(model, 0)}, public, 32, ("projector", "backbone")
+        )
         assert all(torch.equal(stored[layer], own[layer][model]) for layer in own)
     assert bench.decoders["A"].folder != bench.decoders["B"].folder
     assert bench.decoders["A"].seed == bench.decoders["B"].seed, "alike in all but the encoder"
@@ -60,7 +87,10 @@ def test_a_public_image_in_another_set_is_refused(bench, folder, part):
     parts["public"] = dataclasses.replace(parts["public"], ids=parts["public"].ids.copy())
     parts["public"].ids[3] = parts[part].ids[0]
     pair = dataclasses.replace(bench.pair, parts=parts)
-    with pytest.raises(ValueError, match=f"1 images of the public set are also in {part}, e.g. {parts[part].ids[0]}"):
+    with pytest.raises(
+        ValueError,
+        match=f"1 images of the public set are also in {part}, e.g. {parts[part].ids[0]}",
+    ):
         reconstruct.bench(pair, 0, folder, HOW, SAMPLING)
 
 
@@ -68,7 +98,9 @@ def test_the_judge_sees_no_picture_of_any_set(bench):
     stored = store.read_tensors(bench.judge.job.pixels)[0]
     seen = {row.numpy().tobytes() for row in stored["pixels"]}
     for images in bench.pair.parts.values():
-        assert not seen & {row.numpy().tobytes() for row in images.squares(stored["pixels"].shape[-1])}
+        assert not seen & {
+            row.numpy().tobytes() for row in images.squares(stored["pixels"].shape[-1])
+        }
     assert sorted(set(stored["labels"].tolist())) == list(range(6)), "three classes, light and dark"
 
 
@@ -78,9 +110,13 @@ def test_every_attacked_image_appears_once_under_each_model(bench, table):
         assert sorted(table.loc[table["role"] == role, "id"]) == sorted(ids)
     assert table[["ssim", "colour", "feature", "attribute", "class"]].notna().all().all()
     assert set(table["attribute"]) <= {0.0, 1.0}
-    control, whole = (reconstruct.table(bench, "projector", which) for which in ("control", "whole"))
+    control, whole = (
+        reconstruct.table(bench, "projector", which) for which in ("control", "whole")
+    )
     assert list(control["id"]) == list(whole["id"]) and not control["ssim"].equals(whole["ssim"])
-    assert set(control["id"]) <= set(bench.pair.parts["control"].ids) and not set(control["id"]) & set(ids)
+    assert set(control["id"]) <= set(bench.pair.parts["control"].ids) and not set(
+        control["id"]
+    ) & set(ids)
 
 
 def test_a_table_is_the_same_when_made_again_and_when_read(bench, table):
@@ -90,6 +126,7 @@ def test_a_table_is_the_same_when_made_again_and_when_read(bench, table):
 
 def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypatch):
     """The target draws the picture itself, the reference another one: the measures must say so."""
+
     def planted(bench, condition, images, rects, samples, device, model):
         own = "A" if set(images.ids) & set(bench.pair.parts["a"].ids) else "B"
         pictures = images.squares(16)
@@ -102,8 +139,11 @@ def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypa
     np.testing.assert_allclose(target["colour"], 0, atol=1e-6)
     by = reconstruct.summary(found, resamples=200).set_index("measure")
     assert by.loc["ssim", "low"] > 0 and by.loc["colour", "high"] < 0
-    monkeypatch.setattr(reconstruct, "draw", lambda bench, condition, images, rects, samples, device, model:
-                        images.squares(16)[:, None])
+    monkeypatch.setattr(
+        reconstruct,
+        "draw",
+        lambda bench, condition, images, rects, samples, device, model: images.squares(16)[:, None],
+    )
     same = reconstruct._table(bench, "projector", "attacked", "cpu").assign(condition="projector")
     assert (reconstruct.summary(same, resamples=50)["score"] == 0).all()
 
@@ -111,7 +151,9 @@ def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypa
 def test_class_is_the_score_of_the_attack(bench, table):
     row = reconstruct.summary(table, resamples=100).set_index("measure").loc["class"]
     found = attack.score(table, resamples=100)
-    assert [row[name] for name in ("score", "low", "high", "n")] == [found[n] for n in ("score", "low", "high", "n")]
+    assert [row[name] for name in ("score", "low", "high", "n")] == [
+        found[n] for n in ("score", "low", "high", "n")
+    ]
 
 
 @pytest.mark.parametrize("condition", [*reconstruct.CONDITIONS, *reconstruct.WITHOUT])
@@ -125,7 +167,10 @@ def test_every_condition_draws(bench, condition):
 
 def test_an_unknown_condition_is_named(bench):
     images, (rects, _) = bench.pair.parts["a"], _rects(bench)
-    with pytest.raises(ValueError, match='condition "proj"; expected one of projector, projector, aligned, backbone'):
+    with pytest.raises(
+        ValueError,
+        match='condition "proj"; expected one of projector, projector, aligned, backbone',
+    ):
         reconstruct.draw(bench, "proj", images, rects, "A")
 
 
@@ -164,11 +209,27 @@ def test_mean_and_medoid_of_the_neighbours():
 
 
 def test_the_gallery_is_chosen_by_the_attack_s_confidence():
-    rows = [("m1", 1, 0, -1.0, -2.0), ("m2", 1, 0, -1.0, -3.0), ("c1", 1, 1, -0.5, -2.0), ("c2", 1, 1, -1.0, -1.0),
-            ("c3", 1, 1, -0.1, -2.5), ("n", 0, 1, 0.0, 0.0)]
-    infer = pd.DataFrame([{"id": name, "role": role, "correct": bool(hit), "confidence": nats, "layer": "projector"}
-                          for name, *hits, one, two in rows
-                          for role, hit, nats in zip(("target", "reference"), hits, (one, two), strict=True)])
+    rows = [
+        ("m1", 1, 0, -1.0, -2.0),
+        ("m2", 1, 0, -1.0, -3.0),
+        ("c1", 1, 1, -0.5, -2.0),
+        ("c2", 1, 1, -1.0, -1.0),
+        ("c3", 1, 1, -0.1, -2.5),
+        ("n", 0, 1, 0.0, 0.0),
+    ]
+    infer = pd.DataFrame(
+        [
+            {
+                "id": name,
+                "role": role,
+                "correct": bool(hit),
+                "confidence": nats,
+                "layer": "projector",
+            }
+            for name, *hits, one, two in rows
+            for role, hit, nats in zip(("target", "reference"), hits, (one, two), strict=True)
+        ]
+    )
     assert reconstruct.choose(infer, 2, "memorized") == ["m2", "m1"]
     assert reconstruct.choose(infer, 2, "correlated") == ["c2", "c1"]
     drawn = reconstruct.choose(infer, 3, "random")
@@ -179,7 +240,9 @@ def test_object_boxes_are_where_the_object_is(bench):
     images = bench.pair.parts["a"]
     for box, (x0, y0, x1, y1) in zip(images.boxes, judge.object_boxes(images, 16), strict=True):
         np.testing.assert_allclose([x0, y0, x1, y1], box[0] / 3, rtol=1e-6)
-    wide = dataclasses.replace(images, sizes=np.tile([96, 48], (len(images), 1)))  # the middle of a wide picture
+    wide = dataclasses.replace(
+        images, sizes=np.tile([96, 48], (len(images), 1))
+    )  # the middle of a wide picture
     expected = np.clip((images.boxes[0][0] - [24, 0, 24, 0]) / 3, 0, 16)
     np.testing.assert_allclose(judge.object_boxes(wide, 16)[0, [1, 3]], expected[[1, 3]])
 
@@ -191,7 +254,11 @@ def test_the_judge_s_own_accuracy_is_that_of_its_reading(bench):
     torch.testing.assert_close(seen.sum((1, 2)), torch.ones(len(control)).double())
     right = (seen.sum(2).argmax(1).numpy() == control.labels).mean()
     assert rows.loc["class", "accuracy"] == right and rows.loc["class", "n"] == len(control)
-    assert rows.loc["attribute", "low"] <= rows.loc["attribute", "accuracy"] <= rows.loc["attribute", "high"]
+    assert (
+        rows.loc["attribute", "low"]
+        <= rows.loc["attribute", "accuracy"]
+        <= rows.loc["attribute", "high"]
+    )
 
 
 def test_cost_and_gallery(bench, table):

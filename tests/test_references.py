@@ -1,4 +1,6 @@
-"""The two-model test end to end on tiny scenes: sets stay apart, tables pair up, the gallery is honest."""
+"""The two-model test end to end on tiny scenes: sets stay apart, tables pair up, the gallery is
+honest.
+"""
 
 import dataclasses
 import math
@@ -11,8 +13,13 @@ from dejavu_utils import attack, launch, references, store, summaries
 from dejavu_utils import pairs as build
 
 PARAMS = {
-    "seeds": [0], "dataset": "scenes", "rhos": [0.2, 0.0], "criteria": ["vicreg", "simclr"], "epochs": [0, 1, 2],
-    "sizes": {"classes": 4, "attacked": 12, "shared": 4, "public": 20, "probe": 10, "control": 12}, "k": 5,
+    "seeds": [0],
+    "dataset": "scenes",
+    "rhos": [0.2, 0.0],
+    "criteria": ["vicreg", "simclr"],
+    "epochs": [0, 1, 2],
+    "sizes": {"classes": 4, "attacked": 12, "shared": 4, "public": 20, "probe": 10, "control": 12},
+    "k": 5,
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
     "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
 }
@@ -27,7 +34,9 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tables(pairs):
-    return pd.concat([references.two_model(pair, epoch, 5) for pair in pairs for epoch in (0, 1, 2)])
+    return pd.concat(
+        [references.two_model(pair, epoch, 5) for pair in pairs for epoch in (0, 1, 2)]
+    )
 
 
 def test_every_criterion_at_the_first_rho_and_the_first_at_the_others(pairs):
@@ -49,28 +58,38 @@ def test_encoders_share_the_shared_part_and_nothing_else(pairs):
 
 
 def test_both_sets_are_trained_on_the_same_kind_of_pixels(pairs, tmp_path):
-    """One picture of another size in B, and A must not keep its native pixels while B gets squares."""
+    """One picture of another size in B, and A must not keep its native pixels while B gets
+    squares.
+    """
     parts, recipe = dict(pairs[0].parts), pairs[0].jobs["A"].recipe
     sizes = parts["b"].sizes.copy()
     sizes[0] = 47
     parts["b"] = dataclasses.replace(parts["b"], sizes=sizes)
     paths = [build._training_set(parts, model, recipe, tmp_path, 0) for model in "AB"]
-    assert {store.read_tensors(path)[0]["pixels"].shape[-1] for path in paths} == {round(32 * 8 / 7)}
+    assert {store.read_tensors(path)[0]["pixels"].shape[-1] for path in paths} == {
+        round(32 * 8 / 7)
+    }
 
 
 def test_a_pair_differs_in_seed_and_images_only(pairs):
     a, b = pairs[0].jobs["A"], pairs[0].jobs["B"]
-    assert a.recipe == b.recipe and a.epochs == b.epochs and a.seed != b.seed and a.pixels != b.pixels
+    assert (
+        a.recipe == b.recipe and a.epochs == b.epochs and a.seed != b.seed and a.pixels != b.pixels
+    )
 
 
 def test_table_has_every_image_under_both_models(tables):
-    one = tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2 and layer == 'projector'")
+    one = tables.query(
+        "criterion == 'vicreg' and rho == 0.2 and epoch == 2 and layer == 'projector'"
+    )
     assert (one.groupby("id").size() == 2).all() and set(one["role"]) == {"target", "reference"}
 
 
 def test_table_is_read_the_second_time(pairs, monkeypatch):
     first = references.two_model(pairs[0], 2, 5)
-    monkeypatch.setattr(references, "embed_images", lambda *a, **options: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        references, "embed_images", lambda *a, **options: pytest.fail("computed again")
+    )
     pd.testing.assert_frame_equal(first, references.two_model(pairs[0], 2, 5))
 
 
@@ -89,8 +108,15 @@ def test_control_set_covers_zero(pairs):
 
 def test_differences_and_truth(tables):
     rows = summaries.differences(tables, [0, 1, 2])
-    assert set(rows["what"]) == {"projector - backbone", "last - untrained", "last - first trained", "p = 20 % - all"}
-    curve = summaries.curve(tables.query("epoch == 2 and layer == 'projector'"), percents=(100,), resamples=10)
+    assert set(rows["what"]) == {
+        "projector - backbone",
+        "last - untrained",
+        "last - first trained",
+        "p = 20 % - all",
+    }
+    curve = summaries.curve(
+        tables.query("epoch == 2 and layer == 'projector'"), percents=(100,), resamples=10
+    )
     truth = summaries.truth(curve, 4)
     assert truth.set_index("rho")["bayes"].to_dict() == {0.2: pytest.approx(0.4), 0.0: 0.25}
 
@@ -114,14 +140,24 @@ def test_gallery_choice_is_the_papers_ranking(tables):
     one = tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2")
     chosen = references.choose(one, 5)
     wide = one.query("layer == 'projector'").set_index(["id", "role"])
-    lead = [wide.loc[(i, "target"), "confidence"] - wide.loc[(i, "reference"), "confidence"] for i in chosen]
+    lead = [
+        wide.loc[(i, "target"), "confidence"] - wide.loc[(i, "reference"), "confidence"]
+        for i in chosen
+    ]
     assert lead == sorted(lead, reverse=True)
-    assert all(wide.loc[(i, "target"), "correct"] and not wide.loc[(i, "reference"), "correct"] for i in chosen)
-    assert references.choose(one, 5, how="random") == references.choose(one, 5, how="random") != chosen
+    assert all(
+        wide.loc[(i, "target"), "correct"] and not wide.loc[(i, "reference"), "correct"]
+        for i in chosen
+    )
+    assert (
+        references.choose(one, 5, how="random") == references.choose(one, 5, how="random") != chosen
+    )
 
 
 def test_gallery_rows(pairs, tables):
-    ids = references.choose(tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2"), 3, how="random")
+    ids = references.choose(
+        tables.query("criterion == 'vicreg' and rho == 0.2 and epoch == 2"), 3, how="random"
+    )
     rows = references.neighbours(pairs[0], 2, ids, k=3)
     assert len(rows) == 3 and all(len(row["target"]) == len(row["reference"]) == 3 for row in rows)
     assert rows[0]["crop"].shape == (3, 32, 32)
@@ -137,9 +173,15 @@ def test_recipe_changes_for_one_criterion_go_over_those_for_all():
 
 
 def test_recipe_for_another_engine_has_its_criteria_and_constants():
-    changes = {"engine": "vissl", "encoder": "resnet50", "constants": {"epsilon": 0.05, "temperature": 0.1}}
+    changes = {
+        "engine": "vissl",
+        "encoder": "resnet50",
+        "constants": {"epsilon": 0.05, "temperature": 0.1},
+    }
     assert build.recipe("swav", changes).constants == {"epsilon": 0.05, "temperature": 0.1}
-    assert build.recipe("dino", changes).views.get("local", 0) == 0  # what was tuned for our own engine stays away
+    assert (
+        build.recipe("dino", changes).views.get("local", 0) == 0
+    )  # what was tuned for our own engine stays away
     with pytest.raises(ValueError, match='criterion "vicreg" is not known to the engine "vissl"'):
         build.recipe("vicreg", changes)
     with pytest.raises(ValueError, match='engine "lightning" is not known'):
@@ -155,14 +197,18 @@ def test_supervised_logits_are_attacked_without_neighbours(tmp_path):
     rects, keep = references.crops.background(side, one.crop)
     crops = side.subset(keep).squares(32, rects[keep])
     scores = references.embed(one.encoder("A", 2), crops, ("logits",))["logits"]
-    rows = table.query("layer == 'logits' and direction == 'a' and role == 'target'").set_index("id")
+    rows = table.query("layer == 'logits' and direction == 'a' and role == 'target'").set_index(
+        "id"
+    )
     assert (rows.loc[side.ids[keep], "prediction"].to_numpy() == scores.argmax(1).numpy()).all()
 
 
 def test_embedding_in_chunks_equals_embedding_at_once(pairs):
     encoders, images = {"A": pairs[0].encoder("A", 1)}, pairs[0].parts["probe"]
-    one, many = (references.embed_images(encoders, images, 32, ("projector",), chunk=chunk)["projector"]["A"]
-                 for chunk in (1000, 7))
+    one, many = (
+        references.embed_images(encoders, images, 32, ("projector",), chunk=chunk)["projector"]["A"]
+        for chunk in (1000, 7)
+    )
     np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-5)
 
 
@@ -177,9 +223,24 @@ def test_recipe_gives_each_criterion_its_own_constants():
 
 
 def test_probe_rows_interval_over_seeds_and_over_images():
-    row = {"criterion": "vicreg", "rho": 0.2, "epoch": 1, "n_train": 100, "n_held_out": 100, "train": 0.9, "gap": 0.3,
-           "held_out": 0.6, "member": 0.6, "non_member": 0.6, "fresh_gap": 0.0}
-    one = summaries.probe_rows(pd.DataFrame([row | {"seed": 0}])).set_index("quantity").loc["held-out accuracy"]
+    row = {
+        "criterion": "vicreg",
+        "rho": 0.2,
+        "epoch": 1,
+        "n_train": 100,
+        "n_held_out": 100,
+        "train": 0.9,
+        "gap": 0.3,
+        "held_out": 0.6,
+        "member": 0.6,
+        "non_member": 0.6,
+        "fresh_gap": 0.0,
+    }
+    one = (
+        summaries.probe_rows(pd.DataFrame([row | {"seed": 0}]))
+        .set_index("quantity")
+        .loc["held-out accuracy"]
+    )
     assert one["high"] - one["mean"] == pytest.approx(1.96 * math.sqrt(0.24 / 100))
     two = pd.DataFrame([row | {"seed": s, "held_out": 0.6 + 0.02 * s} for s in range(3)])
     many = summaries.probe_rows(two).set_index("quantity").loc["held-out accuracy"]
@@ -188,11 +249,24 @@ def test_probe_rows_interval_over_seeds_and_over_images():
 
 
 def test_criteria_table_gains_over_seeds_and_over_images():
-    log = pd.DataFrame({"criterion": "byol", "name": ["x", "x"], "epoch": [1, 2], "loss": [4.0, 1.0],
-                        "seconds": [2.0, 1.0], "images": [100, 100]})
+    log = pd.DataFrame(
+        {
+            "criterion": "byol",
+            "name": ["x", "x"],
+            "epoch": [1, 2],
+            "loss": [4.0, 1.0],
+            "seconds": [2.0, 1.0],
+            "images": [100, 100],
+        }
+    )
     row = {"criterion": "byol", "rho": 0.2, "n_held_out": 100}
-    probes = pd.DataFrame([row | {"seed": s, "epoch": e, "held_out": 0.5 + (0.1 + 0.01 * s) * e}
-                           for s in range(3) for e in (0, 1)])
+    probes = pd.DataFrame(
+        [
+            row | {"seed": s, "epoch": e, "held_out": 0.5 + (0.1 + 0.01 * s) * e}
+            for s in range(3)
+            for e in (0, 1)
+        ]
+    )
     many = summaries.criteria(log, probes).iloc[0]
     assert (many["gain"], many["n"], many["seeds"]) == (pytest.approx(0.11), 300, 3)
     assert many["gain_high"] - many["gain"] == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-3)

@@ -1,4 +1,6 @@
-"""The embedded data set: its truth is known, and nothing of the object leaks into the background."""
+"""The embedded data set: its truth is known, and nothing of the object leaks into the
+background.
+"""
 
 import numpy as np
 import pytest
@@ -49,7 +51,9 @@ def test_backgrounds_never_repeat(images):
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
 def test_bayes_accuracy_is_what_the_known_family_attains(rho):
-    """Guessing the family's own class, with the family known, is right as often as the closed form says."""
+    """Guessing the family's own class, with the family known, is right as often as the closed form
+    says.
+    """
     rng = np.random.default_rng(0)
     n, classes = 200_000, 10
     label = rng.integers(classes, size=n)
@@ -64,7 +68,9 @@ def test_families_follow_rho():
 
 
 def test_a_supervised_classifier_on_many_crops_stays_at_or_below_bayes():
-    """The leak test: trained on 4,000 background crops with their labels, judged on 4,000 fresh ones."""
+    """The leak test: trained on 4,000 background crops with their labels, judged on 4,000 fresh
+    ones.
+    """
     from sklearn.ensemble import RandomForestClassifier
 
     def features(seed):
@@ -75,7 +81,9 @@ def test_a_supervised_classifier_on_many_crops_stays_at_or_below_bayes():
         return torch.cat([square.flatten(1), square.std((2, 3))], 1).numpy(), one.labels[use]
 
     (x, y), (z, t) = features(11), features(12)
-    accuracy = (RandomForestClassifier(100, n_jobs=1, random_state=0).fit(x, y).predict(z) == t).mean()
+    accuracy = (
+        RandomForestClassifier(100, n_jobs=1, random_state=0).fit(x, y).predict(z) == t
+    ).mean()
     bayes, error = scenes.bayes_accuracy(0.3, 10), (0.37 * 0.63 / len(t)) ** 0.5
     assert 0.15 < accuracy <= bayes + 3.3 * error, f"{accuracy:.3f} against Bayes {bayes:.3f}"
 

@@ -1,4 +1,6 @@
-"""The batch on a real SLURM: Debian's slurm-wlm with munge, started here on loopback, one job per encoder and stage."""
+"""The batch on a real SLURM: Debian's slurm-wlm with munge, started here on loopback, one job per
+encoder and stage.
+"""
 
 import getpass
 import os
@@ -11,8 +13,15 @@ import pytest
 
 from dejavu_utils import store
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("sbatch") or not shutil.which("munged"), reason=(
-    "no sbatch or munged: Debian and Ubuntu have them in `apt install slurm-wlm munge`"))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not shutil.which("sbatch") or not shutil.which("munged"),
+        reason=(
+            "no sbatch or munged: Debian and Ubuntu have them in `apt install slurm-wlm munge`"
+        ),
+    ),
+]
 CONFIG = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -55,7 +64,9 @@ def _free_ports(count):
 
 @pytest.fixture
 def slurm(tmp_path_factory):
-    """Start munged, slurmctld and slurmd of this user's own, and return (environment, folder); stop them afterwards."""
+    """Start munged, slurmctld and slurmd of this user's own, and return (environment, folder); stop
+    them afterwards.
+    """
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -63,15 +74,39 @@ def slurm(tmp_path_factory):
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    config, memory = folder / "slurm.conf", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10 >> 20
-    config.write_text(CONFIG.format(host=host, user=getpass.getuser(), folder=folder, ports=_free_ports(2),
-                                    cores=store.cores(), memory=memory))
-    srun = folder / "srun"  # Snakemake's plugin drops SLURM_CONF inside a job: a cluster has its file in /etc/slurm
+    config, memory = (
+        folder / "slurm.conf",
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10 >> 20,
+    )
+    config.write_text(
+        CONFIG.format(
+            host=host,
+            user=getpass.getuser(),
+            folder=folder,
+            ports=_free_ports(2),
+            cores=store.cores(),
+            memory=memory,
+        )
+    )
+    srun = (
+        folder / "srun"
+    )  # Snakemake's plugin drops SLURM_CONF inside a job: a cluster has its file in /etc/slurm
     srun.write_text(f'#!/bin/sh\nSLURM_CONF="{config}" exec {shutil.which("srun")} "$@"\n')
     srun.chmod(0o755)
-    environment = os.environ | {"SLURM_CONF": str(config), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    munge = ["munged", "-F", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
-             f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
+    environment = os.environ | {
+        "SLURM_CONF": str(config),
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+    }
+    munge = [
+        "munged",
+        "-F",
+        "--force",
+        f"--key-file={key}",
+        f"--socket={folder}/munge.socket",
+        f"--pid-file={folder}/munged.pid",
+        f"--log-file={folder}/munged.log",
+        f"--seed-file={folder}/munged.seed",
+    ]
     daemons = []
     try:
         for command in (munge, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]):
@@ -88,11 +123,15 @@ def slurm(tmp_path_factory):
 
 def _wait_for_the_node(environment, folder):
     for _ in range(60):
-        said = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True)
+        said = subprocess.run(
+            ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True
+        )
         if said.stdout.strip() == "idle":
             return
         time.sleep(1)
-    logs = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-800:]}" for path in folder.glob("*.out"))
+    logs = "\n".join(
+        f"{path.name}: {path.read_text(errors='replace')[-800:]}" for path in folder.glob("*.out")
+    )
     pytest.fail(f"the node did not come up: {said.stdout} {said.stderr}\n{logs}")
 
 
@@ -100,15 +139,30 @@ def test_one_job_per_encoder_and_the_notebooks_after_them(slurm, tmp_path):
     environment, folder = slurm
     root, runs = store.PACKAGE.parent, tmp_path / "runs"
     done = subprocess.run(
-        ["make", "figures", "PROFILE=smoke", "EXECUTOR=slurm", "P=criteria=[\"vicreg\"] rhos=[0.2] epochs=[0,1]",
-         "EXECUTOR_FLAGS=--slurm-status-command squeue --slurm-no-account --default-resources slurm_partition=teaching "
-         "mem_mb=4000 runtime=30 --slurm-init-seconds-before-status-checks 5 --slurm-keep-successful-logs"],
-        cwd=root, env=environment | {"DEJAVU_RUNS": str(runs)}, capture_output=True, text=True, timeout=1500)
+        [
+            "make",
+            "figures",
+            "PROFILE=smoke",
+            "EXECUTOR=slurm",
+            'P=criteria=["vicreg"] rhos=[0.2] epochs=[0,1]',
+            "EXECUTOR_FLAGS=--slurm-status-command squeue --slurm-no-account --default-resources "
+            "slurm_partition=teaching "
+            "mem_mb=4000 runtime=30 --slurm-init-seconds-before-status-checks 5 "
+            "--slurm-keep-successful-logs",
+        ],
+        cwd=root,
+        env=environment | {"DEJAVU_RUNS": str(runs)},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     encoders = [path for path in (runs / "smoke" / "encoders").iterdir() if path.is_dir()]
     accepted = (folder / "slurmctld.log").read_text().count("_slurm_rpc_submit_batch_job")
     notebooks = {path.stem for path in (runs / "smoke" / "notebooks").glob("*.ipynb")}
     assert notebooks == {path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb")}
     jobs = list((runs / "smoke" / "keys" / "jobs").glob("*.done"))
-    assert len(jobs) == len([path for path in encoders if not path.name.startswith("finetuned")]) >= 4
+    assert (
+        len(jobs) == len([path for path in encoders if not path.name.startswith("finetuned")]) >= 4
+    )
     assert accepted == len(jobs) + len(notebooks)

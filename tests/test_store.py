@@ -20,21 +20,43 @@ from dejavu_utils import store
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-FRAME = pd.DataFrame({"id": ["01", "NA", "null"], "value": [0.1, np.nan, 1 / 3], "hit": [True, False, True],
-                      "k": [1, 2, 3], "single": np.float32([0.1, 0.3, 7])})
+FRAME = pd.DataFrame(
+    {
+        "id": ["01", "NA", "null"],
+        "value": [0.1, np.nan, 1 / 3],
+        "hit": [True, False, True],
+        "k": [1, 2, 3],
+        "single": np.float32([0.1, 0.3, 7]),
+    }
+)
 
 
 def test_import_is_quick_and_loads_nothing_heavy():
-    code = ("import sys, time; t = time.process_time(); import dejavu_utils as dv; first = time.process_time() - t\n"
-            "dv.store; dv.notebook; assert not {'torch', 'numpy', 'pandas', 'papermill'} & set(sys.modules)\n"
-            "print(first)")
-    quickest = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                                        cwd=store.PACKAGE.parent).stdout) for _ in range(2))
+    code = (
+        "import sys, time; t = time.process_time(); import dejavu_utils as dv; first = "
+        "time.process_time() - t\n"
+        "dv.store; dv.notebook; assert not {'torch', 'numpy', 'pandas', 'papermill'} & "
+        "set(sys.modules)\n"
+        "print(first)"
+    )
+    quickest = min(
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=store.PACKAGE.parent,
+            ).stdout
+        )
+        for _ in range(2)
+    )
     assert quickest < 0.1
 
 
 def test_public_names_are_lazy_and_an_unknown_one_is_an_attribute_error():
     import dejavu_utils as dv
+
     assert dv.store is store
     assert callable(dv.start)
     assert {"start", "store", "notebook"} <= set(dir(dv))
@@ -59,7 +81,14 @@ def test_table_of_another_format_is_refused(tmp_path):
 
 def test_tensors_come_back_exactly_also_transposed_and_shared(tmp_path):
     w = torch.randn(3, 4)
-    tensors = {"w": w, "t": w.T, "row": w[1], "same": w, "empty": torch.zeros(0, 2), "half": w.bfloat16()}
+    tensors = {
+        "w": w,
+        "t": w.T,
+        "row": w[1],
+        "same": w,
+        "empty": torch.zeros(0, 2),
+        "half": w.bfloat16(),
+    }
     store.write_tensors(tmp_path / "w.safetensors", tensors, {"epoch": 2})
     found, meta = store.read_tensors(tmp_path / "w.safetensors")
     assert found.keys() == tensors.keys()
@@ -68,10 +97,21 @@ def test_tensors_come_back_exactly_also_transposed_and_shared(tmp_path):
 
 
 def test_json_makes_numpy_plain_and_nan_null(tmp_path):
-    content = {"a": np.float32(1.5), "b": np.arange(3), "c": float("nan"), "d": [True, None, 1e-12], "e": float("inf")}
+    content = {
+        "a": np.float32(1.5),
+        "b": np.arange(3),
+        "c": float("nan"),
+        "d": [True, None, 1e-12],
+        "e": float("inf"),
+    }
     store.write_json(tmp_path / "m.json", content)
-    assert store.read_json(tmp_path / "m.json") == {"a": 1.5, "b": [0, 1, 2], "c": None, "d": [True, None, 1e-12],
-                                                    "e": None}
+    assert store.read_json(tmp_path / "m.json") == {
+        "a": 1.5,
+        "b": [0, 1, 2],
+        "c": None,
+        "d": [True, None, 1e-12],
+        "e": None,
+    }
 
 
 def test_figures_have_the_same_bytes_at_another_time(tmp_path):
@@ -80,7 +120,11 @@ def test_figures_have_the_same_bytes_at_another_time(tmp_path):
         axis.plot(FRAME["k"])
         store.write_figure(tmp_path / name / "score.rho0.5", figure, FRAME, {"seed": 1})
         plt.close(figure)
-        return [(tmp_path / name / f"score.rho0.5{suffix}").read_bytes() for suffix in (".png", ".pdf", ".csv")]
+        return [
+            (tmp_path / name / f"score.rho0.5{suffix}").read_bytes()
+            for suffix in (".png", ".pdf", ".csv")
+        ]
+
     first = draw("one")
     time.sleep(1.1)  # a date in the file would have a resolution of seconds
     assert draw("two") == first
@@ -96,12 +140,18 @@ def _write(path):
         store.write_table(path, FRAME)
 
 
-READ = {".csv": store.read_table, ".parquet": store.read_table, ".json": store.read_json,
-        ".safetensors": store.read_tensors}
+READ = {
+    ".csv": store.read_table,
+    ".parquet": store.read_table,
+    ".json": store.read_json,
+    ".safetensors": store.read_tensors,
+}
 
 
 @pytest.mark.parametrize("suffix", READ)
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "no sidecar", "bad sidecar", "list sidecar", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "empty", "no sidecar", "bad sidecar", "list sidecar", "missing"]
+)
 def test_damage_is_one_clear_error(tmp_path, suffix, damage):
     path = tmp_path / f"a{suffix}"
     _write(path)
@@ -159,8 +209,11 @@ def test_a_full_disk_at_fsync_keeps_the_old_file(tmp_path, monkeypatch):
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*a\.json.*No space left.*unchanged.*Free some space"):
+    with pytest.raises(
+        OSError, match=r"cannot write .*a\.json.*No space left.*unchanged.*Free some space"
+    ):
         store.write_json(path, {"n": 2})
     monkeypatch.undo()
     assert store.read_json(path) == {"n": 1}
@@ -186,9 +239,14 @@ for write, name, value in [(store.write_tensors, "a.safetensors", {{"w": torch.f
     for suffix in READ:
         _write(tmp_path / f"a{suffix}")
     before = sorted(tmp_path.iterdir())
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=store.PACKAGE.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=store.PACKAGE.parent
+    )
     for suffix in READ:
-        assert f"cannot write {tmp_path}/a{suffix}: File too large. What was there before is unchanged" in done.stdout
+        assert (
+            f"cannot write {tmp_path}/a{suffix}: File too large. What was there before is unchanged"
+            in done.stdout
+        )
         READ[suffix](tmp_path / f"a{suffix}")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -231,7 +289,10 @@ def test_key_depends_on_values_only():
     assert store.key(f=Path("a/b")) == store.key(f="a/b")
     assert len({store.key(a=v) for v in (1, True, "1", None, [1], 1.5, {"1": 1}, -1)}) == 8
     assert store.key(a=0.1 + 0.2) != store.key(a=0.3)
-    assert store.key(a=1, b=[2.0, "ä"]) == hashlib.sha256(b'{"a":1,"b":[2,"\\u00e4"]}').hexdigest()[:16]
+    assert (
+        store.key(a=1, b=[2.0, "ä"])
+        == hashlib.sha256(b'{"a":1,"b":[2,"\\u00e4"]}').hexdigest()[:16]
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, object(), len])
@@ -247,8 +308,15 @@ def test_code_version_ignores_comments_docstrings_and_layout(tmp_path, monkeypat
         (tmp_path / "m.py").write_text(source)
         store.code_version.cache_clear()
         return store.code_version("m")
+
     plain = version("def f(x):\n    return x + 1\n")
-    assert version('"""A module."""\n# why\ndef f(x):\n    """Return x."""\n\n    return (x +\n        1)\n') == plain
+    assert (
+        version(
+            '"""A module."""\n# why\ndef f(x):\n    """Return x."""\n\n    return (x +\n        '
+            "1)\n"
+        )
+        == plain
+    )
     assert version("def f(x):\n    return x + 2\n") != plain
     assert store.code_version() == store.code_version("m")
     with pytest.raises(store.StoreError, match="no module dejavu_utils/nothing.py"):
@@ -268,23 +336,35 @@ for _ in range(10):
         Path({str(tmp_path / "n")!r}).write_text(str(n + 1))
 """
     (tmp_path / "n").write_text("0")
-    jobs = [subprocess.Popen([sys.executable, "-c", code], cwd=store.PACKAGE.parent) for _ in range(2)]
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=store.PACKAGE.parent) for _ in range(2)
+    ]
     assert [job.wait() for job in jobs] == [0, 0]
     assert (tmp_path / "n").read_text() == "20"
 
 
 def test_lock_says_whom_it_waits_for_and_is_freed_by_death(tmp_path):
-    code = ("import sys, time\nfrom dejavu_utils import store\n"
-            f"with store.lock({str(tmp_path / 'k')!r}):\n    print('held', flush=True)\n"
-            "    time.sleep(float(sys.argv[1]))")
+    code = (
+        "import sys, time\nfrom dejavu_utils import store\n"
+        f"with store.lock({str(tmp_path / 'k')!r}):\n    print('held', flush=True)\n"
+        "    time.sleep(float(sys.argv[1]))"
+    )
 
     def hold(seconds):
-        return subprocess.Popen([sys.executable, "-c", code, str(seconds)], stdout=subprocess.PIPE, text=True,
-                                cwd=store.PACKAGE.parent)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=store.PACKAGE.parent,
+        )
+
     first = hold(60)
     assert first.stdout.readline() == "held\n"
     second = hold(0)
-    assert second.stdout.readline() == f"waiting for k: process {first.pid} on {os.uname().nodename} is working on it\n"
+    assert (
+        second.stdout.readline()
+        == f"waiting for k: process {first.pid} on {os.uname().nodename} is working on it\n"
+    )
     first.kill()
     assert second.wait(10) == 0
     first.wait()

@@ -1,4 +1,6 @@
-"""Sweeps without training: which attacks they ask for, and rows that equal the attack done alone."""
+"""Sweeps without training: which attacks they ask for, and rows that equal the attack done
+alone.
+"""
 
 import pytest
 
@@ -6,12 +8,27 @@ from dejavu_utils import attack, launch, references, sweeps
 from dejavu_utils import pairs as build
 
 PARAMS = {
-    "seeds": [0], "dataset": "scenes", "rhos": [0.2], "criteria": ["simclr"], "epochs": [0, 1],
+    "seeds": [0],
+    "dataset": "scenes",
+    "rhos": [0.2],
+    "criteria": ["simclr"],
+    "epochs": [0, 1],
     "sizes": {"classes": 4, "attacked": 12, "shared": 0, "public": 20, "probe": 5, "control": 5},
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8, "fraction": 0.3, "corner": "lower-left"},
+    "crop": {
+        "kind": "periphery",
+        "rule": "paper",
+        "min_side": 8,
+        "fraction": 0.3,
+        "corner": "lower-left",
+    },
 }
-WANTED = {"layer": ["projector", "block1", "backbone"], "k": [1, 5], "fraction": [0.3], "min_side": [4, 12]}
+WANTED = {
+    "layer": ["projector", "block1", "backbone"],
+    "k": [1, 5],
+    "fraction": [0.3],
+    "min_side": [4, 12],
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +40,37 @@ def pairs(tmp_path_factory):
 
 def test_rows_equal_the_attack_done_alone(pairs):
     table = sweeps.attacks(pairs, 1, 5, WANTED)
-    found = sweeps.scores(table, resamples=20).query("top == 1 and p == 100").set_index(["sweep", "value"])
-    assert list(found.index) == [("layer", "projector"), ("layer", "block1"), ("layer", "backbone"), ("k", "1"),
-                                 ("k", "5"), ("min_side", "4"), ("min_side", "12"), ("fraction", "0.3")]
+    found = (
+        sweeps.scores(table, resamples=20)
+        .query("top == 1 and p == 100")
+        .set_index(["sweep", "value"])
+    )
+    assert list(found.index) == [
+        ("layer", "projector"),
+        ("layer", "block1"),
+        ("layer", "backbone"),
+        ("k", "1"),
+        ("k", "5"),
+        ("min_side", "4"),
+        ("min_side", "12"),
+        ("fraction", "0.3"),
+    ]
     block = references.two_model(pairs[0], 1, 5, layers=("block1",))
     assert found.loc[("layer", "block1"), "score"] == attack.score(block, resamples=20)["score"]
     assert found.loc[("k", "5"), "score"] == found.loc[("layer", "projector"), "score"]
-    assert found.loc[("min_side", "4"), "n"] > found.loc[("min_side", "12"), "n"]  # fewer images have a large crop
-    corner = references.two_model(pairs[0], 1, 5, layers=("projector",), crop=PARAMS["crop"] | {"kind": "corner"})
+    assert (
+        found.loc[("min_side", "4"), "n"] > found.loc[("min_side", "12"), "n"]
+    )  # fewer images have a large crop
+    corner = references.two_model(
+        pairs[0], 1, 5, layers=("projector",), crop=PARAMS["crop"] | {"kind": "corner"}
+    )
     assert found.loc[("fraction", "0.3"), "score"] == attack.score(corner, resamples=20)["score"]
 
 
 def test_top5_is_not_below_top1(pairs):
-    found = sweeps.scores(sweeps.attacks(pairs, 1, 5, {"k": [5]}), resamples=20).set_index(["top", "p"])
+    found = sweeps.scores(sweeps.attacks(pairs, 1, 5, {"k": [5]}), resamples=20).set_index(
+        ["top", "p"]
+    )
     assert found.loc[(5, 100), "target"] >= found.loc[(1, 100), "target"]
 
 
@@ -47,5 +82,7 @@ def test_classes_average_to_the_whole(pairs):
 
 
 def test_unknown_sweep_names_what_there_is():
-    with pytest.raises(ValueError, match="crop_size is not known; there are layer, k, min_side, fraction"):
+    with pytest.raises(
+        ValueError, match="crop_size is not known; there are layer, k, min_side, fraction"
+    ):
         sweeps.variants({"k": 5, "crop": {}}, {"crop_size": [1]})

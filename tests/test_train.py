@@ -20,7 +20,9 @@ TINY = train.Recipe(encoder="small4", projector="16-16-16", batch=8, precision="
 def _job(tmp_path, name="run", recipe=TINY, epochs=(0, 2, 5), seed="0/A"):
     source = tmp_path / "pixels.safetensors"
     if not source.exists():
-        pixels = torch.randint(0, 256, (32, 3, 48, 48), dtype=torch.uint8, generator=train.stream(0, "pixels"))
+        pixels = torch.randint(
+            0, 256, (32, 3, 48, 48), dtype=torch.uint8, generator=train.stream(0, "pixels")
+        )
         store.write_tensors(source, {"pixels": pixels, "labels": torch.arange(32) % 4})
     return train.Job(str(source), str(tmp_path / name), recipe, list(epochs), seed, classes=4)
 
@@ -30,7 +32,9 @@ def _weights(job, epoch):
 
 
 def _equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def test_streams_are_named_not_ordered():
@@ -51,17 +55,28 @@ def test_schedule_is_linear_then_cosine():
 
 
 def test_rate_grows_with_the_batch():
-    one, two = (train.learning_rate(50, 100, dataclasses.replace(TINY, batch=batch)) for batch in (64, 128))
+    one, two = (
+        train.learning_rate(50, 100, dataclasses.replace(TINY, batch=batch)) for batch in (64, 128)
+    )
     assert two == pytest.approx(2 * one)
 
 
-@pytest.mark.parametrize("criterion, optimizer", [*((name, "adamw") for name in methods.METHODS), ("vicreg", "lars")])
+@pytest.mark.parametrize(
+    "criterion, optimizer", [*((name, "adamw") for name in methods.METHODS), ("vicreg", "lars")]
+)
 def test_loss_falls(tmp_path, optimizer, criterion):
     rate = {"adamw": 0.05, "lars": 3.0}[optimizer]
     views = {"local": 2} if criterion == "dino" else {}
     constants = {"prototypes": 32} if criterion == "dino" else {}
-    recipe = dataclasses.replace(TINY, optimizer=optimizer, criterion=criterion, lr=rate, views=views, batch=16,
-                                 constants=constants)
+    recipe = dataclasses.replace(
+        TINY,
+        optimizer=optimizer,
+        criterion=criterion,
+        lr=rate,
+        views=views,
+        batch=16,
+        constants=constants,
+    )
     job = _job(tmp_path, recipe=recipe, epochs=(0, 16))
     train.fit(job)
     log = train.read_log(tmp_path / "run" / "log.jsonl")
@@ -70,20 +85,25 @@ def test_loss_falls(tmp_path, optimizer, criterion):
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
-    jobs = [_job(tmp_path, name, seed=seed) for name, seed in (("a", "0/A"), ("b", "0/A"), ("c", "0/B"))]
+    jobs = [
+        _job(tmp_path, name, seed=seed) for name, seed in (("a", "0/A"), ("b", "0/A"), ("c", "0/B"))
+    ]
     for job in jobs:
         train.fit(job)
     one, same, other = (_weights(job, 5) for job in jobs)
     assert _equal(one, same) and not _equal(one, other)
 
 
-@pytest.mark.parametrize("criterion, optimizer", [*((name, "adamw") for name in methods.METHODS), ("vicreg", "lars")])
+@pytest.mark.parametrize(
+    "criterion, optimizer", [*((name, "adamw") for name in methods.METHODS), ("vicreg", "lars")]
+)
 def test_resume_at_every_epoch_ends_with_the_same_bits(tmp_path, criterion, optimizer):
     job = _job(tmp_path, recipe=dataclasses.replace(TINY, criterion=criterion, optimizer=optimizer))
     train.fit(job)
 
     def fresh():
         return train.Training(recipe=job.recipe, epochs=5, seed=job.seed, classes=4, **job.read())
+
     whole = fresh()
     for epoch in range(5):
         part = fresh()
@@ -96,7 +116,9 @@ def test_resume_at_every_epoch_ends_with_the_same_bits(tmp_path, criterion, opti
 
 
 def _kill_at_random_until_done(job, times, seed):
-    """Fork a child that trains `job`, kill it at random moments `times` times, then let one finish."""
+    """Fork a child that trains `job`, kill it at random moments `times` times, then let one
+    finish.
+    """
     draw = random.Random(seed)
     for attempt in range(times + 1):
         child = os.fork()
@@ -130,10 +152,15 @@ def test_sigkill_loses_nothing_but_time(tmp_path, times):
 
 
 def test_workers_give_the_bits_of_one_process(tmp_path):
-    alone, together = _job(tmp_path, "alone", epochs=(0, 1)), [_job(tmp_path, f"w{i}", epochs=(0, 1)) for i in range(2)]
+    alone, together = (
+        _job(tmp_path, "alone", epochs=(0, 1)),
+        [_job(tmp_path, f"w{i}", epochs=(0, 1)) for i in range(2)],
+    )
     train.fit(alone)
     seen = []
-    launch.fit_all(together, workers=2, progress=lambda done, total, text: seen.append((done, total)))
+    launch.fit_all(
+        together, workers=2, progress=lambda done, total, text: seen.append((done, total))
+    )
     assert all(_equal(_weights(alone, 1), _weights(job, 1)) for job in together)
     assert all(total == 2 for _, total in seen)
 
@@ -197,7 +224,9 @@ def test_checkpoint_is_strict(tmp_path):
     tensors = encoder.state_dict()
     tensors["trunk.extra"] = torch.zeros(1)
     del tensors["projector.2.weight"]
-    with pytest.raises(store.StoreError, match=r"missing projector.2.weight; unexpected trunk.extra"):
+    with pytest.raises(
+        store.StoreError, match=r"missing projector.2.weight; unexpected trunk.extra"
+    ):
         checkpoints.fill(encoder, tensors, "memory")
 
 

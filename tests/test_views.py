@@ -15,12 +15,16 @@ PLAIN = Views(scale_min=1.0, scale_max=1.0, flip=0.0, jitter=0.0, grey=0.0, blur
 
 def _view(pixels, size, spec, rng, second=False):
     sizes = torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2)
-    return views.view(pixels, size, views.draw("second" if second else "first", sizes, spec, size, rng))
+    return views.view(
+        pixels, size, views.draw("second" if second else "first", sizes, spec, size, rng)
+    )
 
 
 @pytest.fixture
 def pixels():
-    return torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8, generator=stream(0, "test pixels"))
+    return torch.randint(
+        0, 256, (64, 3, 48, 48), dtype=torch.uint8, generator=stream(0, "test pixels")
+    )
 
 
 def test_same_stream_same_views(pixels):
@@ -48,7 +52,9 @@ def test_crops_stay_inside_and_keep_their_area_and_aspect():
 @pytest.fixture
 def whole(monkeypatch):
     """Crops that are the whole image."""
-    monkeypatch.setattr(views, "crop_rects", lambda sizes, scale, rng: torch.cat([0 * sizes, sizes], 1))
+    monkeypatch.setattr(
+        views, "crop_rects", lambda sizes, scale, rng: torch.cat([0 * sizes, sizes], 1)
+    )
 
 
 def test_identity_view_is_the_normalized_image(pixels, whole):
@@ -58,12 +64,16 @@ def test_identity_view_is_the_normalized_image(pixels, whole):
 
 
 def test_flip_mirrors(pixels, whole):
-    plain, flipped = (_view(pixels, 48, dataclasses.replace(PLAIN, flip=p), stream(0, "v")) for p in (0.0, 1.0))
+    plain, flipped = (
+        _view(pixels, 48, dataclasses.replace(PLAIN, flip=p), stream(0, "v")) for p in (0.0, 1.0)
+    )
     torch.testing.assert_close(flipped, plain.flip(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_jitter_equals_torchvision_step_by_step(pixels):
-    """Brightness, contrast and saturation against torchvision, one image at a time, where nothing is clipped."""
+    """Brightness, contrast and saturation against torchvision, one image at a time, where nothing
+    is clipped.
+    """
     mild = (pixels.float() * 0.3 + 80).clamp(0, 255)
     spec = Views(jitter=1.0, strength=0.5, grey=0.0)
     gain, contrast, matrices = views._colour_matrices(64, spec, stream(3, "j"))
@@ -73,15 +83,22 @@ def test_jitter_equals_torchvision_step_by_step(pixels):
         step = F.adjust_brightness(mild[i] / 255, float(gain[i]))
         mean = (step.mean((1, 2)) * luma).sum()
         step = contrast[i] * step + (1 - contrast[i]) * mean
-        grey_before, grey_after = (luma[:, None, None] * step).sum(0), (luma[:, None, None] * out[i] / 255).sum(0)
-        torch.testing.assert_close(out[i] / 255, torch.einsum("ij,jhw->ihw", matrices[i], step), rtol=1e-3, atol=1e-3)
+        grey_before, grey_after = (
+            (luma[:, None, None] * step).sum(0),
+            (luma[:, None, None] * out[i] / 255).sum(0),
+        )
+        torch.testing.assert_close(
+            out[i] / 255, torch.einsum("ij,jhw->ihw", matrices[i], step), rtol=1e-3, atol=1e-3
+        )
         assert (grey_before - grey_after).abs().mean() < 0.1
 
 
 def test_colour_matrix_keeps_grey_and_its_greyscale_is_grey():
     spec = Views(jitter=1.0, grey=0.5)
     _, _, matrix = views._colour_matrices(200, spec, stream(0, "m"))
-    torch.testing.assert_close(matrix.sum(2), torch.ones(200, 3), rtol=0, atol=1e-5)  # white stays white
+    torch.testing.assert_close(
+        matrix.sum(2), torch.ones(200, 3), rtol=0, atol=1e-5
+    )  # white stays white
     grey = (matrix - matrix[:, :1]).abs().amax((1, 2)) < 1e-6
     assert 60 < grey.sum() < 140
 
@@ -96,7 +113,9 @@ def test_blur_equals_torchvision(pixels):
 
 def test_solarize_is_for_the_second_view_only(pixels, whole):
     spec = dataclasses.replace(PLAIN, solarize=1.0)
-    first, second = (_view(pixels, 48, spec, stream(0, "v"), second=second) for second in (False, True))
+    first, second = (
+        _view(pixels, 48, spec, stream(0, "v"), second=second) for second in (False, True)
+    )
     expected = torch.where(pixels >= 128, 255 - pixels.float(), pixels.float())
     torch.testing.assert_close(first, views.normalize(pixels), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(second, views.normalize(expected), rtol=1e-4, atol=1e-3)
@@ -119,10 +138,17 @@ def test_pictures_of_different_sizes_get_crops_of_their_own_size():
     sizes = torch.tensor([[20, 400], [400, 20]]).repeat(500, 1)
     rects = views.crop_rects(sizes, (0.5, 1.0), stream(0, "r"))
     assert (rects[:, :2] >= 0).all() and (rects[:, 2:] <= sizes).all()
-    assert (rects[::2, 3] - rects[::2, 1]).max() > 20 and (rects[1::2, 2] - rects[1::2, 0]).max() > 20
+    assert (rects[::2, 3] - rects[::2, 1]).max() > 20 and (
+        rects[1::2, 2] - rects[1::2, 0]
+    ).max() > 20
 
 
 def test_part_of_a_draw_gives_the_same_views(pixels):
-    drawn = views.draw("second", torch.tensor([[48, 48]]).expand(64, 2), Views(), 32, stream(0, "d"))
-    whole, some = views.view(pixels, 32, drawn), views.view(pixels[10:20], 32, drawn.part(slice(10, 20)))
+    drawn = views.draw(
+        "second", torch.tensor([[48, 48]]).expand(64, 2), Views(), 32, stream(0, "d")
+    )
+    whole, some = (
+        views.view(pixels, 32, drawn),
+        views.view(pixels[10:20], 32, drawn.part(slice(10, 20))),
+    )
     torch.testing.assert_close(whole[10:20], some, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,8 @@
-"""The site behind `make report`: the executed notebooks of a profile as pages, and an index of what they found.
+"""The site behind `make report`: the executed notebooks of a profile as pages, and an index of what
+they found.
 
-`.venv/bin/python notebooks/site/pages.py PROFILE` writes runs/PROFILE/report/. No page needs a network or a script.
+`.venv/bin/python notebooks/site/pages.py PROFILE` writes runs/PROFILE/report/. No page needs a
+network or a script.
 """
 
 from __future__ import annotations
@@ -41,11 +43,15 @@ def mathml(tex: str, block: bool = False) -> str:
     """Return TeX as MathML; ValueError quotes the TeX that docutils does not know."""
     from docutils.utils.math import MathError
     from docutils.utils.math.latex2mathml import tex2mathml
+
     try:
         return tex2mathml(tex.strip(), as_block=block)
     except MathError as error:
-        raise ValueError(f"TeX that cannot be drawn without a script: {tex.strip()!r}: {error} Write it with commands "
-                         r"that docutils knows, such as \left( for \big(.") from None
+        raise ValueError(
+            f"TeX that cannot be drawn without a script: {tex.strip()!r}: {error} Write it with "
+            "commands "
+            r"that docutils knows, such as \left( for \big(."
+        ) from None
 
 
 class Exporter(HTMLExporter):
@@ -60,16 +66,28 @@ class Exporter(HTMLExporter):
 def exporter() -> Exporter:
     """Return the exporter: of a widget and the picture beside it, it shows the picture."""
     shown = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
-    return Exporter(extra_loaders=[FileSystemLoader(HERE)], template_file="cells.html.j2", exclude_output_prompt=True,
-                    config=Config({"NbConvertBase": {"display_data_priority": shown}}))
+    return Exporter(
+        extra_loaders=[FileSystemLoader(HERE)],
+        template_file="cells.html.j2",
+        exclude_output_prompt=True,
+        config=Config({"NbConvertBase": {"display_data_priority": shown}}),
+    )
 
 
 def shell(title: str, body: str, links: dict[str, str], here: str) -> str:
     """Return a page: `body` below links to the other pages; `links` maps file names to texts."""
     from pygments.formatters import HtmlFormatter
-    style = report.CSS + (HERE / "style.css").read_text() + HtmlFormatter(style="default").get_style_defs(".highlight")
+
+    style = (
+        report.CSS
+        + (HERE / "style.css").read_text()
+        + HtmlFormatter(style="default").get_style_defs(".highlight")
+    )
     current = {True: " aria-current=page", False: ""}
-    nav = "".join(f'<a href="{name}"{current[name == here]}>{escape(text)}</a>' for name, text in links.items())
+    nav = "".join(
+        f'<a href="{name}"{current[name == here]}>{escape(text)}</a>'
+        for name, text in links.items()
+    )
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel=icon href="data:,"><title>{escape(title)}</title>
@@ -79,9 +97,19 @@ def shell(title: str, body: str, links: dict[str, str], here: str) -> str:
 
 
 def described(book: nbformat.NotebookNode) -> dict[str, str]:
-    """Return {figure name: its description}, which is `alt` in the metadata of the cell that made it."""
-    cells = [(cell.source, cell.metadata.get("alt", "")) for cell in book.cells if cell.cell_type == "code"]
-    return {name: alt for source, alt in cells for name in re.findall(r'run\.figure\(\s*"(\w+)"', source)}
+    """Return {figure name: its description}, which is `alt` in the metadata of the cell that made
+    it.
+    """
+    cells = [
+        (cell.source, cell.metadata.get("alt", ""))
+        for cell in book.cells
+        if cell.cell_type == "code"
+    ]
+    return {
+        name: alt
+        for source, alt in cells
+        for name in re.findall(r'run\.figure\(\s*"(\w+)"', source)
+    }
 
 
 def claim(book: nbformat.NotebookNode) -> tuple[str, str]:
@@ -104,7 +132,11 @@ def results(folder: Path) -> str:
         rho = "" if row["rho"] != row["rho"] else f", ρ = {row['rho']:g}"
         which = "all" if row["p"] == 100 else f"{row['p']:g} % most confident"
         return f"{NAMES.get(row['criterion'], row['criterion'])}{rho}<br><small>{which}</small>"
-    more = {f"{role} %": lambda row, role=role: report.points(row[role], False) for role in ("target", "reference")}
+
+    more = {
+        f"{role} %": lambda row, role=role: report.points(row[role], False)
+        for role in ("target", "reference")
+    }
     return report.scored(table, "criterion", name, 95, more | {"images": lambda row: str(row["n"])})
 
 
@@ -114,35 +146,70 @@ def verdicts() -> str:
     if not path.is_file():
         return f"<p>There is no {path.name}: results/claims.py makes it from a study.</p>"
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    cells = [[escape(row["id"]), escape(row["claim"]), escape(row["value"]), row["n"].strip("0") and escape(row["n"]),
-              f"{VERDICTS.get(row['verdict'], '')}&nbsp;{escape(row['verdict'])}"] for row in rows]
-    return f"<div class=claims>{report.table(['', 'claim', 'what we found', 'images', 'verdict'], cells)}</div>"
+    cells = [
+        [
+            escape(row["id"]),
+            escape(row["claim"]),
+            escape(row["value"]),
+            row["n"].strip("0") and escape(row["n"]),
+            f"{VERDICTS.get(row['verdict'], '')}&nbsp;{escape(row['verdict'])}",
+        ]
+        for row in rows
+    ]
+    return (
+        "<div "
+        f"class=claims>{report.table(['', 'claim', 'what we found', 'images', 'verdict'], cells)}</div>"
+    )
 
 
 def figures(folder: Path, texts: dict[str, tuple[str, str]]) -> str:
-    """Return every figure of a profile with its description; `texts` maps its name to (page, description)."""
+    """Return every figure of a profile with its description; `texts` maps its name to (page,
+    description).
+    """
     found = []
     for path in sorted((folder / "figures").glob("*.png")):
         store.verify(path)
         page, alt = texts.get(path.stem, ("", ""))
-        alt, source = alt or path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()
-        link = f' <a href="{page}">{Path(page).stem}</a>, <code>figures/{path.stem}.csv</code>' if page else ""
-        found.append(f'<figure><img src="data:image/png;base64,{source}" alt="{escape(alt)}">'
-                     f"<figcaption>{escape(alt)}{link}</figcaption></figure>")
+        alt, source = (
+            alt or path.stem.replace("_", " "),
+            base64.b64encode(path.read_bytes()).decode(),
+        )
+        link = (
+            f' <a href="{page}">{Path(page).stem}</a>, <code>figures/{path.stem}.csv</code>'
+            if page
+            else ""
+        )
+        found.append(
+            f'<figure><img src="data:image/png;base64,{source}" alt="{escape(alt)}">'
+            f"<figcaption>{escape(alt)}{link}</figcaption></figure>"
+        )
     return "".join(found) or "<p>There is none yet.</p>"
 
 
 def index(folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dict]) -> str:
     """Return the body of the first page."""
-    rows = [f'<li><a href="{stem}.html">{escape(title)}</a><br>{text}<br><small>seeds '
-            f'{meta["parameters"].get("seeds", "of the tables read")}; executed in {meta["seconds"]:.0f} s</small>'
-            for (stem, book), meta in zip(books.items(), metas, strict=True) for title, text in [claim(book)]]
-    texts = {name: (f"{stem}.html", alt) for stem, book in books.items() for name, alt in described(book).items()}
-    made = {"profile": folder.name, "device": metas[-1]["device"],
-            "code": ", ".join(sorted({meta["code"] for meta in metas})),
-            "versions": " · ".join(f"{name} {value}" for name, value in metas[-1]["versions"].items()),
-            "made": metas[-1]["created"]}
-    facts = "".join(f"<tr><th scope=row>{name}<td>{escape(str(value))}" for name, value in made.items())
+    rows = [
+        f'<li><a href="{stem}.html">{escape(title)}</a><br>{text}<br><small>seeds '
+        f"{meta['parameters'].get('seeds', 'of the tables read')}; executed in "
+        f"{meta['seconds']:.0f} s</small>"
+        for (stem, book), meta in zip(books.items(), metas, strict=True)
+        for title, text in [claim(book)]
+    ]
+    texts = {
+        name: (f"{stem}.html", alt)
+        for stem, book in books.items()
+        for name, alt in described(book).items()
+    }
+    made = {
+        "profile": folder.name,
+        "device": metas[-1]["device"],
+        "code": ", ".join(sorted({meta["code"] for meta in metas})),
+        "versions": " · ".join(f"{name} {value}" for name, value in metas[-1]["versions"].items()),
+        "made": metas[-1]["created"],
+    }
+    facts = "".join(
+        f"<tr><th scope=row>{name}<td>{escape(str(value))}" for name, value in made.items()
+    )
     return f"""<h1>Does a vision model remember its training images?</h1>
 <p>What the notebooks found with the profile <b>{escape(folder.name)}</b>. Only the profile <b>study</b> has several
 seeds, fixed in advance; the others draw figures and judge nothing.</p>
@@ -158,11 +225,15 @@ seeds, fixed in advance; the others draw figures and judge nothing.</p>
 
 
 def build(profile: str) -> Path:
-    """Write the pages of a profile and return the first; FileNotFoundError if no notebook has been executed."""
+    """Write the pages of a profile and return the first; FileNotFoundError if no notebook has been
+    executed.
+    """
     folder = store.runs(profile)
     paths = sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not paths:
-        raise FileNotFoundError(f"no executed notebook in {folder}/notebooks: run `make figures PROFILE={profile}`.")
+        raise FileNotFoundError(
+            f"no executed notebook in {folder}/notebooks: run `make figures PROFILE={profile}`."
+        )
     metas = [store.verify(path) for path in paths]
     books = {path.stem: nbformat.read(path, as_version=4) for path in paths}
     links = {"index.html": "Results"} | {f"{stem}.html": stem for stem in books}
@@ -172,7 +243,11 @@ def build(profile: str) -> Path:
         report.write(out / "audit.html", audit.read_text(encoding="utf-8"), store.verify(audit))
     for stem, book in books.items():
         body, _ = export.from_notebook_node(book)
-        report.write(out / f"{stem}.html", shell(claim(book)[0], body, links, f"{stem}.html"), {"profile": profile})
+        report.write(
+            out / f"{stem}.html",
+            shell(claim(book)[0], body, links, f"{stem}.html"),
+            {"profile": profile},
+        )
     first = shell("Déjà vu: results", index(folder, books, metas), links, "index.html")
     report.write(out / "index.html", first, {"profile": profile})
     return out / "index.html"

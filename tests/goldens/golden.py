@@ -1,13 +1,15 @@
 """Golden results: numbers that a move of the code must leave alone, bit for bit.
 
-`python tests/goldens/golden.py freeze` writes what this machine computes to tests/goldens/<machine>.json, `check` compares with it, and exits
-with 1 if a number differs. Both read the finished runs of the profiles that they are given, for example:
+`python tests/goldens/golden.py freeze` writes what this machine computes to
+tests/goldens/<machine>.json, `check` compares with it, and exits with 1 if a number differs. Both
+read the finished runs of the profiles that they are given, for example:
 
     make figures PROFILE=smoke
     python tests/goldens/golden.py check smoke
 
-A processor of another kind rounds otherwise, so every kind has a file of its own; on one without a file, freeze at the commit before the
-change first. Values are hashed column by column: a difference names the table and the column. Times are left out.
+A processor of another kind rounds otherwise, so every kind has a file of its own; on one without a
+file, freeze at the commit before the change first. Values are hashed column by column: a difference
+names the table and the column. Times are left out.
 """
 
 from __future__ import annotations
@@ -40,11 +42,21 @@ SETTING = {
 
 
 def machine() -> str:
-    """Return a name for what decides how this machine rounds: processor, its instructions, torch and numpy."""
+    """Return a name for what decides how this machine rounds: processor, its instructions, torch
+    and numpy.
+    """
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
-    kept = sorted({line for line in lines if re.match(r"(model name|flags|Features|cpu family|model)\s*:", line)})
-    text = "\n".join([platform.machine(), *kept, torch.__version__, np.__version__, str(store.cores())])
+    kept = sorted(
+        {
+            line
+            for line in lines
+            if re.match(r"(model name|flags|Features|cpu family|model)\s*:", line)
+        }
+    )
+    text = "\n".join(
+        [platform.machine(), *kept, torch.__version__, np.__version__, str(store.cores())]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -68,19 +80,25 @@ def weights(path: Path) -> str:
 
 
 def of_run(profile: str) -> dict[str, Mapping[str, str] | str]:
-    """Return the hashes of a finished run: its tables, the tables behind its figures, the encoders without their keys."""
+    """Return the hashes of a finished run: its tables, the tables behind its figures, the encoders
+    without their keys.
+    """
     folder = store.runs(profile)
     found: dict[str, Mapping[str, str] | str] = {}
     for kind in ("tables", "figures"):
         for path in sorted((folder / kind).rglob("*.csv")):
             found[str(path.relative_to(folder))] = columns(store.read_table(path))
-    encoders = [weights(path) for path in sorted((folder / "encoders").rglob("epoch-*.safetensors"))]
+    encoders = [
+        weights(path) for path in sorted((folder / "encoders").rglob("epoch-*.safetensors"))
+    ]
     found["encoders"] = hashlib.sha256("".join(sorted(encoders)).encode()).hexdigest()[:16]
     return found
 
 
 def small(folder: Path) -> dict[str, Mapping[str, str] | str]:
-    """Return the hashes of one pair of encoders, trained in seconds in `folder`, and of its tables."""
+    """Return the hashes of one pair of encoders, trained in seconds in `folder`, and of its
+    tables.
+    """
     torch.set_num_threads(1)
     pair = pairs.one(SETTING, folder, "vicreg", 0.2, 0)
     every = pairs.jobs([pair])
@@ -132,9 +150,14 @@ def main() -> int:
         print(f"frozen: {path}")
         return 0
     if not old:
-        print(f"no golden results of this kind of machine ({path.name}): freeze them at the commit before the change")
+        print(
+            f"no golden results of this kind of machine ({path.name}): freeze them at the commit "
+            "before the change"
+        )
         return 1
-    lines = [line for name in new for line in differences(old.get(name, {}), new[name], f"{name}: ")]
+    lines = [
+        line for name in new for line in differences(old.get(name, {}), new[name], f"{name}: ")
+    ]
     print("\n".join(lines) or f"equal: {', '.join(new)}")
     return 1 if lines else 0
 
