@@ -17,7 +17,7 @@ from dejavu_utils import attack, data, probe, references
 OBJECT = ("colour", "size")
 
 
-@references.cached("beyond", "beyond")
+@references.cached("beyond")
 def table(
     pair,
     epoch: int,

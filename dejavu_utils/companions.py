@@ -26,7 +26,7 @@ STATISTICS = ("confidence", "correct", "alignment", "similarity")
 GAPS = tuple(f"{name}_gap" for name in STATISTICS)
 
 
-@references.cached("companions", "companions", "pairs", "views")
+@references.cached("companions")
 def table(
     pair: pairs.Pair,
     epoch: int,

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu_utils import crops, manifests, store
+from dejavu_utils import manifests, store
+from dejavu_utils.resampling import resample
 
 PARTS = ("a", "b", "shared", "public", "probe", "control")
 WORKERS = min(8, os.cpu_count() or 1)
@@ -30,7 +31,7 @@ class Images:
 
     `ids` str (n,) unique; `labels` int64 (n,), indices into `classes`; `boxes` n arrays float32 (m,
     4), x0, y0, x1, y1 in px of the picture itself, half-open; `sizes` (n, 2) width, height in px;
-    `pixels` uint8, a tensor (n, 3, h, w) or `readers.Lazy`; `attributes` more labels, each (n,);
+    `pixels` uint8, a tensor (n, 3, h, w) or `lazy.Lazy`; `attributes` more labels, each (n,);
     `skipped` (name, reason) of pictures that could not be read.
     """
 
@@ -143,7 +144,7 @@ def _sample(pixels: Tensor, rects: Tensor, size: int) -> Tensor:
     x1, y1 = rects[:, 2:].amax(0).ceil().long().tolist()
     shift = torch.tensor([x0, y0, x0, y0])
     return (
-        crops.resample(pixels[..., y0:y1, x0:x1], rects - shift, size)
+        resample(pixels[..., y0:y1, x0:x1], rects - shift, size)
         .round()
         .clamp(0, 255)
         .to(torch.uint8)

@@ -3,7 +3,7 @@
 
 The representation enters where the time does: standardised, through one linear layer, it is added
 to the embedding of the time. U-Net, noise schedules, samplers and the moving average are
-diffusers'; the loop, the checkpoints and exact resume are those of `train`.
+diffusers'; the loop, the own_format and exact resume are those of `train`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from dejavu_utils import checkpoints, store, train
+from dejavu_utils import own_format, store, train
 
 PARTS = {"projector": ("projector",), "backbone": ("backbone",), "both": ("projector", "backbone")}
 # The constants of a decoder's recipe, for two CPU cores; the profile `imagenet` has the paper's.
@@ -317,7 +317,7 @@ def load(job: train.Job) -> Decoder:
         if name.startswith("mean_")
     }
     decoder = Decoder(widths, meta["recipe"]["size"], meta["recipe"]["constants"])
-    checkpoints.fill(decoder, tensors, path, "this decoder", "Check the decoder's constants.")
+    own_format.fill(decoder, tensors, path, "this decoder", "Check the decoder's constants.")
     return decoder.eval()
 
 

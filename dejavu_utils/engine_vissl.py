@@ -52,7 +52,7 @@ def checkpoint(job, epoch: int) -> Path:
 
 
 def fit(job) -> None:
-    """Train `job` (a train.Job) with VISSL to its end and keep VISSL's checkpoint of each of
+    """Train `job` (a jobs.Job) with VISSL to its end and keep VISSL's checkpoint of each of
     `job.epochs`.
 
     A killed run goes on after its last whole epoch. Order and views are drawn from (seed, step), so
@@ -192,7 +192,7 @@ class _Epochs:
         self.job, self.parent = job, os.getppid()
 
     def on_start(self, task) -> None:
-        from dejavu_utils.train import open_log
+        from dejavu_utils.jobs import open_log
 
         done = task.train_phase_idx + 1
         self.log = open_log(Path(self.job.folder) / "log.jsonl", done)
@@ -264,9 +264,9 @@ def _main(path: str) -> None:
     from vissl.utils.distributed_launcher import launch_distributed
     from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
-    from dejavu_utils import train
+    from dejavu_utils.jobs import load_job
 
-    job = train.load_job(json.loads(Path(path).read_text()))
+    job = load_job(json.loads(Path(path).read_text()))
     hook = type("Epochs", (_Epochs, ClassyHook), {})(job)
     engine.print_system_env_info = lambda environment: (
         None

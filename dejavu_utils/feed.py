@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dejavu_utils import store
 from dejavu_utils import views as augment
-from dejavu_utils.crops import resample
+from dejavu_utils.lazy import Lazy, Tree
+from dejavu_utils.resampling import resample
 
 Batch = tuple[list[Tensor], Tensor]  # views, each (n, 3, s, s), and labels (n,)
 
@@ -149,8 +150,6 @@ def read_list(path: str | Path) -> dict:
     """Return lazy images, their sizes (n, 2) and labels (n,) from what `write_list` wrote: what
     `Feed` takes.
     """
-    from dejavu_utils.readers import Lazy, Tree
-
     table = store.read_table(path)
     tree = Tree(Path(store.verify(path)["root"]))
     sizes = torch.from_numpy(table[["width", "height"]].to_numpy().copy())

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu_utils import checkpoints, crops, data, store, train
+from dejavu_utils import data, own_format, store, train
 from dejavu_utils.models import embed
+from dejavu_utils.resampling import resample
 
 VIEWS = {
     "scale_min": 0.3,
@@ -43,7 +44,7 @@ class Judge:
         s).
         """
         found = embed(
-            checkpoints.load(self.job.checkpoint(max(self.job.epochs))),
+            own_format.load(self.job.checkpoint(max(self.job.epochs))),
             pictures,
             ("logits", "backbone"),
             device=device,
@@ -68,29 +69,20 @@ def make(pair, size: int, epochs: int, folder: Path, device: str = "cpu") -> Jud
     kinds = [
         part.labels * values + (part.attributes["shade"] if values > 1 else 0) for part in images
     ]
-    code = (
-        "train",
-        "methods",
-        "criteria",
-        "distributed",
-        "feed",
-        "views",
-        "models",
-        "crops",
-        "scenes",
-    )
     key = store.key(
         images=[part.digest for part in images],
         size=size,
         values=values,
-        code=store.code_version(*code),
+        code=store.code_version(__name__),
     )
     source = folder / "pixels" / f"judge-{key}.safetensors"
-    if not source.exists():
+
+    def write() -> None:
         pixels = torch.cat([part.squares(round(size * 8 / 7)) for part in images])
-        store.write_tensors(
-            source, {"pixels": pixels, "labels": torch.from_numpy(np.concatenate(kinds))}
-        )
+        labels = torch.from_numpy(np.concatenate(kinds))
+        store.write_tensors(source, {"pixels": pixels, "labels": labels})
+
+    store.once(source, write)
     recipe = dataclasses.replace(
         pair.jobs["A"].recipe,
         criterion="supervised",
@@ -101,7 +93,9 @@ def make(pair, size: int, epochs: int, folder: Path, device: str = "cpu") -> Jud
         processes=1,
         nodes=1,
     )
-    where = folder / "judges" / store.key(pixels=source.stem, recipe=recipe, epochs=epochs)
+    learned = store.verify(source)["sha256"]
+    code = store.code_version(train.__name__)
+    where = folder / "judges" / store.key(pixels=learned, recipe=recipe, epochs=epochs, code=code)
     return Judge(
         train.Job(
             str(source),
@@ -171,14 +165,14 @@ def measure(
     n, samples, _, size, _ = drawn.shape
     flat, truth, boxes = drawn.flatten(0, 1), images.squares(size), object_boxes(images, size)
     seen, features = judge.read(flat, device)
-    _, alone = judge.read(crops.resample(truth, boxes, size).round().to(torch.uint8), device)
+    _, alone = judge.read(resample(truth, boxes, size).round().to(torch.uint8), device)
     seen = seen.unflatten(0, (n, samples)).mean(1)
     near = torch.cosine_similarity(features.unflatten(0, (n, samples)), alone[:, None], dim=2).mean(
         1
     )
     ssim, colour = _alike(
-        crops.resample(flat, boxes.repeat_interleave(samples, 0), SIDE),
-        crops.resample(truth, boxes, SIDE).repeat_interleave(samples, 0),
+        resample(flat, boxes.repeat_interleave(samples, 0), SIDE),
+        resample(truth, boxes, SIDE).repeat_interleave(samples, 0),
     )
     return seen.sum(2).clamp(min=1e-12).log(), {
         "attribute": _attribute(seen, images),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dejavu_utils import checkpoints, data, methods, pairs, store, train
+from dejavu_utils import data, methods, own_format, pairs, store, train
 
 NAMES = {
     "constants.invariance": "invariance λ",
@@ -115,7 +115,7 @@ def finetuned(
             epochs=epochs,
             recipe=how,
             data=public.digest,
-            code=store.code_version("knobs", "train", "methods"),
+            code=store.code_version(__name__),
         )
         where = Path(job.folder).parent / f"finetuned-{name}"
         jobs[model] = dataclasses.replace(job, folder=str(where), recipe=how, epochs=[epochs])
@@ -144,7 +144,7 @@ def _finetune(encoder, job: train.Job, public: data.Images, epochs: int) -> None
     training.encoder.load_state_dict(training.encoder.state_dict() | encoder.state_dict())
     for _ in range(epochs):
         training.run_epoch()
-    checkpoints.save(
+    own_format.save(
         job.checkpoint(epochs),
         training.encoder,
         job.recipe,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dejavu_utils import store, train
-from dejavu_utils.train import Job
+from dejavu_utils.jobs import Job, load_job, read_log
 
 
 def fit(job: Job) -> None:
@@ -139,7 +139,7 @@ def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
 
 
 def _state(jobs: list[Job]) -> tuple[int, int, str]:
-    logs = [train.read_log(Path(job.folder) / "log.jsonl") for job in jobs]
+    logs = [read_log(Path(job.folder) / "log.jsonl") for job in jobs]
     done = sum(
         max(job.epochs) if job.done() else log[-1]["epoch"] if log else 0
         for log, job in zip(logs, jobs, strict=True)
@@ -183,4 +183,4 @@ def here(job: Job) -> Job:
 
 if __name__ == "__main__":
     for each in json.load(sys.stdin):
-        fit(here(train.load_job(each)))
+        fit(here(load_job(each)))

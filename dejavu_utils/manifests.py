@@ -1,15 +1,10 @@
 """Data sets by manifest: what data_manifests/<name>.yaml says, where the data is, whether it is
-whole, what is in it.
+whole.
 
 `make data NAME=…` (data_manifests/fetch.py) downloads them; `data.read` reads them.
 """
 
-import bisect
-import functools
 import os
-import re
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from dejavu_utils import store
@@ -89,72 +84,3 @@ def verify(entry: dict, path: Path, what: str = "") -> None:
             f"expected {entry['sha256']} ({entry.get('bytes')} bytes). Delete it and get it again. "
             + by_hand(entry, path.parent)
         )
-
-
-class Tree:
-    """A folder or a zip file, read by relative name, from any number of threads."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.zip = zipfile.ZipFile(path) if path.is_file() else None
-        except zipfile.BadZipFile as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): "
-                "expected the "
-                "archive as published. Delete it and fetch it again (`make data NAME=…`)."
-            ) from error
-
-    @functools.cached_property
-    def files(self) -> list[str]:
-        """The names of all files, sorted."""
-        if self.zip:
-            return sorted(name for name in self.zip.namelist() if not name.endswith("/"))
-
-        def stop(error: OSError):
-            raise error  # else a folder that may not be read would count as empty
-
-        walk = os.walk(self.path, onerror=stop, followlinks=True)
-        return sorted(
-            f"{folder}/{name}"[len(f"{self.path}/") :]
-            for folder, _, names in walk
-            for name in names
-        )
-
-    def below(self, folder: str) -> list[str]:
-        """Return the files in `folder` and in the folders inside it."""
-        start, end = (
-            bisect.bisect_left(self.files, folder + after) for after in "/0"
-        )  # "0" comes right after "/"
-        return self.files[start:end]
-
-    def find(self, candidates: Sequence[str]) -> str | None:
-        """Return the first of these folders that has content, here or one level below (archives
-        often have a top).
-        """
-        tops = ["", *sorted({name[: name.index("/") + 1] for name in self.files if "/" in name})]
-        return next(
-            (top + name for top in tops for name in candidates if self.below(top + name)), None
-        )
-
-    def open(self, name: str):
-        return self.zip.open(name) if self.zip else (self.path / name).open("rb")
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
-
-    def lines(self, name: str) -> list[list[str]]:
-        """Return the tab- or space-separated fields of each line of a text file; nothing if it is
-        not there.
-        """
-        text = self.read(name).decode() if name in self else ""
-        return [
-            re.split(r"\t" if "\t" in line else r"\s+", line.strip())
-            for line in text.splitlines()
-            if line.strip()
-        ]
-
-    def __contains__(self, name: str) -> bool:
-        at = bisect.bisect_left(self.files, name)
-        return self.files[at : at + 1] == [name]

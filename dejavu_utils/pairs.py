@@ -15,6 +15,7 @@ import torch
 from dejavu_utils import (
     checkpoints,
     data,
+    engine_vissl,
     feed,
     manifests,
     methods,
@@ -23,6 +24,7 @@ from dejavu_utils import (
     views,
     vissl_config,
 )
+from dejavu_utils.jobs import read_log
 from dejavu_utils.models import Encoder
 
 # What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 and 1.
@@ -169,10 +171,8 @@ def one(
     jobs = {}
     for model in ("A", "B"):
         source = _training_set(used, model, how, folder / "pixels", seed)
-        own = ("train", "methods", "criteria", "distributed", "feed", "views", "models", "crops")
-        code = store.code_version(
-            *(("engine_vissl", "vissl_config") if how.engine == "vissl" else own)
-        )
+        engine = engine_vissl if how.engine == "vissl" else train
+        code = store.code_version(engine.__name__)
         start = f"{seed}/{model}"
         key = store.key(
             pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code
@@ -311,7 +311,7 @@ def losses(every: list[Pair]):
                 * job.recipe.batch
             )
             about = pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": seen}
-            rows += [line | about for line in train.read_log(Path(job.folder) / "log.jsonl")]
+            rows += [line | about for line in read_log(Path(job.folder) / "log.jsonl")]
     return pd.DataFrame(rows)
 
 

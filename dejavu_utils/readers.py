@@ -2,80 +2,22 @@
 or zip files.
 """
 
-import contextlib
 import functools
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Self
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dejavu_utils import manifests
 from dejavu_utils.data import Images, threads
-from dejavu_utils.manifests import Tree
+from dejavu_utils.lazy import Lazy, Tree, decoded, picture
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "BMP",
-    "WEBP",
-    "GIF",
-)  # pictures only: Pillow also opens programs (EPS) and documents
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".gif")
-LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
-
-
-class Lazy(Sequence):
-    """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are the sizes of the
-    files.
-    """
-
-    def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]):
-        self.tree, self.names, self.stamps = (
-            tree,
-            np.asarray(names, dtype=object),
-            np.asarray(stamps, dtype=np.int64),
-        )
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def subset(self, index: np.ndarray) -> Self:
-        return Lazy(self.tree, self.names[index], self.stamps[index])
-
-    def __getitem__(self, i: int) -> Tensor:
-        try:
-            with self.tree.open(self.names[i]) as file, _picture(file) as image:
-                return _pixels(image)
-        except Exception as error:
-            raise ValueError(
-                f"{self.tree.path}: {self.names[i]} cannot be decoded ({error}). "
-                "Repair or remove that picture and run the command again."
-            ) from error
-
-
-@contextlib.contextmanager
-def _picture(file):
-    """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST`
-    px.
-    """
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > LARGEST:
-            raise ValueError(
-                f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?"
-            )
-        yield image
-
-
-def _pixels(image) -> Tensor:
-    """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not whole."""
-    return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 class Source(NamedTuple):
@@ -259,7 +201,7 @@ def _one(source: Source, name: str, row: Tensor | None):
     take half an hour.
     """
     try:
-        with source.tree.open(name) as file, _picture(file) as image:
+        with source.tree.open(name) as file, picture(file) as image:
             size, boxes = (
                 image.size,
                 _fit(*LAYOUTS[source.entry["layout"]][1](source, name), image.size),
@@ -269,7 +211,7 @@ def _one(source: Source, name: str, row: Tensor | None):
                     f"{size[0]} x {size[1]} px, expected {row.shape[2]} x {row.shape[1]}"
                 )
             if row is not None:
-                row.copy_(_pixels(image))
+                row.copy_(decoded(image))
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - 2))
             if row is None and (image.format != "JPEG" or file.read() != b"\xff\xd9"):

@@ -75,10 +75,11 @@ def bench(
         processes=1,
         nodes=1,
     )
-    code, found = store.code_version("decoder", "train"), {}
+    code, found = store.code_version(decoder.__name__), {}
     for model in ("A", "B"):
         source = _public_set(pair, model, epoch, how["size"], folder / "pixels", device)
-        key = store.key(pixels=source.stem, recipe=recipe, epochs=how["epochs"], code=code)
+        learned = store.verify(source)["sha256"]  # equal bytes, equal decoder, whoever wrote them
+        key = store.key(pixels=learned, recipe=recipe, epochs=how["epochs"], code=code)
         found[model] = train.Job(
             str(source),
             str(folder / "decoders" / f"{pair.setting['criterion']}-{key}"),
@@ -119,17 +120,18 @@ def _public_set(pair, model: str, epoch: int, size: int, folder: Path, device: s
         encoder=Path(pair.jobs[model].folder).name,
         epoch=epoch,
         size=size,
-        code=store.code_version("models", "crops", "data"),
+        code=store.code_version(references.__name__),
     )
     path = folder / f"public-{key}.safetensors"
-    if not path.exists():
-        found = references.embed_images(
-            {model: pair.encoder(model, epoch)}, public, pair.size(), layers, device=device
-        )
-        tensors = {"pixels": public.squares(size)} | {
-            layer: found[layer][model] for layer in layers
-        }
+
+    def write() -> None:
+        encoder = {model: pair.encoder(model, epoch)}
+        found = references.embed_images(encoder, public, pair.size(), layers, device=device)
+        tensors = {layer: found[layer][model] for layer in layers}
+        tensors["pixels"] = public.squares(size)
         store.write_tensors(path, tensors, pair.setting | {"epoch": epoch, "images": "public"})
+
+    store.once(path, write)
     return path
 
 
@@ -219,13 +221,13 @@ def table(bench: Bench, condition: str, attacked: str = "attacked", device: str 
         bench.pair,
         "reconstruct",
         make,
+        __name__,
         epoch=bench.epoch,
         condition=condition,
         jobs=jobs,
         attacked=attacked,
         crop=bench.pair.crop,
         sampling=bench.sampling,
-        own=store.code_version("reconstruct", "decoder", "judge", "train", "data"),
     )
 
 

@@ -15,29 +15,28 @@ from dejavu_utils.models import embed
 from dejavu_utils.pairs import Pair
 
 
-def _cached(pair: Pair, name: str, make, *modules: str, **parts):
-    """Return the table that `make()` returns, read from disk if the same was made before, by the
-    same `modules`.
+def _cached(pair: Pair, name: str, make, module: str, **parts):
+    """Return the table that `make()` returns, read from disk if the same was made before.
+
+    `module` is where `make` is defined: its code, and all that it imports, tell the table too.
     """
     encoders = [Path(job.folder).name for job in pair.jobs.values()]
     data_hash = {part: images.digest for part, images in pair.parts.items()}
-    code = store.code_version("attack", "knn", "crops", "models", "probe", "references", *modules)
+    code = store.code_version(module)
     own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
     path = pair.folder / f"{name}-{own}.parquet"
-    if not path.exists():
-        store.write_table(
-            path, make(), {"parameters": parts | pair.setting, "seed": pair.setting["seed"]}
-        )
+    meta = {"parameters": parts | pair.setting, "seed": pair.setting["seed"]}
+    store.once(path, lambda: store.write_table(path, make(), meta))
     return store.read_table(path)
 
 
-def cached(name: str, *modules: str):
+def cached(name: str):
     """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and
     then reads it.
 
     A table is told by the pair's encoders and images, by all arguments but the device, by the crop
-    (the pair's, if none is given) and by the code of the attack and of `modules`. It is on disk as
-    <name>-<epoch>-<key>.
+    (the pair's, if none is given) and by the code that the function's module depends on. It is on
+    disk as <name>-<epoch>-<key>.
     """
 
     def decorate(make):
@@ -52,7 +51,7 @@ def cached(name: str, *modules: str):
                 pair,
                 f"{name}-{given['epoch']:04d}",
                 lambda: make(**bound.arguments),
-                *modules,
+                make.__module__,
                 **given,
             )
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from dejavu_utils import checkpoints, data, manifests, models, readers, store, views
+from dejavu_utils import checkpoints, data, manifests, models, own_format, readers, store, views
 from dejavu_utils.checkpoints import Foreign
 from dejavu_utils.data import Images
+from dejavu_utils.lazy import Lazy, Tree, picture
 from dejavu_utils.pairs import Pair
 
 FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".tar", ".torch")
@@ -78,7 +79,7 @@ def _pretrained(name: str, built: nn.Module) -> tuple[nn.Module, dict, str]:
 
     if name in torchvision.models.list_models():
         weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
-        checkpoints.fill(
+        own_format.fill(
             built, {key: value for key, value in weights.items() if not key.startswith("fc.")}, name
         )
         return built, {"mean": views.MEAN, "std": views.STD, "size": 224}, "torchvision"
@@ -122,7 +123,7 @@ def pictures(name: str, what: str = "IMAGES") -> Images:
             f"{what}: {name or 'nothing was passed'}; expected a folder of class folders, or a "
             f"data set of {', '.join(manifests.names())}, or one and its place: pets:/my/copy."
         )
-    tree = manifests.Tree(Path(name))
+    tree = Tree(Path(name))
     files = [file for file in tree.files if file.lower().endswith(readers.SUFFIXES) and "/" in file]
     found = dict(zip(files, data.threads(lambda file: _measure(tree, file), files), strict=True))
     files = [file for file in files if not isinstance(found[file], str)]
@@ -142,15 +143,15 @@ def pictures(name: str, what: str = "IMAGES") -> Images:
         [np.zeros((0, 4), np.float32)] * len(files),
         tuple(map(str, classes)),
         np.array(sizes),
-        readers.Lazy(tree, files, stamps),
+        Lazy(tree, files, stamps),
         skipped=skipped,
     )
 
 
-def _measure(tree: manifests.Tree, name: str):
+def _measure(tree: Tree, name: str):
     """Return ((width, height), bytes) of a picture, or in words why it is none."""
     try:
-        with tree.open(name) as file, readers._picture(file) as image:
+        with tree.open(name) as file, picture(file) as image:
             return image.size, file.seek(0, 2)
     except Exception as error:  # decoders fail in many ways; every one is a line in `skipped`
         return f"{type(error).__name__}: {error}"

@@ -5,7 +5,6 @@ device, code version). The sidecar is written before the file appears under its 
 is there always has one.
 """
 
-import ast
 import datetime
 import errno
 import fcntl
@@ -17,10 +16,12 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dejavu_utils import imports
 
 PACKAGE = Path(__file__).resolve().parent
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -94,25 +95,26 @@ def key(**parts: Any) -> str:
 
 @functools.cache
 def code_version(*modules: str) -> str:
-    """Return 12 hex characters for the code of `modules` of this package (all, if none is named).
+    """Return 12 hex characters for the code of `modules` of this package and of all that they
+    import; of all files of the package, if none is named.
 
-    Comments, docstrings and layout do not count. The first call of a process holds: edits need a
-    new one. A name may be a path relative to the package, without its .py.
+    A caller names its own module (`__name__`): what that depends on, its imports say (see
+    `imports`). Comments, docstrings, annotations and layout do not count. The first call of a
+    process holds: edits need a new one.
+
+    This file does not count for a module that imports it: it moves bytes, which come back as they
+    were written or not at all (the checksum in the sidecar), so no edit of it changes a result.
+    Else another word in an error message here would train every encoder again.
     """
-    digest = hashlib.sha256()
-    for name in sorted(modules) or sorted(path.stem for path in PACKAGE.glob("*.py")):
-        path = PACKAGE / f"{name}.py"
-        if not path.is_file():
-            raise StoreError(f"code_version: no module dejavu_utils/{name}.py.")
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            documented = isinstance(
-                node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            )
-            if documented and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
-    return digest.hexdigest()[:12]
+    known = imports.modules(PACKAGE)
+    if unknown := [name for name in modules if name not in known]:
+        raise StoreError(
+            f"code_version: no module {unknown[0]} in {PACKAGE}: what is kept on disk is made by "
+            "functions of the package, whose code its key can hold."
+        )
+    found = imports.reached(PACKAGE, modules, without=__name__) if modules else known
+    lines = [f"{name} {found[name].code}" for name in sorted(found)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _sync(path: Path) -> None:
@@ -338,3 +340,14 @@ def lock(path: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def once(path: Path, write: Callable[[], Any]) -> None:
+    """Call `write`, which makes the artifact `path`, unless it is there; of several processes that
+    need it one makes it, and the others wait.
+    """
+    if path.exists():
+        return
+    with lock(path):
+        if not path.exists():
+            write()

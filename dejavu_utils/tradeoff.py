@@ -14,7 +14,7 @@ SETTING = ["criterion", "knob", "value", "layer"]
 RELEASED = ("layer", "epoch", "noise", "bits")  # knobs that leave the encoders as they are
 
 
-@references.cached("tradeoff", "tradeoff", "knobs")
+@references.cached("tradeoff")
 def measure(
     pair: Pair,
     epoch: int,

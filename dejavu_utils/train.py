@@ -7,47 +7,15 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dejavu_utils import checkpoints, distributed, feed, methods, store
+from dejavu_utils import distributed, feed, methods, own_format, store
+from dejavu_utils.jobs import Job, Recipe, load_job, open_log
 from dejavu_utils.models import Encoder
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How encoders are trained; the defaults are for two CPU cores, the profile `imagenet` has the
-    paper's (§2.2).
-    """
-
-    criterion: str = "vicreg"  # "vicreg", "barlow_twins", "simclr", "byol", "dino" or "supervised"
-    encoder: str = "small32"  # trunk, see models.trunk
-    projector: str = "512-512-512"  # widths of the projector's layers
-    size: int = 32  # px, side of the square that the encoder sees
-    batch: int = 50  # images a step; the last incomplete batch of an epoch is dropped
-    optimizer: str = "adamw"  # "adamw" or "lars"
-    lr: float = 0.01  # peak, per 256 images: the step uses lr * batch / 256
-    weight_decay: float = 1e-6  # on weights only, not on biases and norms
-    warmup: float = 0.05  # share of the steps with a linearly rising rate
-    constants: dict = field(
-        default_factory=lambda: {"temperature": 0.2}
-    )  # of the criterion, e.g. {"invariance": 25.0}
-    views: dict = field(
-        default_factory=lambda: {"scale_min": 0.04, "strength": 0.4, "blur": 0.0}
-    )  # see views.Views
-    precision: str = "auto"  # "fp32", "bf16" or "auto": bf16 where the processor computes it
-    threads: int = 1  # CPU threads of one job: 1 and 2 give different bits
-    compile: bool = False  # torch.compile of the trunk: a minute first, faster on a GPU
-    resident: float = 8.0  # GiB of pixels kept on the device; more are decoded in workers
-    workers: int = 0  # processes that decode; 0 is one less than there are cores
-    processes: int = 1  # that share each batch, one device each, started by torchrun
-    nodes: int = 1  # machines of so many processes each, started by srun
-    sync_bn: bool = False  # batch norms over the joint batch of all processes
-    engine: str = "own"  # "own", or "vissl" for VISSL's training engine
 
 
 def stream(seed: int | str, purpose: str, device: str = "cpu") -> torch.Generator:
@@ -196,7 +164,7 @@ class Training:
         state = {
             n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")
         }
-        checkpoints.fill(self.method, state, where)
+        own_format.fill(self.method, state, where)
         slots: dict[int, dict] = {}
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, value in tensors.items():
@@ -209,40 +177,6 @@ class Training:
                 slots.setdefault(int(index), {})[slot] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         self.epoch = epoch
-
-
-@dataclass(frozen=True)
-class Job:
-    """One encoder to train. `pixels` is the path of what it is trained on: a tensor artifact that
-    holds "pixels" (n, 3, H, W) uint8 and "labels" (n,), or a table of pictures still on disk (see
-    `pairs`).
-    """
-
-    pixels: str
-    folder: str
-    recipe: Recipe
-    epochs: list[
-        int
-    ]  # epochs at which the encoder is kept; 0 is the untrained one, the last ends training
-    seed: str
-    device: str = "cpu"
-    classes: int = 0  # how many the labels count
-
-    def checkpoint(self, epoch: int) -> Path:
-        """Return where the encoder of `epoch` is kept."""
-        suffix = "torch" if self.recipe.engine == "vissl" else "safetensors"
-        return Path(self.folder) / f"epoch-{epoch:04d}.{suffix}"
-
-    def done(self) -> bool:
-        """Return whether every checkpoint is there."""
-        return all(self.checkpoint(epoch).exists() for epoch in self.epochs)
-
-    def read(self) -> dict:
-        """Return images, labels and, of lazy images, sizes: what `Training` takes."""
-        if self.pixels.endswith(".safetensors"):
-            tensors = store.read_tensors(self.pixels)[0]
-            return {"images": tensors["pixels"], "labels": tensors.get("labels")}
-        return feed.read_list(self.pixels)
 
 
 def fit(job: Job, every: float = 30.0) -> None:
@@ -277,7 +211,7 @@ def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -
     log = open_log(Path(job.folder) / "log.jsonl", training.epoch) if writes else None
     while True:
         if writes and training.epoch in job.epochs and not job.checkpoint(training.epoch).exists():
-            checkpoints.save(
+            own_format.save(
                 job.checkpoint(training.epoch),
                 training.encoder,
                 job.recipe,
@@ -309,28 +243,6 @@ def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -
                 "seconds": round(time.monotonic() - began, 4),
             }
             log.write(json.dumps(line) + "\n")
-
-
-def open_log(path: Path, epoch: int):
-    """Return the log, cut back to `epoch` (a resumed run writes the later lines again), open for
-    appending by lines.
-    """
-    kept = [line for line in read_log(path) if line["epoch"] <= epoch]
-    with store.atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return path.open("a", buffering=1)
-
-
-def read_log(path: str | Path) -> list[dict]:
-    """Return the lines of a training log; a last line that a kill cut short is left out."""
-    path = Path(path)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def load_job(entry: dict) -> Job:
-    """Return the job that `dataclasses.asdict` made a dict of."""
-    return Job(**entry | {"recipe": Recipe(**entry["recipe"])})
 
 
 if __name__ == "__main__":  # one process of torchrun's: `torchrun … -m dejavu_utils.train run.json`

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dejavu_utils import store
+from dejavu_utils import imports, store
 from dejavu_utils.notebook import OPEN, ParameterError, cells, declared, merged, stages
 
 RATE = (
     200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16
 )
-# this file, as a module of the package: a change of it makes every notebook run again
-RUNNER = "../notebooks/batch"
+RUNNER = Path(__file__)  # a change of it makes every notebook run again
 
 
 def _profile(name: str) -> dict[str, dict]:
@@ -116,7 +115,7 @@ def _key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
         source=cells(stage),
         data=_data(params),
         code=store.code_version(),
-        runner=store.code_version(RUNNER),
+        runner=imports.code(RUNNER.read_text()),
         versions=store.versions(),
     )
 

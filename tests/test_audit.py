@@ -21,6 +21,7 @@ from dejavu_utils import (
     checkpoints,
     data,
     one_model,
+    own_format,
     scenes,
     sources,
     store,
@@ -393,7 +394,7 @@ def test_images_that_are_not_there(name):
 def test_an_encoder_from_our_own_file_knows_its_size(tmp_path):
     recipe = train.Recipe(encoder="small4", projector="8-8", size=24)
     encoder = Encoder("small4", "8-8", 24).eval()
-    checkpoints.save(tmp_path / "e.safetensors", encoder, recipe)
+    own_format.save(tmp_path / "e.safetensors", encoder, recipe)
     found, size = sources.encoder(str(tmp_path / "e.safetensors"))
     assert size == 24 and found.layout == "own"
     assert torch.equal(found.trunk[0].weight, encoder.trunk[0].weight)
@@ -463,7 +464,7 @@ def test_make_audit_from_the_command_line(parts, tmp_path):
     """A file of an untrained encoder and folders of pictures: a report, whose verdict is not that
     it memorizes.
     """
-    checkpoints.save(
+    own_format.save(
         tmp_path / "e.safetensors",
         Encoder("small4", "8-8", 24).eval(),
         train.Recipe(encoder="small4", projector="8-8", size=24),

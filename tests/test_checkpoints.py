@@ -17,7 +17,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from dejavu_utils import checkpoints, store
+from dejavu_utils import checkpoints, own_format, store
 from dejavu_utils.models import Encoder, embed
 from dejavu_utils.train import Recipe
 
@@ -459,7 +459,7 @@ def test_own_format_and_embed(tmp_path):
     source = randomise(Encoder(recipe.encoder, recipe.projector, recipe.size))
     source.add_classifier(3)
     path = tmp_path / "own.safetensors"
-    checkpoints.save(path, source, recipe)
+    own_format.save(path, source, recipe)
     found = checkpoints.read(path)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     ours, theirs = embed(source, images, None), embed(found, images, None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dejavu_utils import crops
+from dejavu_utils.resampling import resample
 
 
 def covered(boxes, width, height):
@@ -218,7 +219,7 @@ def test_resample_equals_cutting_then_antialiased_interpolation(size):
     rects = np.concatenate([start, start + random.integers(1, 10, (12, 2))], 1)
     rects[0] = (0, 0, 50, 40)
     flip = torch.arange(12) % 2 == 1
-    found = crops.resample(pixels, torch.from_numpy(rects), size, flip)
+    found = resample(pixels, torch.from_numpy(rects), size, flip)
     for i, (x0, y0, x1, y1) in enumerate(rects):
         expected = torch.nn.functional.interpolate(
             pixels[i : i + 1, :, y0:y1, x0:x1].double(),
@@ -246,16 +247,16 @@ def test_noise_inside_the_boxes_never_changes_a_crop():
         assert keep.sum() > 30
         rects = torch.from_numpy(rects)[keep]
         for size in (7, 32, 64):
-            left, right = (crops.resample(pixels[keep], rects, size) for pixels in (clean, noisy))
+            left, right = (resample(pixels[keep], rects, size) for pixels in (clean, noisy))
             assert torch.equal(left, right)
     assert not torch.equal(
-        crops.resample(clean, torch.tensor([[0, 0, 64, 64]] * 60), 32),
-        crops.resample(noisy, torch.tensor([[0, 0, 64, 64]] * 60), 32),
+        resample(clean, torch.tensor([[0, 0, 64, 64]] * 60), 32),
+        resample(noisy, torch.tensor([[0, 0, 64, 64]] * 60), 32),
     )
 
 
 def test_a_constant_image_stays_constant():
-    found = crops.resample(
+    found = resample(
         torch.full((2, 3, 9, 11), 7.0), torch.tensor([[0.0, 0, 11, 9], [2.3, 1.1, 7.9, 8.2]]), 6
     )
     torch.testing.assert_close(found, torch.full((2, 3, 6, 6), 7.0))

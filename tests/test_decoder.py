@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dejavu_utils import decoder, launch, store, train
+from dejavu_utils.jobs import read_log
 
 TINY = {"channels": [16, 16], "patch": 2, "conditions": ["projector", "both"], "average": 0.9}
 WHERE = [
@@ -231,7 +232,7 @@ def test_sigkill_loses_nothing_but_time(tmp_path):
         _, status = os.waitpid(child, 0)
     assert status == 0
     assert _equal(*(store.read_tensors(job.checkpoint(25))[0] for job in (whole, killed)))
-    logs = [train.read_log(Path(job.folder) / "log.jsonl") for job in (whole, killed)]
+    logs = [read_log(Path(job.folder) / "log.jsonl") for job in (whole, killed)]
     assert [[line["loss"] for line in log] for log in logs][0] == [line["loss"] for line in logs[1]]
     assert not (tmp_path / "killed" / "last.safetensors").exists()
 

@@ -25,6 +25,7 @@ from dejavu_utils import (
     train,
     vissl_config,
 )
+from dejavu_utils.jobs import read_log
 
 needs_vissl = pytest.mark.skipif(
     importlib.util.find_spec("vissl") is None,
@@ -68,7 +69,7 @@ def _config(tmp_path, images=100, **changes):
 
 
 def _log(job):
-    return train.read_log(f"{job.folder}/log.jsonl")
+    return read_log(f"{job.folder}/log.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dejavu_utils import launch, pairs, store, train
+from dejavu_utils.jobs import read_log
 
 TINY = train.Recipe(
     encoder="small4", projector="16-16-16", batch=8, precision="fp32", constants={}, sync_bn=True
@@ -26,9 +27,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     one = _job(tmp_path, "one", TINY)
     two = _job(tmp_path, "two", dataclasses.replace(TINY, processes=2))
     launch.fit_all([one, two], workers=1)
-    losses = [
-        [line["loss"] for line in train.read_log(f"{job.folder}/log.jsonl")] for job in (one, two)
-    ]
+    losses = [[line["loss"] for line in read_log(f"{job.folder}/log.jsonl")] for job in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     weights = [store.read_tensors(job.checkpoint(2))[0] for job in (one, two)]
     assert weights[0].keys() == weights[1].keys()

@@ -343,12 +343,11 @@ def test_keys_change_with_what_matters_and_only_then(repository, monkeypatch, ba
     path.write_text(json.dumps(changed))
     assert key() != before
     before = key()
-    own = store.code_version(batch.RUNNER)
-    monkeypatch.setattr(store, "code_version", lambda *modules: own if modules else "another")
+    monkeypatch.setattr(store, "code_version", lambda: "another")
     package = key()
-    monkeypatch.setattr(
-        store, "code_version", lambda *modules: "another"
-    )  # the runner's own code counts, too
+    runner = repository.root / "batch.py"
+    runner.write_text(batch.RUNNER.read_text() + "\nEDITED = True\n")
+    monkeypatch.setattr(batch, "RUNNER", runner)  # the runner's own code counts, too
     assert len({before, package, key()}) == 3
 
 

@@ -301,26 +301,26 @@ def test_key_refuses_what_has_no_stable_text(value):
         store.key(a=value)
 
 
-def test_code_version_ignores_comments_docstrings_and_layout(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PACKAGE", tmp_path)
-
-    def version(source):
-        (tmp_path / "m.py").write_text(source)
+def test_code_version_of_a_module_is_that_of_all_it_imports(tmp_path, monkeypatch):
+    def version(*modules, **sources):
+        package = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "dejavu_utils"
+        (package / "room").mkdir(parents=True)
+        for name, source in sources.items():
+            (package / "room" / f"{name}.py").write_text(source)
+        monkeypatch.setattr(store, "PACKAGE", package)
         store.code_version.cache_clear()
-        return store.code_version("m")
+        return store.code_version(*modules)
 
-    plain = version("def f(x):\n    return x + 1\n")
-    assert (
-        version(
-            '"""A module."""\n# why\ndef f(x):\n    """Return x."""\n\n    return (x +\n        '
-            "1)\n"
-        )
-        == plain
-    )
-    assert version("def f(x):\n    return x + 2\n") != plain
-    assert store.code_version() == store.code_version("m")
-    with pytest.raises(store.StoreError, match="no module dejavu_utils/nothing.py"):
-        store.code_version("nothing")
+    one, two = "dejavu_utils.room.one", "dejavu_utils.room.two"
+    lazy = "def f():\n    from dejavu_utils.room import two\n    return two.x"
+    plain = version(one, one=lazy, two="x = 1", three="x = 1")
+    assert version(one, one=lazy, two="x = 1  # one", three="x = 2") == plain
+    assert version(one, one=lazy, two="x = 2", three="x = 1") != plain
+    assert version(two, one=lazy, two="x = 1") != plain
+    assert version(one, two, one=lazy, two="x = 1") == plain == version(one=lazy, two="x = 1")
+    assert version(one=lazy, two="x = 1", three="x = 1") != plain
+    with pytest.raises(store.StoreError, match="no module __main__ in"):
+        store.code_version("__main__")
     store.code_version.cache_clear()
 
 

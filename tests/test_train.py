@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from dejavu_utils import checkpoints, launch, methods, store, train
+from dejavu_utils import launch, methods, own_format, store, train
+from dejavu_utils.jobs import read_log
 
 TINY = train.Recipe(encoder="small4", projector="16-16-16", batch=8, precision="fp32", constants={})
 
@@ -79,7 +80,7 @@ def test_loss_falls(tmp_path, optimizer, criterion):
     )
     job = _job(tmp_path, recipe=recipe, epochs=(0, 16))
     train.fit(job)
-    log = train.read_log(tmp_path / "run" / "log.jsonl")
+    log = read_log(tmp_path / "run" / "log.jsonl")
     assert [line["epoch"] for line in log] == list(range(1, 17))
     assert sum(line["loss"] for line in log[-4:]) < sum(line["loss"] for line in log[:4])
 
@@ -146,7 +147,7 @@ def test_sigkill_loses_nothing_but_time(tmp_path, times):
     assert _kill_at_random_until_done(killed, times, seed=times) == 0
     for epoch in epochs:
         assert _equal(_weights(whole, epoch), _weights(killed, epoch))
-    logs = [train.read_log(f"{job.folder}/log.jsonl") for job in (whole, killed)]
+    logs = [read_log(f"{job.folder}/log.jsonl") for job in (whole, killed)]
     assert [[line["loss"] for line in log] for log in logs][0] == [line["loss"] for line in logs[1]]
     assert [line["epoch"] for line in logs[1]] == list(range(1, 41))
 
@@ -212,14 +213,14 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
 def test_supervised_checkpoint_keeps_its_classifier(tmp_path):
     job = _job(tmp_path, recipe=dataclasses.replace(TINY, criterion="supervised"), epochs=(0, 1))
     train.fit(job)
-    found = checkpoints.load(job.checkpoint(1)).layers(torch.zeros(1, 3, 32, 32))
+    found = own_format.load(job.checkpoint(1)).layers(torch.zeros(1, 3, 32, 32))
     assert found["logits"].shape == (1, 4)
 
 
 def test_checkpoint_is_strict(tmp_path):
     job = _job(tmp_path, epochs=(0,))
     train.fit(job)
-    encoder = checkpoints.load(job.checkpoint(0))
+    encoder = own_format.load(job.checkpoint(0))
     assert not encoder.training and store.verify(job.checkpoint(0))["precision"] == "torch.float32"
     tensors = encoder.state_dict()
     tensors["trunk.extra"] = torch.zeros(1)
@@ -227,7 +228,7 @@ def test_checkpoint_is_strict(tmp_path):
     with pytest.raises(
         store.StoreError, match=r"missing projector.2.weight; unexpected trunk.extra"
     ):
-        checkpoints.fill(encoder, tensors, "memory")
+        own_format.fill(encoder, tensors, "memory")
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):
@@ -237,10 +238,10 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     content[-1] ^= 1
     job.checkpoint(0).write_bytes(content)
     with pytest.raises(store.StoreError, match="sha256"):
-        checkpoints.load(job.checkpoint(0))
+        own_format.load(job.checkpoint(0))
 
 
 def test_log_survives_a_cut_line(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "lo')
-    assert train.read_log(path) == [{"epoch": 1}]
+    assert read_log(path) == [{"epoch": 1}]
