@@ -3,12 +3,16 @@ network), and a reader for other people's, which recognises the layout, loads it
 what it had to assume.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +22,13 @@ from torch import Tensor, nn
 from dejavu_utils import foreign, rebuild, store
 from dejavu_utils.models import Encoder, width_of
 
+if TYPE_CHECKING:
+    from dejavu_utils.train import Recipe
+
 ACTIVATIONS = tuple(rebuild.ACTIVATIONS.values())
 
 
-def save(path: str | Path, encoder: Encoder, recipe, **meta) -> None:
+def save(path: str | Path, encoder: Encoder, recipe: Recipe, **meta: int | str) -> None:
     """Write the encoder's weights to `path` (.safetensors); `recipe` names its trunk, projector and
     image size.
     """
@@ -93,7 +100,7 @@ class Foreign(Encoder):
         notes: list[str],
         ignored: list[str],
         sha256: str,
-    ):
+    ) -> None:
         nn.Module.__init__(self)  # the parts are there already: nothing is built from specs
         self.trunk, self.projector, self.classifier = trunk, blocks, None
         self.layout, self.which, self.sha256 = layout, which, sha256
@@ -291,7 +298,7 @@ def contents(path: Path) -> dict:
 
 
 @contextlib.contextmanager
-def _whole(path: Path, *damage: type[Exception]):
+def _whole(path: Path, *damage: type[Exception]) -> Iterator[None]:
     """Turn the exceptions that a damaged file raises into a StoreError that says so."""
     try:
         yield

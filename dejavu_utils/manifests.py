@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, NoReturn
 
 from dejavu_utils import store
 
@@ -94,7 +95,7 @@ def verify(entry: dict, path: Path, what: str = "") -> None:
 class Tree:
     """A folder or a zip file, read by relative name, from any number of threads."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.zip = zipfile.ZipFile(path) if path.is_file() else None
@@ -111,7 +112,7 @@ class Tree:
         if self.zip:
             return sorted(name for name in self.zip.namelist() if not name.endswith("/"))
 
-        def stop(error: OSError):
+        def stop(error: OSError) -> NoReturn:
             raise error  # else a folder that may not be read would count as empty
 
         walk = os.walk(self.path, onerror=stop, followlinks=True)
@@ -137,7 +138,7 @@ class Tree:
             (top + name for top in tops for name in candidates if self.below(top + name)), None
         )
 
-    def open(self, name: str):
+    def open(self, name: str) -> IO[bytes]:
         return self.zip.open(name) if self.zip else (self.path / name).open("rb")
 
     def read(self, name: str) -> bytes:

@@ -211,7 +211,7 @@ def make(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
     return [one(params, folder, *setting, device) for setting in settings(params)]
 
 
-def plan(params: dict):
+def plan(params: dict) -> pd.DataFrame:
     """Return a table of what training costs, before anything is read or trained: a row per
     criterion.
 
@@ -298,7 +298,7 @@ def jobs(every: list[Pair]) -> list[train.Job]:
     return [each.jobs[model] for each in every for model in ("A", "B")]
 
 
-def losses(every: list[Pair]):
+def losses(every: list[Pair]) -> pd.DataFrame:
     """Return the training logs of all pairs: a row per encoder and epoch with its loss, seconds and
     images.
     """
@@ -315,7 +315,7 @@ def losses(every: list[Pair]):
     return pd.DataFrame(rows)
 
 
-def partition_table(every: list[Pair]):
+def partition_table(every: list[Pair]) -> pd.DataFrame:
     """Return id, class, part and seed of every image of every pair: the split, as a table."""
     rows = {
         (name, images.classes[label], part, pair.setting["seed"]): None

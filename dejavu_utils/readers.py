@@ -6,9 +6,9 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 from xml.etree import ElementTree
 
 import numpy as np
@@ -36,7 +36,7 @@ class Lazy(Sequence):
     files.
     """
 
-    def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]):
+    def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]) -> None:
         self.tree, self.names, self.stamps = (
             tree,
             np.asarray(names, dtype=object),
@@ -61,7 +61,7 @@ class Lazy(Sequence):
 
 
 @contextlib.contextmanager
-def _picture(file):
+def _picture(file: IO[bytes]) -> Iterator[Image.Image]:
     """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST`
     px.
     """
@@ -73,7 +73,7 @@ def _picture(file):
         yield image
 
 
-def _pixels(image) -> Tensor:
+def _pixels(image: Image.Image) -> Tensor:
     """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not whole."""
     return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
@@ -132,7 +132,7 @@ def _table(tree: Tree, name: str) -> dict[str, list[str]]:
     return {line[0]: line[1:5] for line in tree.lines(name)}
 
 
-def _tiny_boxes(source: Source, name: str):
+def _tiny_boxes(source: Source, name: str) -> tuple[np.ndarray, None]:
     """Return the box in the table of the picture's class: whole pixels, the last one included, made
     half-open.
 
@@ -147,7 +147,9 @@ def _tiny_boxes(source: Source, name: str):
     return box, None
 
 
-def _xml_boxes(source: Source, name: str, grow: tuple[int, int]):
+def _xml_boxes(
+    source: Source, name: str, grow: tuple[int, int]
+) -> tuple[np.ndarray, tuple[float, float] | None]:
     """Return the boxes of a Pascal VOC file, their corners moved by `grow` to be half-open, and the
     annotated size.
     """
@@ -179,7 +181,7 @@ def _yolo_rows(source: Source, name: str) -> tuple[np.ndarray, int]:
     return rows, key
 
 
-def _yolo_boxes(source: Source, name: str):
+def _yolo_boxes(source: Source, name: str) -> tuple[np.ndarray, tuple[float, float]]:
     """Return corners as fractions of the picture: the annotated size is 1 x 1."""
     rows, _ = _yolo_rows(source, name)
     centre, half = rows[:, 1:3], rows[:, 3:5] / 2
@@ -251,7 +253,9 @@ def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
     return boxes.clip(0, limits).astype(np.float32)
 
 
-def _one(source: Source, name: str, row: Tensor | None):
+def _one(
+    source: Source, name: str, row: Tensor | None
+) -> tuple[np.ndarray, tuple[int, int], int] | str:
     """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it
     cannot be read.
 

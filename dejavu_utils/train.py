@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dejavu_utils import checkpoints, distributed, feed, methods, store
 from dejavu_utils.models import Encoder
+
+if TYPE_CHECKING:
+    from dejavu_utils.readers import Lazy
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,15 @@ class Training:
 
     def __init__(
         self,
-        images,
+        images: Tensor | Lazy,
         recipe: Recipe,
         epochs: int,
         seed: int | str,
         device: str = "cpu",
-        labels=None,
+        labels: Tensor | None = None,
         classes: int = 0,
-        sizes=None,
-    ):
+        sizes: Tensor | None = None,
+    ) -> None:
         rank, processes, self.device = distributed.start(device)
         self.recipe, self.epochs, self.seed, self.epoch = recipe, epochs, seed, 0
         labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
@@ -311,7 +315,7 @@ def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -
             log.write(json.dumps(line) + "\n")
 
 
-def open_log(path: Path, epoch: int):
+def open_log(path: Path, epoch: int) -> TextIO:
     """Return the log, cut back to `epoch` (a resumed run writes the later lines again), open for
     appending by lines.
     """
