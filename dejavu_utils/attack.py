@@ -10,6 +10,7 @@ score is the mean over directions (paper section 4, symmetrised).
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,13 @@ class Stratum(NamedTuple):
     stream: int
 
 
-def infer(queries, bank, bank_labels, k: int, classes: int) -> dict[str, np.ndarray]:
+def infer(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: np.ndarray | torch.Tensor,
+    k: int,
+    classes: int,
+) -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k),
     distances (q, k).
 
@@ -72,7 +79,7 @@ def infer(queries, bank, bank_labels, k: int, classes: int) -> dict[str, np.ndar
     return {name: values.cpu().numpy() for name, values in found.items()}
 
 
-def infer_scores(scores) -> dict[str, np.ndarray]:
+def infer_scores(scores: torch.Tensor) -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5) and confidence (q,) nats of class scores (q, classes),
     without neighbours.
 
@@ -92,8 +99,14 @@ def infer_scores(scores) -> dict[str, np.ndarray]:
 
 
 def label_inference(
-    crops: dict, public: dict | None, public_labels, ids: dict, labels: dict, k: int, classes: int
-):
+    crops: dict[str, dict[str, torch.Tensor]],
+    public: dict[str, torch.Tensor] | None,
+    public_labels: np.ndarray | None,
+    ids: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    k: int,
+    classes: int,
+) -> pd.DataFrame:
     """Return the table of all four (model, attacked set) pairs, in the order of direction, role and
     id.
 
@@ -144,7 +157,7 @@ def label_inference(
     return pd.concat(parts, ignore_index=True)
 
 
-def _strata(table, top: int, ranking: str) -> list[Stratum]:
+def _strata(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     """Return the strata of a table, target and reference joined by id; ValueError if they do not
     pair up.
     """
@@ -190,7 +203,7 @@ def _strata(table, top: int, ranking: str) -> list[Stratum]:
     return strata
 
 
-def _weights(stratum: Stratum, resamples: int, seed: int):
+def _weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each image is drawn, (r, n) at a time: first the data itself (all ones), then
     the resamples.
     """
@@ -205,7 +218,7 @@ def _weights(stratum: Stratum, resamples: int, seed: int):
         yield counts if units == n else counts[:, stratum.cluster]
 
 
-def _count(n, p: float):
+def _count(n: int | np.ndarray, p: float) -> float | np.ndarray:
     """Return how many of n examples are the top p %: ceil(p n / 100), at least 1; ValueError unless
     0 < p <= 100.
     """
@@ -214,7 +227,9 @@ def _count(n, p: float):
     return np.maximum(1, np.ceil(np.asarray(n) * p / 100 - 1e-9))
 
 
-def _ranked(hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares) -> np.ndarray:
+def _ranked(
+    hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares: Sequence[float]
+) -> np.ndarray:
     """Return the accuracy (len(shares), r) on the top p % of every weighted sample (r, n),
     re-ranked in each.
 
@@ -236,7 +251,9 @@ def _ranked(hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, share
     return np.stack(accuracies)
 
 
-def _accuracies(strata: list[Stratum], shares, resamples: int, seed: int) -> np.ndarray:
+def _accuracies(
+    strata: list[Stratum], shares: Sequence[float], resamples: int, seed: int
+) -> np.ndarray:
     """Return the mean over strata of target and reference accuracy (shares, 2, 1 + resamples);
     column 0 is the data.
     """
@@ -277,14 +294,16 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def accuracies(table, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+def accuracies(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is
     the data itself.
     """
     return _accuracies(_strata(table, 1, "own"), [100], resamples, seed)[0]
 
 
-def matched(one, two, top: int = 1, ranking: str = "own") -> tuple[list[Stratum], list[Stratum]]:
+def matched(
+    one: pd.DataFrame, two: pd.DataFrame, top: int = 1, ranking: str = "own"
+) -> tuple[list[Stratum], list[Stratum]]:
     """Return the strata of two tables of the same images, which are resampled alike; ValueError if
     they are not.
     """
@@ -309,14 +328,14 @@ def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
 
 
 def curve(
-    table,
-    shares,
+    table: pd.DataFrame,
+    shares: Iterable[float],
     ranking: str = "own",
     top: int = 1,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
-):
+) -> list[dict]:
     """Return one `score` row per percentage in `shares`, all from the same resamples (list of
     dicts).
     """
@@ -342,7 +361,7 @@ def curve(
 
 
 def score(
-    table,
+    table: pd.DataFrame,
     p: float = 100,
     ranking: str = "own",
     top: int = 1,
@@ -364,7 +383,7 @@ def score(
 
 
 def four_way(
-    table, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    table: pd.DataFrame, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict:
     """Return the shares memorized, correlated, misrepresented, unassociated, each with _low and
     _high, and their ratio.
@@ -421,8 +440,8 @@ def odds(wins: int, losses: int, level: float = 0.95) -> tuple[float, float, flo
 
 
 def difference(
-    one,
-    two,
+    one: pd.DataFrame,
+    two: pd.DataFrame,
     p: float | tuple[float, float] = 100,
     ranking: str = "own",
     top: int = 1,
@@ -446,7 +465,7 @@ def difference(
     return row | {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
 
 
-def over_seeds(values, level: float = 0.95) -> dict:
+def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict:
     """Return mean, low, high (t-interval over seeds), sd and n of one number per seed; NaN bounds
     for one seed.
     """

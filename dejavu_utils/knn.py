@@ -151,7 +151,7 @@ def _smallest(
 
 
 def _smallest_faiss(
-    queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, _
+    queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, _: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what `_smallest` returns, from faiss's inner-product search on the CPU."""
     import faiss  # after torch: both bring CUDA libraries, and torch's must be loaded first
@@ -166,7 +166,7 @@ def _smallest_faiss(
 
 def _candidates(
     queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, engine: str, tile: int | None
-):
+) -> tuple[Tensor, Tensor]:
     """Return `keep` candidate columns per query and lower bounds of their squared distances,
     ascending, both (q, keep).
 
@@ -217,7 +217,7 @@ def _candidates(
 
 
 def _distances(
-    queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor, dtype=torch.float64
+    queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p,
     c).
@@ -245,7 +245,7 @@ def _attempt(
     dtype: torch.dtype,
     engine: str,
     tile: int | None,
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return distances, columns and whether each row is proven, looking at `keep` candidates per
     query.
     """
@@ -278,7 +278,9 @@ def _attempt(
 
 
 @torch.no_grad()
-def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: int | None = None):
+def search(
+    queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return squared L2 distances (q, k) float64, ascending, and bank rows (q, k) int64; ties by
     the lower row.
 
