@@ -2,8 +2,17 @@
 §6).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from dejavu_utils import knobs, plots
 from dejavu_utils.plots import BAYES, TARGET
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = (
     "#0072B2",
@@ -21,7 +30,7 @@ MARKERS = "osD^vP*Xph"
 PURPLE = "#CC79A7"
 
 
-def per_knob(rows):
+def per_knob(rows: pd.DataFrame) -> Figure:
     """Return the déjà vu score (top) and the held-out accuracy (bottom) over the values of every
     knob, a column a knob.
 
@@ -48,7 +57,7 @@ def per_knob(rows):
     return figure
 
 
-def _points(axis, part, name: str, colour: str, label: str) -> None:
+def _points(axis: Axes, part: pd.DataFrame, name: str, colour: str, label: str) -> None:
     """Draw a column of values with its interval as bars, at 0, 1, 2, …"""
     places = range(len(part))
     axis.errorbar(
@@ -66,7 +75,7 @@ def _points(axis, part, name: str, colour: str, label: str) -> None:
     axis.margins(x=0.12)
 
 
-def plane(rows):
+def plane(rows: pd.DataFrame) -> Figure:
     """Return privacy against utility: déjà vu score (all, and p = 20 %) over held-out accuracy, a
     line per knob.
 
@@ -108,7 +117,7 @@ def plane(rows):
     return figure
 
 
-def spots(figure, rows) -> list[tuple]:
+def spots(figure: Figure, rows: pd.DataFrame) -> list[tuple[Axes, float, float, str]]:
     """Return what `widgets.hover` says at each point of a `plane`: its setting, both numbers, their
     intervals, n.
     """

@@ -2,7 +2,18 @@
 touches nothing else.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TARGET, REFERENCE, BAYES = (
     "#0072B2",
@@ -45,7 +56,9 @@ SWEEPS = {
 }
 
 
-def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options):
+def _axes(
+    columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """Return (figure, 2-D array of axes) in the house style."""
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -64,7 +77,9 @@ def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, 
     return figure, axes
 
 
-def _columns(count: int, most: int, rows: int = 1, *size, **options) -> tuple:
+def _columns(
+    count: int, most: int, rows: int = 1, *size: float, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """Return (figure, `count` columns of `rows` axes), `most` of them side by side, the others
     below.
     """
@@ -77,7 +92,9 @@ def _columns(count: int, most: int, rows: int = 1, *size, **options) -> tuple:
     return figure, columns[:count]
 
 
-def _panels(table, by=("criterion",), rows: int = 1, **options):
+def _panels(
+    table: pd.DataFrame, by: tuple[str, ...] = ("criterion",), rows: int = 1, **options: Any
+) -> tuple[Figure, list[tuple[np.ndarray, pd.DataFrame]]]:
     """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per
     criterion (and rho).
     """
@@ -89,21 +106,21 @@ def _panels(table, by=("criterion",), rows: int = 1, **options):
     return figure, list(zip(columns, parts, strict=True))
 
 
-def _label_left(axes, text: str) -> None:
+def _label_left(axes: Iterable[Axes], text: str) -> None:
     """Label the y-axis of those axes that stand at the left edge of the figure."""
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel(text)
 
 
-def _same_scale(axes, room: float = 0.0) -> None:
+def _same_scale(axes: Sequence[Axes], room: float = 0.0) -> None:
     """Give all axes one y-scale, with `room` above, a share of it."""
     lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
     for axis in axes:
         axis.set_ylim(min(lows), max(highs) + room * (max(highs) - min(lows)))
 
 
-def _errors(table, y: str, ends: str | None = None) -> list:
+def _errors(table: pd.DataFrame, y: str, ends: str | None = None) -> list[pd.Series]:
     """Return how far the interval reaches below and above each value; its columns are <ends>low,
     <ends>high.
     """
@@ -115,7 +132,14 @@ def _errors(table, y: str, ends: str | None = None) -> list:
 
 
 def _line(
-    axis, table, x: str, y: str, colour: str, label: str, style: str = "-", ends: str | None = None
+    axis: Axes,
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    colour: str,
+    label: str,
+    style: str = "-",
+    ends: str | None = None,
 ) -> None:
     """Draw y over x with its interval (see `_errors`) as a band and a marker at each value."""
     table = table.sort_values(x)
@@ -126,7 +150,11 @@ def _line(
     )
 
 
-def examples(images, rects, labels):
+def examples(
+    images: torch.Tensor | Sequence[torch.Tensor],
+    rects: list[tuple[np.ndarray, np.ndarray]],
+    labels: Sequence[str],
+) -> Figure:
     """Return training images with their boxes (dashed) and background crops (solid), and the crops
     below.
 
@@ -154,7 +182,7 @@ def examples(images, rects, labels):
     return figure
 
 
-def losses(table):
+def losses(table: pd.DataFrame) -> Figure:
     """Return the training loss over epochs, a panel a criterion, a line an encoder.
 
     Columns: criterion, epoch, loss, name.
@@ -167,7 +195,7 @@ def losses(table):
     return figure
 
 
-def over_p(curve):
+def over_p(curve: pd.DataFrame) -> Figure:
     """Return accuracy of target and reference over the p % most confident examples: the paper's
     first figure.
 
@@ -186,13 +214,13 @@ def over_p(curve):
     return figure
 
 
-def _probe_lines(axis, table, low: float) -> None:
+def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
     for quantity, one in table.groupby("quantity", sort=False):
         _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, ends="")
     axis.set(xlabel="epoch", ylim=(min(0, low), 1))
 
 
-def probes(table):
+def probes(table: pd.DataFrame) -> Figure:
     """Return what the linear probe shows over epochs, a panel a criterion.
 
     Columns: criterion, epoch, quantity, mean, low, high.
@@ -207,7 +235,7 @@ def probes(table):
     return figure
 
 
-def over_epochs(scores, probes):
+def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     """Return the déjà vu score (top) and what the linear probe shows (bottom) over epochs, a column
     a criterion.
 
@@ -239,7 +267,7 @@ def over_epochs(scores, probes):
     return figure
 
 
-def split(shares):
+def split(shares: pd.DataFrame) -> Figure:
     """Return the four-way split over epochs, stacked, a panel a criterion. Columns: criterion,
     epoch and the shares.
     """
@@ -268,7 +296,7 @@ def split(shares):
     return figure
 
 
-def over_rho(table):
+def over_rho(table: pd.DataFrame) -> Figure:
     """Return target, reference and Bayes accuracy against the background-object correlation ρ.
 
     Columns: criterion, rho, target, target_low, target_high, reference, reference_low,
@@ -296,7 +324,7 @@ def over_rho(table):
     return figure
 
 
-def layers(scores):
+def layers(scores: pd.DataFrame) -> Figure:
     """Return the déjà vu score at the end of training by layer, all examples.
 
     Columns: criterion, layer, score, low, high.
@@ -322,7 +350,7 @@ def layers(scores):
     return figure
 
 
-def references(table):
+def references(table: pd.DataFrame) -> Figure:
     """Return the déjà vu score against every reference, all examples: a group a criterion, with 95
     % intervals.
 
@@ -358,7 +386,7 @@ def references(table):
     return figure
 
 
-def sweeps(table):
+def sweeps(table: pd.DataFrame) -> Figure:
     """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most
     confident.
 
@@ -391,7 +419,9 @@ def sweeps(table):
     return figure
 
 
-def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
+def _picture(
+    axis: Axes, picture: torch.Tensor | np.ndarray, name: str, frame: str, right: bool
+) -> None:
     """Show a picture in a frame of a colour, under its name, which is green and bold where it is
     the right one.
     """
@@ -403,7 +433,7 @@ def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
         spine.set(visible=True, color=frame, linewidth=1.5)
 
 
-def gallery(rows, neighbours: int = 4):
+def gallery(rows: list[dict], neighbours: int = 4) -> Figure:
     """Return a picture table: crop, true image, then the nearest public images under target and
     reference, with labels.
 

@@ -4,14 +4,20 @@ there.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dejavu_utils import plots
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 OTHER = {"control": ", images of neither set", "whole": ", those not cropped"}
 
 
-def samples(rows):
+def samples(rows: list[dict]) -> Figure:
     """Return whole pictures, in the first column, and what a decoder draws of their representations
     beside them.
 
@@ -26,7 +32,7 @@ def samples(rows):
     return figure
 
 
-def reconstructions(rows, title: str = ""):
+def reconstructions(rows: list[dict], title: str = "") -> Figure:
     """Return the paper's first figure: crop, true image, what target and reference draw, and the
     nearest public images.
 
@@ -68,7 +74,7 @@ def reconstructions(rows, title: str = ""):
     return figure
 
 
-def read_off(table, chance: float, truth: float | None = None):
+def read_off(table: pd.DataFrame, chance: float, truth: float | None = None) -> Figure:
     """Return what the judge reads off the reconstructions, a line per condition: target and
     reference with intervals.
 

@@ -14,12 +14,16 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dejavu_utils import attack, crops, data, decoder, judge, knn, pairs, references, store, train
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What each part of a condition is made of. "crop": the crop itself; "aligned": the crop, moved and
 # scaled so that crops of public images have the moments of public images; "neighbours": the mean
@@ -109,7 +113,9 @@ def _check_public(parts: dict) -> None:
             )
 
 
-def _public_set(pair, model: str, epoch: int, size: int, folder: Path, device: str) -> Path:
+def _public_set(
+    pair: pairs.Pair, model: str, epoch: int, size: int, folder: Path, device: str
+) -> Path:
     """Return the file that decoder A (B) learns from: pixels of X and their representations under
     encoder A (B).
     """
@@ -134,7 +140,13 @@ def _public_set(pair, model: str, epoch: int, size: int, folder: Path, device: s
 
 
 def draw(
-    bench: Bench, condition: str, images, rects, model: str, samples: int = 1, device: str = "cpu"
+    bench: Bench,
+    condition: str,
+    images: data.Images,
+    rects: np.ndarray,
+    model: str,
+    samples: int = 1,
+    device: str = "cpu",
 ) -> Tensor:
     """Return pictures uint8 (n, samples, 3, s, s) from the rectangles `rects` (n, 4) of `images`
     under encoder `model`.
@@ -203,7 +215,9 @@ def _aligned(
     return (crop - like.mean(0)) / like.std(0).clamp(min=1e-6) * known.std(0) + known.mean(0)
 
 
-def table(bench: Bench, condition: str, attacked: str = "attacked", device: str = "cpu"):
+def table(
+    bench: Bench, condition: str, attacked: str = "attacked", device: str = "cpu"
+) -> pd.DataFrame:
     """Return what the judge reads off the reconstructions: a row per image and role, for
     `attack.score` and `summary`.
 
@@ -229,7 +243,7 @@ def table(bench: Bench, condition: str, attacked: str = "attacked", device: str 
     )
 
 
-def _table(bench: Bench, condition: str, attacked: str, device: str):
+def _table(bench: Bench, condition: str, attacked: str, device: str) -> pd.DataFrame:
     import pandas as pd
 
     scores, targets, measured = {}, references._attacked(bench.pair, attacked), []
@@ -277,7 +291,7 @@ def _table(bench: Bench, condition: str, attacked: str, device: str):
     )
 
 
-def summary(tables, resamples: int = 2000):
+def summary(tables: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     """Return a row per condition, set (attacked or control) and measure: target, reference, score,
     intervals, n.
 
@@ -294,7 +308,7 @@ def summary(tables, resamples: int = 2000):
     return pd.DataFrame(rows).drop(columns=["p", "ranking", "top", "mcnemar"])
 
 
-def choose(infer, count: int, how: str, seed: int = 0) -> list[str]:
+def choose(infer: pd.DataFrame, count: int, how: str, seed: int = 0) -> list[str]:
     """Return ids for the gallery by the paper's ranking of the k-NN attack: "memorized",
     "correlated" or "random".
 
@@ -318,7 +332,7 @@ def gallery(
     condition: str = "projector",
     samples: int = 4,
     device: str = "cpu",
-):
+) -> list[dict]:
     """Return a row per id for `plots.reconstructions`: crop, image, name, and per role what was
     drawn and found.
 
@@ -342,7 +356,7 @@ def gallery(
 
 def redrawn(
     bench: Bench, count: int, condition: str = "projector", samples: int = 6, device: str = "cpu"
-):
+) -> list[dict]:
     """Return rows for `plots_reconstruction.samples`: whole control pictures, one a class, redrawn
     by decoder A.
 
@@ -372,7 +386,7 @@ def redrawn(
     ]
 
 
-def cost(bench: Bench, pictures: int = 8, device: str = "cpu"):
+def cost(bench: Bench, pictures: int = 8, device: str = "cpu") -> pd.DataFrame:
     """Return the time of sampling: a row for this bench's sampler and one for 1,000 steps of DDPM
     (the paper's).
 

@@ -171,7 +171,7 @@ def _kernel(folder: str) -> type:
     class Here(AsyncKernelManager):
         kernel_spec = spec
 
-        def __init__(self, **options: Any):
+        def __init__(self, **options: Any) -> None:
             super().__init__(**options, transport="ipc", connection_file=f"{folder}/kernel.json")
 
     return Here
