@@ -173,7 +173,7 @@ def _cells(
             "memorized": [each.hits[0] > each.hits[1] for each in pair],
             "reference": [each.hits[1] > 0 for each in pair],
         }
-        drawn = np.concatenate(list(attack._weights(pair[0], resamples, seed)))
+        drawn = np.concatenate(list(attack.bootstrap_weights(pair[0], resamples, seed)))
         for what, (u, v) in both.items():
             counts[what] = (
                 counts[what]

@@ -157,7 +157,7 @@ def label_inference(
     return pd.concat(parts, ignore_index=True)
 
 
-def _strata(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
+def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     """Return the strata of a table, target and reference joined by id; ValueError if they do not
     pair up.
     """
@@ -203,7 +203,7 @@ def _strata(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     return strata
 
 
-def _weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def bootstrap_weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each image is drawn, (r, n) at a time: first the data itself (all ones), then
     the resamples.
     """
@@ -264,7 +264,7 @@ def _accuracies(
                 _ranked(hits, confidence, weights, shares)
                 for hits, confidence in zip(*stratum[:2], strict=True)
             ]
-            for weights in _weights(stratum, resamples, seed)
+            for weights in bootstrap_weights(stratum, resamples, seed)
         ]
         total = total + np.concatenate([np.stack(roles, 1) for roles in chunks], 2)
     return total / len(strata)
@@ -298,7 +298,7 @@ def accuracies(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> np.
     """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is
     the data itself.
     """
-    return _accuracies(_strata(table, 1, "own"), [100], resamples, seed)[0]
+    return _accuracies(stratify(table, 1, "own"), [100], resamples, seed)[0]
 
 
 def matched(
@@ -307,7 +307,7 @@ def matched(
     """Return the strata of two tables of the same images, which are resampled alike; ValueError if
     they are not.
     """
-    sides = _strata(one, top, ranking), _strata(two, top, ranking)
+    sides = stratify(one, top, ranking), stratify(two, top, ranking)
     if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
         raise ValueError(
             "attack: the tables do not judge the same images and seeds. Attack the same sets."
@@ -339,7 +339,7 @@ def curve(
     """Return one `score` row per percentage in `shares`, all from the same resamples (list of
     dicts).
     """
-    strata, rows, shares = _strata(table, top, ranking), [], list(shares)
+    strata, rows, shares = stratify(table, top, ranking), [], list(shares)
     for p, (target, reference) in zip(
         shares, _accuracies(strata, shares, resamples, seed), strict=True
     ):
@@ -393,7 +393,7 @@ def four_way(
     `misrepresented_count`), interval: exact binomial given their sum, or the bootstrap's where
     classes are drawn. memorized - misrepresented = score at p = 100, exactly.
     """
-    strata = _strata(table, top, "own")
+    strata = stratify(table, top, "own")
     shares, counts = np.zeros((4, 1 + resamples)), np.zeros((4, 1 + resamples))
     for stratum in strata:
         target, reference = stratum.hits
@@ -407,7 +407,10 @@ def four_way(
             1,
         )
         found = np.concatenate(
-            [weights @ cells.astype(float) for weights in _weights(stratum, resamples, seed)]
+            [
+                weights @ cells.astype(float)
+                for weights in bootstrap_weights(stratum, resamples, seed)
+            ]
         ).T
         counts += found
         shares += found / found.sum(0) / len(strata)

@@ -39,7 +39,7 @@ def table(
     """
     parts = {
         side: references.cropped(images, pair.crop)
-        for side, images in references._attacked(pair, attacked).items()
+        for side, images in references.attacked_sets(pair, attacked).items()
     } | {"public": (pair.parts["public"], None)}
     found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
     ids, labels = (

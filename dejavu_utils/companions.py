@@ -61,7 +61,7 @@ def table(
     )
     sets = {
         side: images.subset(np.isin(images.ids, rows["id"]))  # sorted by id, as every part is
-        for side, images in references._attacked(pair, attacked).items()
+        for side, images in references.attacked_sets(pair, attacked).items()
     }
     seen = np.concatenate(
         [_seen(pair, epoch, side, sets[side], views, layer, device) for side in sorted(sets)]
@@ -82,7 +82,7 @@ def _seen(
     """Return alignment and similarity (n, 2 models, 2) of images, from pixels as the training had
     them.
     """
-    size, square, native = pair.size(), round(pair.size() * 8 / 7), pairs._native(pair.parts)
+    size, square, native = pair.size(), round(pair.size() * 8 / 7), pairs.equal_sized(pair.parts)
     sizes = torch.as_tensor(images.sizes if native else np.full((len(images), 2), square))
     augmentation = augment.Views(**pair.jobs["A"].recipe.views)
     kinds = [kind for _, kind in augment.plan(augmentation, size)[:2]]
@@ -277,9 +277,10 @@ def _bootstrap(
             (one[columns].to_numpy(float).T, one["member"].to_numpy())
             for _, one in run.groupby("model")
         ]
-        strata = attack._strata(run, 1, "own")
+        strata = attack.stratify(run, 1, "own")
         each = [
-            chain.from_iterable(attack._weights(stratum, resamples, seed)) for stratum in strata
+            chain.from_iterable(attack.bootstrap_weights(stratum, resamples, seed))
+            for stratum in strata
         ]
         drawn = (
             np.repeat(np.arange(sum(map(len, rows))), np.concatenate(rows))

@@ -262,7 +262,7 @@ class Training(train.Training):
         self.method = self.model = Denoiser(decoder, self.dtype == torch.bfloat16).train()
         if recipe.compile:
             decoder.net.compile()
-        self.optimizer = train._optimizer(self.method, recipe)
+        self.optimizer = train.make_optimizer(self.method, recipe)
 
     @property
     def encoder(self) -> Decoder:
@@ -305,7 +305,7 @@ def fit(job: train.Job, every: float = 30.0) -> None:
     if last.exists():
         state, meta = store.read_tensors(last)
         training.restore(state, meta["epoch"], last)
-    train._run(training, job, last, every, writes=True)
+    train.run_epochs(training, job, last, every, writes=True)
     for path in (last, store.sidecar(last)):
         path.unlink(missing_ok=True)
 

@@ -164,7 +164,7 @@ def _smallest_faiss(
     return -torch.from_numpy(inner).to(best.device), torch.from_numpy(column).to(best.device)
 
 
-def _candidates(
+def candidates(
     queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, engine: str, tile: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return `keep` candidate columns per query and lower bounds of their squared distances,
@@ -253,7 +253,7 @@ def _attempt(
         after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         after.enter_context(torch.autocast(queries.device.type, enabled=False))
         torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
-        column, bound = _candidates(queries, bank, keep, dtype, engine, tile)
+        column, bound = candidates(queries, bank, keep, dtype, engine, tile)
     (q, width), distance = queries.shape, torch.full_like(bound, torch.inf)
     distance[:, :k] = _distances(
         queries, torch.arange(q, device=queries.device), bank, column[:, :k]
@@ -296,7 +296,8 @@ def search(
         8 * queries.shape[1] * max(_largest("queries", queries), _largest("bank", bank)) ** 2 < 1e37
     )
     queries, n, few = queries.float(), len(bank), k + k // 2 + math.isqrt(queries.shape[1])
-    coarse = {"cuda": "high", "cpu": "medium" if torch.cpu._is_amx_tile_supported() else "highest"}
+    matrix_unit = torch.cpu._is_amx_tile_supported()  # noqa: SLF001 torch has no public test
+    coarse = {"cuda": "high", "cpu": "medium" if matrix_unit else "highest"}
     coarse = (
         coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"
     )  # few rows: doubt costs more

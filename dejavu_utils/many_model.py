@@ -68,7 +68,7 @@ def _sources(pair: Pair, drawn: dict) -> dict[str, Path]:
         )
         used = {"a": a[0], "shared": b[0], "b": a[1]}  # "A" is trained on a and shared
         folder = Path(pair.jobs[model].pixels).parent
-        found[model] = pairs._training_set(
+        found[model] = pairs.training_set(
             used, "A", pair.jobs[model].recipe, folder, pair.setting["seed"]
         )
     return found

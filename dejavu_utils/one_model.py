@@ -226,7 +226,7 @@ def _judge(
     rows, seed = [], pair.setting["seed"]
     for side in "ab":
         sets = [
-            references.cropped(references._attacked(pair, which)[side], pair.crop)
+            references.cropped(references.attacked_sets(pair, which)[side], pair.crop)
             for which in ("attacked", "control")
         ]
         learn = np.repeat([True, False], [len(images) for images, _ in sets])

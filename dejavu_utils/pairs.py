@@ -168,7 +168,7 @@ def one(
     how = recipe(criterion, params["recipe"])
     jobs = {}
     for model in ("A", "B"):
-        source = _training_set(used, model, how, folder / "pixels", seed)
+        source = training_set(used, model, how, folder / "pixels", seed)
         own = ("train", "methods", "criteria", "distributed", "feed", "views", "models", "crops")
         code = store.code_version(
             *(("engine_vissl", "vissl_config") if how.engine == "vissl" else own)
@@ -254,7 +254,7 @@ def _cost(how: train.Recipe, large: int) -> tuple[float, int]:
     return counter.get_total_flops(), sum(weight.numel() for weight in encoder.parameters())
 
 
-def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:
+def training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:
     """Return the file of what encoder A (B) is trained on: set A (B) and the shared part, named by
     its content.
 
@@ -264,7 +264,7 @@ def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed
     both = {name: [parts[name.lower()], parts["shared"]] for name in ("A", "B")}
     used = [images for images in both[model] if len(images)]
     native, area = (
-        _native(parts),
+        equal_sized(parts),
         max(sum(images.sizes.prod(1).sum() for images in each) for each in both.values()),
     )
     side = round(
@@ -285,7 +285,7 @@ def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed
     return path
 
 
-def _native(parts: dict) -> bool:
+def equal_sized(parts: dict) -> bool:
     """Return whether all pictures of both sets have one size: decided for A and B at once, never
     for one alone.
     """

@@ -37,7 +37,7 @@ def per_knob(rows: pd.DataFrame) -> Figure:
     `rows` is of `tradeoff.rows`: values stand in the order of the table, at equal distances.
     """
     groups = list(rows[rows["knob"] != "default"].groupby(["criterion", "knob"], sort=False))
-    figure, columns = plots._columns(len(groups), 5, 2, 3.0, 2.3)
+    figure, columns = plots.subplot_columns(len(groups), 5, 2, 3.0, 2.3)
     for (top, bottom), ((criterion, knob), part) in zip(columns, groups, strict=True):
         for name, label, colour in (("score", "all", TARGET), ("score_20", "p = 20 %", PURPLE)):
             _points(top, part, name, colour, label)
@@ -51,8 +51,8 @@ def per_knob(rows: pd.DataFrame) -> Figure:
     for axes, text in zip(
         zip(*columns, strict=True), ("déjà vu score", "held-out accuracy"), strict=True
     ):
-        plots._same_scale(axes)
-        plots._label_left(axes, text)
+        plots.same_scale(axes)
+        plots.label_left(axes, text)
     columns[0][0].legend(fontsize=8)
     return figure
 
@@ -63,7 +63,7 @@ def _points(axis: Axes, part: pd.DataFrame, name: str, colour: str, label: str) 
     axis.errorbar(
         places,
         part[name],
-        yerr=plots._errors(part, name),
+        yerr=plots.error_bars(part, name),
         color=colour,
         marker="o",
         markersize=4,
@@ -82,7 +82,7 @@ def plane(rows: pd.DataFrame) -> Figure:
     Down and to the right is better. Bars are 95 % intervals on both axes, rings mark the Pareto
     front (`front`).
     """
-    figure, axes = plots._axes(2, 1, 5.4, 4.4, sharex=True)
+    figure, axes = plots.subplots(2, 1, 5.4, 4.4, sharex=True)
     lines = list(rows.groupby(["criterion", "knob"], sort=False))
     turned = [name for name, _ in lines if name[1] != "default"]
     for axis, name, text in zip(
@@ -90,7 +90,7 @@ def plane(rows: pd.DataFrame) -> Figure:
     ):
         for i, (setting, part) in enumerate(lines):
             bars = {
-                f"{end}err": plots._errors(part, column)
+                f"{end}err": plots.error_bars(part, column)
                 for end, column in (("x", "held_out"), ("y", name))
             }
             colour = COLOURS[turned.index(setting) % 10] if setting in turned else "grey"

@@ -56,7 +56,7 @@ SWEEPS = {
 }
 
 
-def _axes(
+def subplots(
     columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """Return (figure, 2-D array of axes) in the house style."""
@@ -77,7 +77,7 @@ def _axes(
     return figure, axes
 
 
-def _columns(
+def subplot_columns(
     count: int, most: int, rows: int = 1, *size: float, **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """Return (figure, `count` columns of `rows` axes), `most` of them side by side, the others
@@ -85,7 +85,7 @@ def _columns(
     """
     deep = -(-count // most)
     wide = -(-count // deep)
-    figure, axes = _axes(wide, rows * deep, *size, **options)
+    figure, axes = subplots(wide, rows * deep, *size, **options)
     columns = axes.reshape(deep, rows, wide).swapaxes(1, 2).reshape(-1, rows)
     for unused in columns[count:].flat:
         unused.remove()
@@ -99,28 +99,28 @@ def _panels(
     criterion (and rho).
     """
     groups, parts = zip(*table.groupby(list(by), sort=False, dropna=False), strict=True)
-    figure, columns = _columns(len(groups), 3, rows, **options)
+    figure, columns = subplot_columns(len(groups), 3, rows, **options)
     for column, (kind, *rho) in zip(columns, groups, strict=True):
         name = NAMES.get(kind, kind)
         column[0].set_title(f"{name}, ρ = {rho[0]:g}" if rho and not np.isnan(rho[0]) else name)
     return figure, list(zip(columns, parts, strict=True))
 
 
-def _label_left(axes: Iterable[Axes], text: str) -> None:
+def label_left(axes: Iterable[Axes], text: str) -> None:
     """Label the y-axis of those axes that stand at the left edge of the figure."""
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel(text)
 
 
-def _same_scale(axes: Sequence[Axes], room: float = 0.0) -> None:
+def same_scale(axes: Sequence[Axes], room: float = 0.0) -> None:
     """Give all axes one y-scale, with `room` above, a share of it."""
     lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
     for axis in axes:
         axis.set_ylim(min(lows), max(highs) + room * (max(highs) - min(lows)))
 
 
-def _errors(table: pd.DataFrame, y: str, ends: str | None = None) -> list[pd.Series]:
+def error_bars(table: pd.DataFrame, y: str, ends: str | None = None) -> list[pd.Series]:
     """Return how far the interval reaches below and above each value; its columns are <ends>low,
     <ends>high.
     """
@@ -141,10 +141,10 @@ def _line(
     style: str = "-",
     ends: str | None = None,
 ) -> None:
-    """Draw y over x with its interval (see `_errors`) as a band and a marker at each value."""
+    """Draw y over x with its interval (see `error_bars`) as a band and a marker at each value."""
     table = table.sort_values(x)
     axis.plot(table[x], table[y], style, color=colour, marker="o", markersize=4, label=label)
-    below, above = _errors(table, y, ends)
+    below, above = error_bars(table, y, ends)
     axis.fill_between(
         table[x], table[y] - below, table[y] + above, color=colour, alpha=0.18, linewidth=0
     )
@@ -163,7 +163,7 @@ def examples(
     """
     from matplotlib.patches import Rectangle
 
-    figure, axes = _axes(len(images), 2, 1.35, 1.5)
+    figure, axes = subplots(len(images), 2, 1.35, 1.5)
     for (top, bottom), image, (boxes, crop), label in zip(
         axes.T, images, rects, labels, strict=True
     ):
@@ -209,7 +209,7 @@ def over_p(curve: pd.DataFrame) -> Figure:
         axis.axhline(part["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
         axis.set_xlabel("p: most confident examples (%)")
     figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
-    _label_left(figure.axes, "label-inference accuracy")
+    label_left(figure.axes, "label-inference accuracy")
     figure.axes[0].legend()
     return figure
 
@@ -228,7 +228,7 @@ def probes(table: pd.DataFrame) -> Figure:
     figure, panels = _panels(table, sharey=True)
     for (axis,), part in panels:
         _probe_lines(axis, part, table["low"].min())
-    _label_left(figure.axes, "linear probe (backbone)")
+    label_left(figure.axes, "linear probe (backbone)")
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3
     )
@@ -254,9 +254,9 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
             bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min()
         )
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
-    _label_left(tops, "déjà vu score")
-    _label_left(bottoms, "linear probe (backbone)")
-    _same_scale(tops, 0.3)  # room for the legend above the bands
+    label_left(tops, "déjà vu score")
+    label_left(bottoms, "linear probe (backbone)")
+    same_scale(tops, 0.3)  # room for the legend above the bands
     tops[0].legend(loc="upper left", ncols=len(shades))
     figure.legend(
         *bottoms[0].get_legend_handles_labels(),
@@ -281,7 +281,7 @@ def split(shares: pd.DataFrame) -> Figure:
         axis.errorbar(
             x,
             base,
-            yerr=_errors(one, "memorized"),
+            yerr=error_bars(one, "memorized"),
             fmt="none",
             ecolor="black",
             elinewidth=1,
@@ -291,7 +291,7 @@ def split(shares: pd.DataFrame) -> Figure:
         axis.set_xlabel("epoch")
     first = figure.axes[0]
     first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
-    _label_left(figure.axes, "share of attacked images")
+    label_left(figure.axes, "share of attacked images")
     first.legend(loc="upper left", fontsize=8)
     return figure
 
@@ -330,7 +330,7 @@ def layers(scores: pd.DataFrame) -> Figure:
     Columns: criterion, layer, score, low, high.
     """
     kinds = list(dict.fromkeys(scores["criterion"]))
-    figure, [[axis]] = _axes(1, width=1.6 + 1.4 * len(kinds), height=3.2)
+    figure, [[axis]] = subplots(1, width=1.6 + 1.4 * len(kinds), height=3.2)
     for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
         one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
         axis.bar(
@@ -339,7 +339,7 @@ def layers(scores: pd.DataFrame) -> Figure:
             0.28,
             color=LAYERS[layer],
             label=layer,
-            yerr=_errors(one, "score", ""),
+            yerr=error_bars(one, "score", ""),
             capsize=3,
             error_kw={"elinewidth": 1},
         )
@@ -358,7 +358,7 @@ def references(table: pd.DataFrame) -> Figure:
     Columns: `agreement.scores`.
     """
     kinds = list(dict.fromkeys(table["criterion"]))
-    figure, [[axis]] = _axes(1, width=2.0 + 1.5 * len(kinds), height=3.6)
+    figure, [[axis]] = subplots(1, width=2.0 + 1.5 * len(kinds), height=3.6)
     names = [name for name in REFERENCES if name in set(table["reference"])]
     for i, name in enumerate(names):
         one = table[table["reference"] == name].set_index("criterion")
@@ -393,7 +393,7 @@ def sweeps(table: pd.DataFrame) -> Figure:
     Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
     """
     kinds = list(dict.fromkeys(table["sweep"]))
-    figure, columns = _columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
+    figure, columns = subplot_columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
     for (axis,), kind in zip(columns, kinds, strict=True):
         part = table[table["sweep"] == kind]
         values = list(dict.fromkeys(part["value"]))
@@ -405,21 +405,21 @@ def sweeps(table: pd.DataFrame) -> Figure:
                 fmt="o",
                 markersize=4,
                 capsize=3,
-                yerr=_errors(one, "score", ""),
+                yerr=error_bars(one, "score", ""),
                 label=f"p = {p:g} %",
                 color=(TARGET, "#CC79A7", BAYES)[i],
             )
         axis.axhline(0, color="grey", lw=1, ls=":")
         axis.set_xticks(np.arange(len(values)), values)
         axis.set_xlabel(SWEEPS[kind])
-    _label_left(figure.axes, "déjà vu score")
+    label_left(figure.axes, "déjà vu score")
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2
     )
     return figure
 
 
-def _picture(
+def show_picture(
     axis: Axes, picture: torch.Tensor | np.ndarray, name: str, frame: str, right: bool
 ) -> None:
     """Show a picture in a frame of a colour, under its name, which is green and bold where it is
@@ -440,15 +440,15 @@ def gallery(rows: list[dict], neighbours: int = 4) -> Figure:
     `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the
     same), and title if the crop is to be called otherwise.
     """
-    figure, axes = _axes(2 + 2 * neighbours, len(rows), 1.0, 1.18)
+    figure, axes = subplots(2 + 2 * neighbours, len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        _picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
-        _picture(line[1], row["image"], row["name"], "black", False)
+        show_picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
+        show_picture(line[1], row["image"], row["name"], "black", False)
         cells = [
             (*near, colour)
             for role, colour in (("target", TARGET), ("reference", REFERENCE))
             for near in row[role][:neighbours]
         ]
         for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
-            _picture(axis, picture, name, frame, name == row["name"])
+            show_picture(axis, picture, name, frame, name == row["name"])
     return figure

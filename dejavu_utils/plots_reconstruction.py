@@ -24,11 +24,11 @@ def samples(rows: list[dict]) -> Figure:
     `rows` as `reconstruct.redrawn` returns them: image, name, drawn (list of (picture, name that
     the judge reads)).
     """
-    figure, axes = plots._axes(1 + len(rows[0]["drawn"]), len(rows), 1.0, 1.18)
+    figure, axes = plots.subplots(1 + len(rows[0]["drawn"]), len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        plots._picture(line[0], row["image"], row["name"], "black", False)
+        plots.show_picture(line[0], row["image"], row["name"], "black", False)
         for axis, (picture, name) in zip(line[1:], row["drawn"], strict=True):
-            plots._picture(axis, picture, name, plots.TARGET, name == row["name"])
+            plots.show_picture(axis, picture, name, plots.TARGET, name == row["name"])
     return figure
 
 
@@ -41,10 +41,10 @@ def reconstructions(rows: list[dict], title: str = "") -> Figure:
     """
     roles = (("target", plots.TARGET), ("reference", plots.REFERENCE))
     drawn, near = (len(rows[0]["target"][kind]) for kind in ("drawn", "nearest"))
-    figure, axes = plots._axes(2 + 2 * (drawn + near), len(rows), 0.95, 1.15)
+    figure, axes = plots.subplots(2 + 2 * (drawn + near), len(rows), 0.95, 1.15)
     for line, row in zip(axes, rows, strict=True):
-        plots._picture(line[0], row["crop"], "crop", "black", False)
-        plots._picture(line[1], row["image"], row["name"], "black", False)
+        plots.show_picture(line[0], row["crop"], "crop", "black", False)
+        plots.show_picture(line[1], row["image"], row["name"], "black", False)
         cells = [
             (*cell, colour)
             for kind in ("drawn", "nearest")
@@ -52,7 +52,7 @@ def reconstructions(rows: list[dict], title: str = "") -> Figure:
             for cell in row[role][kind]
         ]
         for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
-            plots._picture(axis, picture, name, frame, name == row["name"])
+            plots.show_picture(axis, picture, name, frame, name == row["name"])
     heads = [
         (2 + i * drawn, f"drawn from the crop by the {role}", colour)
         for i, (role, colour) in enumerate(roles)
@@ -82,7 +82,7 @@ def read_off(table: pd.DataFrame, chance: float, truth: float | None = None) -> 
     reference_high; one measure. `chance` and `truth`, the best that the background allows (scenes
     only), are drawn as lines.
     """
-    figure, [[axis]] = plots._axes(1, width=6.4, height=0.9 + 0.42 * len(table))
+    figure, [[axis]] = plots.subplots(1, width=6.4, height=0.9 + 0.42 * len(table))
     rows = zip(table["condition"], table["attacked"], strict=True)
     names = [condition + OTHER.get(attacked, "") for condition, attacked in rows]
     for shift, role, colour in (

@@ -51,7 +51,7 @@ def _pair(
     return features, labels
 
 
-def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
+def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
     """Return standardised logistic regression, fitted in float64: mean loss + penalty / 2 * squared
     weights.
 
@@ -80,7 +80,7 @@ def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
         return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
 
 
-def _fit_sgd(
+def fit_sgd(
     x: Tensor,
     y: Tensor,
     classes: int,
@@ -161,13 +161,13 @@ def linear_probe(
             f"probe.linear_probe: feature widths {widths}; expected the same layer for every set."
         )
     if method == "lbfgs":
-        model = _fit_lbfgs(x, y, penalty, steps)
+        model = fit_lbfgs(x, y, penalty, steps)
         found = {
             name: float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
             for name, (z, t) in sets.items()
         }
     else:
-        fitted = _fit_sgd(x, y, classes, seed, epochs, rates, batch)
+        fitted = fit_sgd(x, y, classes, seed, epochs, rates, batch)
         found = {name: _accuracy(*part, *fitted) for name, part in sets.items()}
     return {**found, "gap": found["train"] - found["test"]}
 

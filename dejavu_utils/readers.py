@@ -51,7 +51,7 @@ class Lazy(Sequence):
 
     def __getitem__(self, i: int) -> Tensor:
         try:
-            with self.tree.open(self.names[i]) as file, _picture(file) as image:
+            with self.tree.open(self.names[i]) as file, open_picture(file) as image:
                 return _pixels(image)
         except Exception as error:
             raise ValueError(
@@ -61,7 +61,7 @@ class Lazy(Sequence):
 
 
 @contextlib.contextmanager
-def _picture(file: IO[bytes]) -> Iterator[Image.Image]:
+def open_picture(file: IO[bytes]) -> Iterator[Image.Image]:
     """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST`
     px.
     """
@@ -263,7 +263,7 @@ def _one(
     take half an hour.
     """
     try:
-        with source.tree.open(name) as file, _picture(file) as image:
+        with source.tree.open(name) as file, open_picture(file) as image:
             size, boxes = (
                 image.size,
                 _fit(*LAYOUTS[source.entry["layout"]][1](source, name), image.size),

@@ -246,7 +246,7 @@ def table(
 def _table(bench: Bench, condition: str, attacked: str, device: str) -> pd.DataFrame:
     import pandas as pd
 
-    scores, targets, measured = {}, references._attacked(bench.pair, attacked), []
+    scores, targets, measured = {}, references.attacked_sets(bench.pair, attacked), []
     for side, images in targets.items():
         rects, keep = crops.background(images, bench.pair.crop)
         rects = np.c_[0 * images.sizes, images.sizes] if attacked == "whole" else rects

@@ -85,7 +85,7 @@ def two_model(
     layers = layers or ("projector", "backbone", *scored)
     targets, found, public = {}, {}, pair.parts["public"]
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    for side, images in _attacked(pair, attacked).items():
+    for side, images in attacked_sets(pair, attacked).items():
         targets[side], rects = cropped(images, crop or pair.crop)
         found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
     found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
@@ -178,7 +178,7 @@ def held_out(
     return joined, np.concatenate([images.labels for images in sets])
 
 
-def _attacked(pair: Pair, which: str) -> dict[str, Images]:
+def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
     """Return {"a", "b"} -> Images: the images unique to each set, or the two halves of the control
     set.
     """

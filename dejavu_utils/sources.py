@@ -150,7 +150,7 @@ def pictures(name: str, what: str = "IMAGES") -> Images:
 def _measure(tree: manifests.Tree, name: str) -> tuple[tuple[int, int], int] | str:
     """Return ((width, height), bytes) of a picture, or in words why it is none."""
     try:
-        with tree.open(name) as file, readers._picture(file) as image:
+        with tree.open(name) as file, readers.open_picture(file) as image:
             return image.size, file.seek(0, 2)
     except Exception as error:  # decoders fail in many ways; every one is a line in `skipped`
         return f"{type(error).__name__}: {error}"

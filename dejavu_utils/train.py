@@ -71,10 +71,12 @@ def precision(name: str, device: str) -> torch.dtype:
         return known[name]
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    computes = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 torch has no public test
+    return torch.bfloat16 if computes else torch.float32
 
 
-def _optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser of the trained weights; biases and norms do not decay."""
     trained = [p for p in method.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -135,7 +137,7 @@ class Training:
         self.method.bf16 = self.dtype == torch.bfloat16
         self.method.to(self.device, memory_format=torch.channels_last).train()
         self.model = self._wrapped(processes)
-        self.optimizer = _optimizer(self.method, recipe)
+        self.optimizer = make_optimizer(self.method, recipe)
 
     def _wrapped(self, processes: int) -> nn.Module:
         """Return the method, compiled and shared between processes as the recipe says."""
@@ -270,13 +272,18 @@ def fit(job: Job, every: float = 30.0) -> None:
     if last.exists():
         tensors, meta = store.read_tensors(last)
         training.restore(tensors, meta["epoch"], last)
-    _run(training, job, last, every, writes=distributed.rank() == 0)
+    run_epochs(training, job, last, every, writes=distributed.rank() == 0)
     if distributed.rank() == 0:
         for path in (last, store.sidecar(last)):
             path.unlink(missing_ok=True)
 
 
-def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -> None:
+def run_epochs(training: Training, job: Job, last: Path, every: float, writes: bool) -> None:
+    """Run the epochs that are left; keep the encoders that `job` wants, and the state in `last`.
+
+    Only the process that `writes` keeps anything: of several, the first. SystemExit where the
+    starting process has ended, FloatingPointError where a loss stopped being finite.
+    """
     parent, saved = os.getppid(), time.monotonic()
     log = open_log(Path(job.folder) / "log.jsonl", training.epoch) if writes else None
     while True:
