@@ -4,12 +4,14 @@ needs.
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from types import ModuleType
 
 __version__ = "0.1.0"
 __all__ = sorted(["start", *(module.name for module in pkgutil.iter_modules(__path__))])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType | Callable:
     if name == "start":
         return importlib.import_module(f"{__name__}.notebook").start
     if name in __all__:

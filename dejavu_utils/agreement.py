@@ -6,16 +6,33 @@ Tables here are those of the attack with a column `reference`: "two-model" (the 
 `attacked` is "attacked", or "control" for images of neither set.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
 from dejavu_utils import attack, many_model, one_model, references, scenes
 from dejavu_utils.attack import bounds
+from dejavu_utils.pairs import Pair
+
+if TYPE_CHECKING:
+    from dejavu_utils.notebook import Progress
 
 TWO, MANY = "two-model", "many-model"
 
 
-def attacks(pairs, epoch: int, k: int, restarted=(), halves=(), device: str = "cpu", progress=None):
+def attacks(
+    pairs: list[Pair],
+    epoch: int,
+    k: int,
+    restarted: Sequence[tuple[int, Pair]] = (),
+    halves: Sequence[Pair] = (),
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Return the attack at the projector of every pair against every reference, one table.
 
     `restarted`: (start, pair) of `many_model.again`, trained; `halves`: of `many_model.halves` of
@@ -47,7 +64,7 @@ def attacks(pairs, epoch: int, k: int, restarted=(), halves=(), device: str = "c
     )
 
 
-def scores(table, resamples: int = 1000, seed: int = 0):
+def scores(table: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Return a row per criterion and reference: the déjà vu score against it over all examples, and
     its offset.
 
@@ -86,7 +103,7 @@ def scores(table, resamples: int = 1000, seed: int = 0):
     return _with(pd.DataFrame(rows), "offset", "calibrated", "difference")
 
 
-def _with(table, *names: str):
+def _with(table: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Return the table with columns for these values and their intervals, empty where nothing could
     measure them.
     """
@@ -104,12 +121,12 @@ def _numbers(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     }
 
 
-def _sets(table) -> list:
+def _sets(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the rows of attacked and of control images."""
     return [table[table["attacked"] == which] for which in ("attacked", "control")]
 
 
-def labels(table, resamples: int = 2000, seed: int = 0):
+def labels(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Return how far every other reference agrees with the two-model test, image by image, seeds
     pooled.
 
@@ -142,7 +159,9 @@ def labels(table, resamples: int = 2000, seed: int = 0):
     return _with(pd.DataFrame(rows), "control_odds", "net")
 
 
-def _cells(one, two, resamples: int, seed: int) -> dict[str, np.ndarray]:
+def _cells(
+    one: pd.DataFrame, two: pd.DataFrame, resamples: int, seed: int
+) -> dict[str, np.ndarray]:
     """Return {what: (4, 1 + resamples)}: how many images have a label in both, one, two and
     neither; {} of none.
     """
@@ -154,7 +173,7 @@ def _cells(one, two, resamples: int, seed: int) -> dict[str, np.ndarray]:
             "memorized": [each.hits[0] > each.hits[1] for each in pair],
             "reference": [each.hits[1] > 0 for each in pair],
         }
-        drawn = np.concatenate(list(attack._weights(pair[0], resamples, seed)))
+        drawn = np.concatenate(list(attack.bootstrap_weights(pair[0], resamples, seed)))
         for what, (u, v) in both.items():
             counts[what] = (
                 counts[what]

@@ -10,6 +10,7 @@ score is the mean over directions (paper section 4, symmetrised).
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,13 @@ class Stratum(NamedTuple):
     stream: int
 
 
-def infer(queries, bank, bank_labels, k: int, classes: int) -> dict[str, np.ndarray]:
+def infer(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: np.ndarray | torch.Tensor,
+    k: int,
+    classes: int,
+) -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k),
     distances (q, k).
 
@@ -72,7 +79,7 @@ def infer(queries, bank, bank_labels, k: int, classes: int) -> dict[str, np.ndar
     return {name: values.cpu().numpy() for name, values in found.items()}
 
 
-def infer_scores(scores) -> dict[str, np.ndarray]:
+def infer_scores(scores: torch.Tensor) -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5) and confidence (q,) nats of class scores (q, classes),
     without neighbours.
 
@@ -92,8 +99,14 @@ def infer_scores(scores) -> dict[str, np.ndarray]:
 
 
 def label_inference(
-    crops: dict, public: dict | None, public_labels, ids: dict, labels: dict, k: int, classes: int
-):
+    crops: dict[str, dict[str, torch.Tensor]],
+    public: dict[str, torch.Tensor] | None,
+    public_labels: np.ndarray | None,
+    ids: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    k: int,
+    classes: int,
+) -> pd.DataFrame:
     """Return the table of all four (model, attacked set) pairs, in the order of direction, role and
     id.
 
@@ -144,7 +157,7 @@ def label_inference(
     return pd.concat(parts, ignore_index=True)
 
 
-def _strata(table, top: int, ranking: str) -> list[Stratum]:
+def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     """Return the strata of a table, target and reference joined by id; ValueError if they do not
     pair up.
     """
@@ -190,7 +203,7 @@ def _strata(table, top: int, ranking: str) -> list[Stratum]:
     return strata
 
 
-def _weights(stratum: Stratum, resamples: int, seed: int):
+def bootstrap_weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each image is drawn, (r, n) at a time: first the data itself (all ones), then
     the resamples.
     """
@@ -205,7 +218,7 @@ def _weights(stratum: Stratum, resamples: int, seed: int):
         yield counts if units == n else counts[:, stratum.cluster]
 
 
-def _count(n, p: float):
+def _count(n: int | np.ndarray, p: float) -> float | np.ndarray:
     """Return how many of n examples are the top p %: ceil(p n / 100), at least 1; ValueError unless
     0 < p <= 100.
     """
@@ -214,7 +227,9 @@ def _count(n, p: float):
     return np.maximum(1, np.ceil(np.asarray(n) * p / 100 - 1e-9))
 
 
-def _ranked(hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares) -> np.ndarray:
+def _ranked(
+    hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares: Sequence[float]
+) -> np.ndarray:
     """Return the accuracy (len(shares), r) on the top p % of every weighted sample (r, n),
     re-ranked in each.
 
@@ -236,7 +251,9 @@ def _ranked(hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, share
     return np.stack(accuracies)
 
 
-def _accuracies(strata: list[Stratum], shares, resamples: int, seed: int) -> np.ndarray:
+def _accuracies(
+    strata: list[Stratum], shares: Sequence[float], resamples: int, seed: int
+) -> np.ndarray:
     """Return the mean over strata of target and reference accuracy (shares, 2, 1 + resamples);
     column 0 is the data.
     """
@@ -247,7 +264,7 @@ def _accuracies(strata: list[Stratum], shares, resamples: int, seed: int) -> np.
                 _ranked(hits, confidence, weights, shares)
                 for hits, confidence in zip(*stratum[:2], strict=True)
             ]
-            for weights in _weights(stratum, resamples, seed)
+            for weights in bootstrap_weights(stratum, resamples, seed)
         ]
         total = total + np.concatenate([np.stack(roles, 1) for roles in chunks], 2)
     return total / len(strata)
@@ -277,18 +294,20 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def accuracies(table, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+def accuracies(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is
     the data itself.
     """
-    return _accuracies(_strata(table, 1, "own"), [100], resamples, seed)[0]
+    return _accuracies(stratify(table, 1, "own"), [100], resamples, seed)[0]
 
 
-def matched(one, two, top: int = 1, ranking: str = "own") -> tuple[list[Stratum], list[Stratum]]:
+def matched(
+    one: pd.DataFrame, two: pd.DataFrame, top: int = 1, ranking: str = "own"
+) -> tuple[list[Stratum], list[Stratum]]:
     """Return the strata of two tables of the same images, which are resampled alike; ValueError if
     they are not.
     """
-    sides = _strata(one, top, ranking), _strata(two, top, ranking)
+    sides = stratify(one, top, ranking), stratify(two, top, ranking)
     if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
         raise ValueError(
             "attack: the tables do not judge the same images and seeds. Attack the same sets."
@@ -309,18 +328,18 @@ def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
 
 
 def curve(
-    table,
-    shares,
+    table: pd.DataFrame,
+    shares: Iterable[float],
     ranking: str = "own",
     top: int = 1,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
-):
+) -> list[dict]:
     """Return one `score` row per percentage in `shares`, all from the same resamples (list of
     dicts).
     """
-    strata, rows, shares = _strata(table, top, ranking), [], list(shares)
+    strata, rows, shares = stratify(table, top, ranking), [], list(shares)
     for p, (target, reference) in zip(
         shares, _accuracies(strata, shares, resamples, seed), strict=True
     ):
@@ -342,7 +361,7 @@ def curve(
 
 
 def score(
-    table,
+    table: pd.DataFrame,
     p: float = 100,
     ranking: str = "own",
     top: int = 1,
@@ -364,7 +383,7 @@ def score(
 
 
 def four_way(
-    table, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    table: pd.DataFrame, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict:
     """Return the shares memorized, correlated, misrepresented, unassociated, each with _low and
     _high, and their ratio.
@@ -374,7 +393,7 @@ def four_way(
     `misrepresented_count`), interval: exact binomial given their sum, or the bootstrap's where
     classes are drawn. memorized - misrepresented = score at p = 100, exactly.
     """
-    strata = _strata(table, top, "own")
+    strata = stratify(table, top, "own")
     shares, counts = np.zeros((4, 1 + resamples)), np.zeros((4, 1 + resamples))
     for stratum in strata:
         target, reference = stratum.hits
@@ -388,7 +407,10 @@ def four_way(
             1,
         )
         found = np.concatenate(
-            [weights @ cells.astype(float) for weights in _weights(stratum, resamples, seed)]
+            [
+                weights @ cells.astype(float)
+                for weights in bootstrap_weights(stratum, resamples, seed)
+            ]
         ).T
         counts += found
         shares += found / found.sum(0) / len(strata)
@@ -421,8 +443,8 @@ def odds(wins: int, losses: int, level: float = 0.95) -> tuple[float, float, flo
 
 
 def difference(
-    one,
-    two,
+    one: pd.DataFrame,
+    two: pd.DataFrame,
     p: float | tuple[float, float] = 100,
     ranking: str = "own",
     top: int = 1,
@@ -446,7 +468,7 @@ def difference(
     return row | {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
 
 
-def over_seeds(values, level: float = 0.95) -> dict:
+def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict:
     """Return mean, low, high (t-interval over seeds), sd and n of one number per seed; NaN bounds
     for one seed.
     """

@@ -14,6 +14,7 @@ import torch
 from scipy.special import entr
 
 from dejavu_utils import attack, knn, one_model, references, subject
+from dejavu_utils.data import Images
 from dejavu_utils.subject import Subject
 
 # level of the controls' intervals: of 100 audits without a fault, about three fail one of three
@@ -112,7 +113,7 @@ def judge(
     return {name: tuple(each[part == i] for each in said) for i, name in enumerate(sets)}
 
 
-def table(case: Subject, inferred: dict, judged: dict | None = None):
+def table(case: Subject, inferred: dict, judged: dict | None = None) -> pd.DataFrame:
     """Return a tidy table, a row per set, layer, model ("target", "untrained"), role and image (see
     attack).
 
@@ -142,18 +143,20 @@ def table(case: Subject, inferred: dict, judged: dict | None = None):
     return pd.concat(parts, ignore_index=True)
 
 
-def _said(case: Subject, found: dict, images) -> tuple:
+def _said(case: Subject, found: dict, images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (prediction, confidence, belief) of an encoder's neighbours."""
     votes = case.public.labels[found["neighbours"]] == images.labels[:, None]
     return found["prediction"], found["confidence"], votes.mean(1)
 
 
-def part(rows, layer: str, model: str = "target", which: str = "audited"):
+def part(
+    rows: pd.DataFrame, layer: str, model: str = "target", which: str = "audited"
+) -> pd.DataFrame:
     """Return the rows of one set, layer and model: what attack.score and attack.four_way take."""
     return rows[(rows["layer"] == layer) & (rows["model"] == model) & (rows["set"] == which)]
 
 
-def _sums(rows, seed: int, resamples: int) -> np.ndarray:
+def _sums(rows: pd.DataFrame, seed: int, resamples: int) -> np.ndarray:
     """Return n, and the sums of t, b, t * b and b * b over all images: (5, 1 + resamples), the data
     itself first.
 
@@ -175,7 +178,9 @@ def _sums(rows, seed: int, resamples: int) -> np.ndarray:
     return (np.r_[np.ones((1, len(terms))), drawn] @ terms).T
 
 
-def calibrated(audited, unseen, level: float = 0.95, resamples: int = 2000) -> dict:
+def calibrated(
+    audited: pd.DataFrame, unseen: pd.DataFrame, level: float = 0.95, resamples: int = 2000
+) -> dict:
     """Return target accuracy on the audited images minus that expected without memory, with its
     bootstrap interval.
 
@@ -201,7 +206,7 @@ def calibrated(audited, unseen, level: float = 0.95, resamples: int = 2000) -> d
     }
 
 
-def scores(rows, top_p=(100, 20)):
+def scores(rows: pd.DataFrame, top_p: tuple[float, ...] = (100, 20)) -> pd.DataFrame:
     """Return the scores, a row per layer, reading ("audited", "unseen", "calibrated") and p %, with
     intervals and n.
     """
@@ -221,7 +226,7 @@ def scores(rows, top_p=(100, 20)):
     return pd.DataFrame(sorted(found, key=lambda row: (layers.index(row["layer"]), -row["p"])))
 
 
-def controls(case: Subject, rows, inferred: dict):
+def controls(case: Subject, rows: pd.DataFrame, inferred: dict) -> pd.DataFrame:
     """Return the negative controls on the same data, a row each: name, score, low, high (99 %), n,
     passed.
 
@@ -266,7 +271,7 @@ def _permuted(case: Subject, found: dict) -> dict:
     return {"score": mean["mean"], "low": mean["low"], "high": mean["high"], "n": len(truth)}
 
 
-def verdict(case: Subject, table, checks, margin: float = 0.05) -> dict:
+def verdict(case: Subject, table: pd.DataFrame, checks: pd.DataFrame, margin: float = 0.05) -> dict:
     """Return the verdict: "memorizes", "no evidence" or "undecided", the score it rests on, and
     why.
 
@@ -313,7 +318,7 @@ def _word(low: float, high: float, margin: float) -> str:
     return "memorizes" if low > 0 else "no evidence" if high < margin else "undecided"
 
 
-def by_class(rows, classes, resamples: int = 500):
+def by_class(rows: pd.DataFrame, classes: tuple[str, ...], resamples: int = 500) -> pd.DataFrame:
     """Return a row per class, the highest score first: n, score with interval, and how many images
     of each kind.
     """

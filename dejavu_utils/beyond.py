@@ -13,20 +13,22 @@ import torch
 from scipy.stats import binomtest
 
 from dejavu_utils import attack, data, probe, references
+from dejavu_utils.data import Images
+from dejavu_utils.pairs import Pair
 
 OBJECT = ("colour", "size")
 
 
 @references.cached("beyond")
 def table(
-    pair,
+    pair: Pair,
     epoch: int,
     k: int,
     attribute: str = "shade",
     layer: str = "projector",
     device: str = "cpu",
     attacked: str = "attacked",
-):
+) -> pd.DataFrame:
     """Return the attack on an attribute within the true class: a row per image and role, for
     `score`.
 
@@ -37,7 +39,7 @@ def table(
     """
     parts = {
         side: references.cropped(images, pair.crop)
-        for side, images in references._attacked(pair, attacked).items()
+        for side, images in references.attacked_sets(pair, attacked).items()
     } | {"public": (pair.parts["public"], None)}
     found, parts, values = _embedded(pair, epoch, attribute, parts, layer, device)
     ids, labels = (
@@ -50,7 +52,9 @@ def table(
     )
 
 
-def _embedded(pair, epoch: int, attribute: str, parts: dict, layer: str, device: str):
+def _embedded(
+    pair: Pair, epoch: int, attribute: str, parts: dict, layer: str, device: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Images], dict[str, np.ndarray]]:
     """Return {part: {model: embeddings}}, {part: Images}, {part: values} of the pictures whose
     attribute is known.
 
@@ -68,7 +72,7 @@ def _embedded(pair, epoch: int, attribute: str, parts: dict, layer: str, device:
     return found, kept, values
 
 
-def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int):
+def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int) -> pd.DataFrame:
     """Return `table`'s rows from arrays: embeddings[part][model] (n, d), ids, labels (classes) and
     values of each part.
 
@@ -101,7 +105,7 @@ def within(embeddings: dict, ids: dict, labels: dict, values: dict, k: int):
     )
 
 
-def score(table, **options) -> dict:
+def score(table: pd.DataFrame, **options: float | str) -> dict:
     """Return `attack.score` of a `table`, with `chance`: the accuracy of one who knows the label
     and nothing else.
 
@@ -113,8 +117,8 @@ def score(table, **options) -> dict:
 
 
 def readable(
-    pair, epoch: int, attribute: str = "shade", layer: str = "backbone", device: str = "cpu"
-):
+    pair: Pair, epoch: int, attribute: str = "shade", layer: str = "backbone", device: str = "cpu"
+) -> pd.DataFrame:
     """Return how well a linear probe reads the attribute from full images whose class it is told: a
     row per encoder.
 
@@ -170,7 +174,7 @@ def _values(attribute: str, parts: dict) -> dict[str, np.ndarray]:
     return {name: np.asarray(images.attributes[attribute]) for name, images in parts.items()}
 
 
-def object_attributes(images, public=None) -> dict[str, np.ndarray]:
+def object_attributes(images: Images, public: Images | None = None) -> dict[str, np.ndarray]:
     """Return {"colour", "size"} of the object, the largest box: ints (n,), 1 above its class's
     median in `public`.
 
@@ -189,7 +193,7 @@ def object_attributes(images, public=None) -> dict[str, np.ndarray]:
     return found
 
 
-def _measures(images) -> dict[str, np.ndarray]:
+def _measures(images: Images) -> dict[str, np.ndarray]:
     """Return colour, in levels of 255, and size, a share, of the largest box of every picture; NaN
     without one.
     """

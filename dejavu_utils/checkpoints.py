@@ -2,11 +2,15 @@
 and says what it had to assume.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +20,9 @@ from torch import Tensor, nn
 from dejavu_utils import foreign, rebuild, store
 from dejavu_utils.models import Encoder, width_of
 from dejavu_utils.own_format import fill, load
+
+if TYPE_CHECKING:
+    pass
 
 ACTIVATIONS = tuple(rebuild.ACTIVATIONS.values())
 
@@ -37,7 +44,7 @@ class Foreign(Encoder):
         notes: list[str],
         ignored: list[str],
         sha256: str,
-    ):
+    ) -> None:
         nn.Module.__init__(self)  # the parts are there already: nothing is built from specs
         self.trunk, self.projector, self.classifier = trunk, blocks, None
         self.layout, self.which, self.sha256 = layout, which, sha256
@@ -235,7 +242,7 @@ def contents(path: Path) -> dict:
 
 
 @contextlib.contextmanager
-def _whole(path: Path, *damage: type[Exception]):
+def _whole(path: Path, *damage: type[Exception]) -> Iterator[None]:
     """Turn the exceptions that a damaged file raises into a StoreError that says so."""
     try:
         yield

@@ -10,6 +10,7 @@ other encoder: for a training image, target minus reference.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import chain, combinations
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch.nn.functional import normalize
 
 from dejavu_utils import attack, pairs, references, summaries, train
 from dejavu_utils import views as augment
-from dejavu_utils.models import embed
+from dejavu_utils.data import Images
+from dejavu_utils.models import Encoder, embed
 
 STATISTICS = ("confidence", "correct", "alignment", "similarity")
 GAPS = tuple(f"{name}_gap" for name in STATISTICS)
@@ -35,7 +37,7 @@ def table(
     layer: str = "projector",
     device: str = "cpu",
     attacked: str = "attacked",
-):
+) -> pd.DataFrame:
     """Return a row per attacked image and encoder, with STATISTICS and GAPS of each.
 
     Other columns: id, label, direction (the image's set), model ("A" or "B"), member (was that
@@ -59,7 +61,7 @@ def table(
     )
     sets = {
         side: images.subset(np.isin(images.ids, rows["id"]))  # sorted by id, as every part is
-        for side, images in references._attacked(pair, attacked).items()
+        for side, images in references.attacked_sets(pair, attacked).items()
     }
     seen = np.concatenate(
         [_seen(pair, epoch, side, sets[side], views, layer, device) for side in sorted(sets)]
@@ -75,12 +77,12 @@ def table(
 
 
 def _seen(
-    pair: pairs.Pair, epoch: int, side: str, images, views: int, layer: str, device: str
+    pair: pairs.Pair, epoch: int, side: str, images: Images, views: int, layer: str, device: str
 ) -> np.ndarray:
     """Return alignment and similarity (n, 2 models, 2) of images, from pixels as the training had
     them.
     """
-    size, square, native = pair.size(), round(pair.size() * 8 / 7), pairs._native(pair.parts)
+    size, square, native = pair.size(), round(pair.size() * 8 / 7), pairs.equal_sized(pair.parts)
     sizes = torch.as_tensor(images.sizes if native else np.full((len(images), 2), square))
     augmentation = augment.Views(**pair.jobs["A"].recipe.views)
     kinds = [kind for _, kind in augment.plan(augmentation, size)[:2]]
@@ -107,7 +109,12 @@ def _seen(
 
 @torch.inference_mode()
 def consistency(
-    encoder, whole, pixels, drawn: list[augment.Draw], layer: str, device: str = "cpu"
+    encoder: Encoder,
+    whole: torch.Tensor,
+    pixels: torch.Tensor,
+    drawn: list[augment.Draw],
+    layer: str,
+    device: str = "cpu",
 ) -> np.ndarray:
     """Return alignment, in [-2, 0], and similarity, in [-1, 1], of n images under one encoder:
     float64 (n, 2).
@@ -136,7 +143,9 @@ def consistency(
     return torch.stack([-distance / v, cosine], 1).cpu().numpy()
 
 
-def summary(table, probes=None, resamples: int = 2000, seed: int = 0):
+def summary(
+    table: pd.DataFrame, probes: pd.DataFrame | None = None, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
     """Return a row per statistic: how well it tells the images that an encoder was trained on from
     the others.
 
@@ -174,7 +183,9 @@ def summary(table, probes=None, resamples: int = 2000, seed: int = 0):
     return pd.DataFrame(rows)
 
 
-def correlations(table, columns=GAPS, resamples: int = 1000, seed: int = 0):
+def correlations(
+    table: pd.DataFrame, columns: Sequence[str] = GAPS, resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
     """Return a row per pair of statistics: Spearman's rank correlation over the training images
     under their target.
 
@@ -190,7 +201,12 @@ def correlations(table, columns=GAPS, resamples: int = 1000, seed: int = 0):
 
 
 def atypical(
-    table, dejavu_table, control=None, share: float = 0.1, resamples: int = 2000, seed: int = 0
+    table: pd.DataFrame,
+    dejavu_table: pd.DataFrame,
+    control: tuple[pd.DataFrame, pd.DataFrame] | None = None,
+    share: float = 0.1,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> dict:
     """Return the déjà vu score of the images with the largest alignment gap minus that of those
     with the smallest.
@@ -214,7 +230,7 @@ def atypical(
 
 
 def _ends(
-    table, dejavu_table, share: float, resamples: int, seed: int
+    table: pd.DataFrame, dejavu_table: pd.DataFrame, share: float, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return the déjà vu scores (1 + resamples,) of either end, resampled apart, and how many
     images each is.
@@ -235,7 +251,13 @@ def _ends(
     return *ends, len(chosen)
 
 
-def _bootstrap(table, columns: list[str], measure, resamples: int, seed: int) -> np.ndarray:
+def _bootstrap(
+    table: pd.DataFrame,
+    columns: list[str],
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    resamples: int,
+    seed: int,
+) -> np.ndarray:
     """Return the mean over encoders and seeds of `measure`, (m, 1 + resamples): the data itself,
     then the resamples.
 
@@ -255,9 +277,10 @@ def _bootstrap(table, columns: list[str], measure, resamples: int, seed: int) ->
             (one[columns].to_numpy(float).T, one["member"].to_numpy())
             for _, one in run.groupby("model")
         ]
-        strata = attack._strata(run, 1, "own")
+        strata = attack.stratify(run, 1, "own")
         each = [
-            chain.from_iterable(attack._weights(stratum, resamples, seed)) for stratum in strata
+            chain.from_iterable(attack.bootstrap_weights(stratum, resamples, seed))
+            for stratum in strata
         ]
         drawn = (
             np.repeat(np.arange(sum(map(len, rows))), np.concatenate(rows))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from dejavu_utils.data import Images
 
 Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half-open
 RULES = ("paper", "maximal")
@@ -18,7 +23,7 @@ CROP = {
 }
 
 
-def _pixels(boxes, width: int, height: int) -> list[Rect]:
+def _pixels(boxes: np.ndarray | Sequence[Sequence[float]], width: int, height: int) -> list[Rect]:
     """Return the pixels that boxes touch, as whole rectangles inside the image; boxes that touch
     none are left out.
     """
@@ -57,7 +62,13 @@ def _sides(rect: Rect) -> tuple[int, int]:
     return _shorter(rect), (rect[2] - rect[0]) * (rect[3] - rect[1])
 
 
-def periphery(boxes, width: int, height: int, min_side: int, rule: str = "paper") -> Rect | None:
+def periphery(
+    boxes: np.ndarray | Sequence[Sequence[float]],
+    width: int,
+    height: int,
+    min_side: int,
+    rule: str = "paper",
+) -> Rect | None:
     """Return the background crop x0, y0, x1, y1 (pixels, half-open) that no box reaches into, or
     None.
 
@@ -104,7 +115,7 @@ def corner(width: int, height: int, fraction: float = 0.3, corner: str = "lower-
     return x0, y0, x0 + wide, y0 + high
 
 
-def _assert_empty(rect: Rect, boxes, name) -> None:
+def _assert_empty(rect: Rect, boxes: np.ndarray, name: str) -> None:
     """Raise AssertionError if a rectangle meets any box; checked on the boxes as given, apart from
     how it was found.
     """
@@ -115,7 +126,7 @@ def _assert_empty(rect: Rect, boxes, name) -> None:
             )
 
 
-def background(images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
+def background(images: Images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
     """Return the background crop of every image: rects (n, 4) int64 in native pixels, and keep (n,)
     bool.
 

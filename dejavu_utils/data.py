@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from dejavu_utils import manifests, store
 from dejavu_utils.resampling import resample
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARTS = ("a", "b", "shared", "public", "probe", "control")
 WORKERS = min(8, os.cpu_count() or 1)
@@ -44,7 +47,7 @@ class Images:
     attributes: dict = field(default_factory=dict)
     skipped: list = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         columns = (
             self.ids,
             self.labels,
@@ -63,7 +66,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def subset(self, index) -> Images:
+    def subset(self, index: np.ndarray | Sequence[int]) -> Images:
         """Return the pictures at `index` (positions or a mask), in that order."""
         index = np.arange(len(self))[np.asarray(index)] if len(index) else np.zeros(0, np.int64)
         lazy = not isinstance(self.pixels, Tensor)
@@ -109,7 +112,9 @@ class Images:
         same = len(self) > 0 and (self.sizes == self.sizes[0]).all()
         return torch.stack(threads(self.pixels.__getitem__, range(len(self)))) if same else None
 
-    def squares(self, size: int, rects=None, keep: float = 1.0) -> Tensor:
+    def squares(
+        self, size: int, rects: np.ndarray | Tensor | None = None, keep: float = 1.0
+    ) -> Tensor:
         """Return the centre square of each picture, or of its rectangle (n, 4) of `rects`: uint8
         (n, 3, size, size).
 
@@ -164,7 +169,9 @@ def threads(work: Callable, items: Sequence, chunk: int = 8) -> list:
         ]
 
 
-def read(name: str, folder: str | Path | None = None, **options) -> Images:
+def read(
+    name: str, folder: str | Path | None = None, **options: int | float | str | None
+) -> Images:
     """Return a data set by the name of its manifest, as `Images`.
 
     "scenes" is made from `options` (see `scenes.make`); every other is looked for in `folder`
@@ -315,7 +322,7 @@ def _paper(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dict[s
 RULES = {"disjoint": _disjoint, "paper": _paper}
 
 
-def partition(images: Images, sizes: dict, seed: int, rule: str = "disjoint"):
+def partition(images: Images, sizes: dict, seed: int, rule: str = "disjoint") -> pd.DataFrame:
     """Return who belongs where, a DataFrame sorted by id: id, label, part (a, b, shared, public,
     probe or control).
 
@@ -336,7 +343,7 @@ def partition(images: Images, sizes: dict, seed: int, rule: str = "disjoint"):
     return pd.DataFrame(sorted(rows), columns=["id", "label", "part"])
 
 
-def partition_hash(frame) -> str:
+def partition_hash(frame: pd.DataFrame) -> str:
     """Return the sha256 of a partition table: of its lines "id label part", sorted."""
     rows = zip(frame["id"], frame["label"], frame["part"], strict=True)
     return hashlib.sha256(
@@ -344,7 +351,7 @@ def partition_hash(frame) -> str:
     ).hexdigest()
 
 
-def parts(images: Images, frame) -> dict[str, Images]:
+def parts(images: Images, frame: pd.DataFrame) -> dict[str, Images]:
     """Return {part: Images} for the six parts of a partition table, each sorted by id; other
     classes are dropped.
     """

@@ -9,6 +9,7 @@ diffusers'; the loop, the own_format and exact resume are those of `train`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ NET = {
 }  # share of the pictures that are learned without any, for guidance
 
 
-def _unet(size: int, channels, layers: int, attention, patch: int):
+def _unet(
+    size: int, channels: Sequence[int], layers: int, attention: Sequence[int], patch: int
+) -> UNet2DModel:
     """Return diffusers' U-Net for `size`-px pictures folded into patches, with room for a
     condition.
     """
@@ -70,7 +73,7 @@ class Decoder(nn.Module):
     not given adds nothing to the time embedding.
     """
 
-    def __init__(self, widths: dict[str, int], size: int, constants: dict):
+    def __init__(self, widths: dict[str, int], size: int, constants: dict) -> None:
         super().__init__()
         known = NET | constants
         if unknown := set(constants) - set(NET):
@@ -127,7 +130,7 @@ class Decoder(nn.Module):
         folded = F.pixel_unshuffle(noisy, patch).contiguous(memory_format=layout)
         return F.pixel_shuffle(self.net(folded, time, told).sample, patch).float()
 
-    def scheduler(self, solver: str = "ddpm"):
+    def scheduler(self, solver: str = "ddpm") -> DDPMScheduler | DPMSolverMultistepScheduler:
         """Return diffusers' "ddpm" (its noise in training, and 1,000 steps of sampling) or few-step
         "dpm++" sampler.
         """
@@ -148,7 +151,7 @@ class Denoiser(nn.Module):
     moving average.
     """
 
-    def __init__(self, decoder: Decoder, bf16: bool):
+    def __init__(self, decoder: Decoder, bf16: bool) -> None:
         super().__init__()
         self.decoder, self.bf16, self.noise = decoder, bf16, decoder.scheduler()
         self.average = EMAModel(
@@ -179,7 +182,7 @@ class Batches:
 
     def __init__(
         self, tensors: dict[str, Tensor], recipe: train.Recipe, constants: dict, device: str
-    ):
+    ) -> None:
         self.pixels, self.batch, self.device, self.constants = (
             tensors["pixels"],
             recipe.batch,
@@ -199,7 +202,9 @@ class Batches:
         ]
         self.kinds = dict(zip(self.given, torch.tensor(kinds, device=device), strict=True))
 
-    def epoch(self, rng: torch.Generator):
+    def epoch(
+        self, rng: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]]:
         """Yield ([pictures, noise], (time, given, weight)) of each step."""
         draw = {"generator": rng, "device": rng.device}
         learned = len(self.constants["conditions"])
@@ -233,7 +238,7 @@ class Training(train.Training):
         epochs: int,
         seed: int | str,
         device: str = "cpu",
-    ):
+    ) -> None:
         self.recipe, self.epochs, self.seed, self.epoch, self.device = (
             recipe,
             epochs,
@@ -257,7 +262,7 @@ class Training(train.Training):
         self.method = self.model = Denoiser(decoder, self.dtype == torch.bfloat16).train()
         if recipe.compile:
             decoder.net.compile()
-        self.optimizer = train._optimizer(self.method, recipe)
+        self.optimizer = train.make_optimizer(self.method, recipe)
 
     @property
     def encoder(self) -> Decoder:
@@ -300,7 +305,7 @@ def fit(job: train.Job, every: float = 30.0) -> None:
     if last.exists():
         state, meta = store.read_tensors(last)
         training.restore(state, meta["epoch"], last)
-    train._run(training, job, last, every, writes=True)
+    train.run_epochs(training, job, last, every, writes=True)
     for path in (last, store.sidecar(last)):
         path.unlink(missing_ok=True)
 

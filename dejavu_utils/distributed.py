@@ -54,7 +54,7 @@ def gather(part: Tensor) -> Tensor:
     return torch.cat(all_gather(part.contiguous()))
 
 
-class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 the base of all norms
     """BatchNorm over the joint batch on any device: torch's own SyncBatchNorm needs a GPU. Parts
     must be equal.
     """
@@ -86,6 +86,6 @@ def synchronise(module: nn.Module, device: str) -> nn.Module:
     if device.startswith("cuda"):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 of any dimension
             norm.__class__ = _SyncBatchNorm  # the same state, another forward
     return module

@@ -20,13 +20,21 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dejavu_utils import store
 from dejavu_utils.vissl_config import config, seed, work
+
+if TYPE_CHECKING:
+    from classy_vision.tasks import ClassyTask
+
+    from dejavu_utils.jobs import Job
+    from dejavu_utils.lazy import Lazy
 
 
 def require() -> None:
@@ -44,14 +52,14 @@ def require() -> None:
             )
 
 
-def checkpoint(job, epoch: int) -> Path:
+def checkpoint(job: Job, epoch: int) -> Path:
     """Return where VISSL's checkpoint of `epoch` is kept; 0 is its untrained model, in the same
     layout.
     """
     return Path(job.folder) / f"epoch-{epoch:04d}.torch"
 
 
-def fit(job) -> None:
+def fit(job: Job) -> None:
     """Train `job` (a jobs.Job) with VISSL to its end and keep VISSL's checkpoint of each of
     `job.epochs`.
 
@@ -70,7 +78,7 @@ def fit(job) -> None:
             path.unlink()
 
 
-def export_images(images, folder: Path) -> None:
+def export_images(images: torch.Tensor | Lazy, folder: Path) -> None:
     """Write pictures (3, H, W) uint8, n of them, as lossless PNG files all/0000000.png and on,
     unless all are there.
     """
@@ -88,7 +96,7 @@ def export_images(images, folder: Path) -> None:
     part.rename(folder)
 
 
-def _keep(job, epoch: int, write) -> None:
+def _keep(job: Job, epoch: int, write: Callable[[Path], None]) -> None:
     """Keep what `write(path)` writes as the checkpoint of `epoch`, if that is wanted and not
     there.
     """
@@ -111,7 +119,7 @@ def _epoch(path: Path) -> int:
     return int(re.search(r"phase(\d+)", path.name)[1]) + 1  # VISSL counts from 0
 
 
-def _keep_written(job) -> None:
+def _keep_written(job: Job) -> None:
     """Keep the wanted checkpoints that VISSL wrote; of its own files only the last whole one stays,
     to go on from.
     """
@@ -125,7 +133,7 @@ def _keep_written(job) -> None:
         path.unlink()
 
 
-def _prepare(job) -> Path:
+def _prepare(job: Job) -> Path:
     """Return the folder that VISSL works in, after writing its configuration, the job and its
     pictures.
     """
@@ -142,7 +150,7 @@ def _prepare(job) -> Path:
     return folder
 
 
-def _run(job) -> None:
+def _run(job: Job) -> None:
     """Train in a process of its own, in its own folder; RuntimeError if a checkpoint is missing
     afterwards.
     """
@@ -187,11 +195,11 @@ def shim() -> None:
 class _Epochs:
     """The hook that VISSL calls before its own ones: seeds, log, kept checkpoints."""
 
-    def __init__(self, job):
+    def __init__(self, job: Job) -> None:
         super().__init__()
         self.job, self.parent = job, os.getppid()
 
-    def on_start(self, task) -> None:
+    def on_start(self, task: ClassyTask) -> None:
         from dejavu_utils.jobs import open_log
 
         done = task.train_phase_idx + 1
@@ -209,19 +217,19 @@ class _Epochs:
             _keep(self.job, 0, lambda temporary: torch.save(state, temporary))
         self._reseed(task)
 
-    def _reseed(self, task) -> None:
+    def _reseed(self, task: ClassyTask) -> None:
         number = seed(self.job.seed, task.iteration)
         random.seed(number)
         np.random.seed(number)  # noqa: NPY002 VISSL's transforms draw from it
         torch.manual_seed(number)
 
-    def on_phase_start(self, task) -> None:
+    def on_phase_start(self, task: ClassyTask) -> None:
         _keep_written(self.job)
         if os.getppid() != self.parent:
             raise SystemExit(f"{self.job.folder}: stopped, the starting process ended")
         self.began, self.losses = time.monotonic(), []
 
-    def on_forward(self, task) -> None:
+    def on_forward(self, task: ClassyTask) -> None:
         """Stop where VISSL would go on: it trains on grey for a picture it cannot read, and saves
         after a NaN.
         """
@@ -238,11 +246,11 @@ class _Epochs:
                 f"the model's output is not finite at step {task.iteration}: lower recipe lr"
             )
 
-    def on_step(self, task) -> None:
+    def on_step(self, task: ClassyTask) -> None:
         self.losses.append(task.last_batch.loss.item())
         self._reseed(task)
 
-    def on_phase_end(self, task) -> None:
+    def on_phase_end(self, task: ClassyTask) -> None:
         mean = sum(self.losses) / len(self.losses)
         line = {
             "epoch": task.train_phase_idx + 1,
@@ -251,7 +259,7 @@ class _Epochs:
         }
         self.log.write(json.dumps(line) + "\n")
 
-    def on_end(self, task) -> None:
+    def on_end(self, task: ClassyTask) -> None:
         """Do nothing: the process that started this one keeps the last checkpoint."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from dejavu_utils import store
 from dejavu_utils import views as augment
 from dejavu_utils.lazy import Lazy, Tree
 from dejavu_utils.resampling import resample
+
+if TYPE_CHECKING:
+    from dejavu_utils.data import Images
+    from dejavu_utils.readers import Lazy
+    from dejavu_utils.train import Recipe
 
 Batch = tuple[list[Tensor], Tensor]  # views, each (n, 3, s, s), and labels (n,)
 
@@ -32,15 +38,15 @@ class Feed:
 
     def __init__(
         self,
-        images,
+        images: Tensor | Lazy,
         sizes: Tensor,
         labels: Tensor,
-        recipe,
+        recipe: Recipe,
         large: int,
         device: str,
         rank: int = 0,
         processes: int = 1,
-    ):
+    ) -> None:
         if recipe.batch % processes:
             raise ValueError(
                 f"train: a batch of {recipe.batch} cannot be shared by {processes} processes: "
@@ -79,7 +85,7 @@ class Feed:
             ]
             yield rows[self.mine], [each.part(self.mine) for each in drawn]
 
-    def _resident(self, steps) -> Iterator[Batch]:
+    def _resident(self, steps: Iterator[tuple[Tensor, list[augment.Draw]]]) -> Iterator[Batch]:
         for rows, drawn in steps:
             pixels = self.images[rows]
             made = [
@@ -88,11 +94,11 @@ class Feed:
             ]
             yield made, self.labels[rows]
 
-    def _decoded(self, steps) -> Iterator[Batch]:
+    def _decoded(self, steps: Iterator[tuple[Tensor, list[augment.Draw]]]) -> Iterator[Batch]:
         waiting: deque = deque()
 
         # the loader asks for the crops of batches that come later, so their draws wait here
-        def items():
+        def items() -> Iterator[tuple[int, list[tuple[int, Tensor, bool]]]]:
             for rows, drawn in steps:
                 waiting.append((rows, drawn))
                 cut = [
@@ -119,7 +125,7 @@ class Feed:
             )
 
 
-def write_list(folder: Path, used: list, meta: dict) -> Path:
+def write_list(folder: Path, used: list[Images], meta: dict) -> Path:
     """Return the table of the lazy pictures of `used` (data.Images), named by its content: where
     each is and its label.
 
@@ -165,13 +171,13 @@ class _Crops(Dataset):
     does.
     """
 
-    def __init__(self, images):
+    def __init__(self, images: Lazy) -> None:
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item) -> list[Tensor]:
+    def __getitem__(self, item: tuple[int, list[tuple[int, Tensor, bool]]]) -> list[Tensor]:
         row, wanted = item
         pixels = self.images[row]
         return [_cut(pixels, rect, size, flip) for size, rect, flip in wanted]

@@ -113,7 +113,13 @@ def _choose(which: str | None, there: list[str], default: str = "student") -> st
     return chosen
 
 
-def _parts(file: File, which: str, trunk: str, *heads: str, **more) -> Parts:
+def _parts(
+    file: File,
+    which: str,
+    trunk: str,
+    *heads: str,
+    **more: str | bool | int | list[str] | dict[str, Tensor] | None,
+) -> Parts:
     """Return the tensors below the prefix `trunk` and below the first of `heads` that is there; the
     rest is ignored.
     """

@@ -4,6 +4,8 @@ cut away.
 
 from dataclasses import dataclass, field
 
+import pandas as pd
+
 from dejavu_utils import references
 from dejavu_utils.pairs import Pair
 
@@ -53,7 +55,7 @@ class Game:
         }
 
 
-def start(pair: Pair, table, ids: list[str]) -> Game:
+def start(pair: Pair, table: pd.DataFrame, ids: list[str]) -> Game:
     """Return a new game with a round per id; of more than 20 classes only those of the rounds are
     on offer.
 

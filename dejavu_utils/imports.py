@@ -126,7 +126,7 @@ class _Bare(ast.NodeTransformer):
     A field without a value (`x: int` of a dataclass) stays, with an empty annotation.
     """
 
-    def _without_docstring(self, node):
+    def _without_docstring(self, node: ast.AST) -> ast.AST:
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
         return self.generic_visit(node)
@@ -179,7 +179,7 @@ def _hash(tree: ast.Module, package: str) -> str:
 class _Used(ast.NodeTransformer):
     """Takes away the names that are imported from outside the package and not used."""
 
-    def __init__(self, used: set[str], package: str):
+    def __init__(self, used: set[str], package: str) -> None:
         self.used, self.package = used, package
 
     def _kept(self, node: ast.Import | ast.ImportFrom, outside: bool) -> ast.AST | None:

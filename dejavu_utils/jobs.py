@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from dejavu_utils import feed, store
 
@@ -75,7 +76,7 @@ class Job:
         return feed.read_list(self.pixels)
 
 
-def open_log(path: Path, epoch: int):
+def open_log(path: Path, epoch: int) -> TextIO:
     """Return the log, cut back to `epoch` (a resumed run writes the later lines again), open for
     appending by lines.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor
 from dejavu_utils import data, own_format, store, train
 from dejavu_utils.models import embed
 from dejavu_utils.resampling import resample
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dejavu_utils.pairs import Pair
 
 VIEWS = {
     "scale_min": 0.3,
@@ -54,7 +60,7 @@ class Judge:
         ]
 
 
-def make(pair, size: int, epochs: int, folder: Path, device: str = "cpu") -> Judge:
+def make(pair: Pair, size: int, epochs: int, folder: Path, device: str = "cpu") -> Judge:
     """Return the judge of a pair's data set, for `size`-px pictures; it is not trained yet.
 
     Of scenes it sees fresh ones in which the background says nothing (rho = 0), the same for every
@@ -110,7 +116,7 @@ def make(pair, size: int, epochs: int, folder: Path, device: str = "cpu") -> Jud
     )
 
 
-def accuracy(judge: Judge, images, device: str = "cpu"):
+def accuracy(judge: Judge, images: data.Images, device: str = "cpu") -> pd.DataFrame:
     """Return how well the judge reads real pictures that it never saw: accuracy, low, high (95 %,
     Wilson's), n.
 
@@ -141,7 +147,7 @@ def accuracy(judge: Judge, images, device: str = "cpu"):
     )
 
 
-def _attribute(seen: Tensor, images) -> np.ndarray:
+def _attribute(seen: Tensor, images: data.Images) -> np.ndarray:
     """Return whether the second attribute is read rightly within the true class (n,): 1.0 or 0.0,
     NaN without one.
     """
@@ -152,7 +158,7 @@ def _attribute(seen: Tensor, images) -> np.ndarray:
 
 
 def measure(
-    judge: Judge, drawn: Tensor, images, device: str = "cpu"
+    judge: Judge, drawn: Tensor, images: data.Images, device: str = "cpu"
 ) -> tuple[Tensor, dict[str, np.ndarray]]:
     """Return log class probabilities (n, classes) of pictures uint8 (n, samples, 3, s, s), and a
     dict of measures (n,).
@@ -182,7 +188,7 @@ def measure(
     }
 
 
-def object_boxes(images, size: int) -> Tensor:
+def object_boxes(images: data.Images, size: int) -> Tensor:
     """Return each picture's largest box (n, 4), in px of its centre square shrunk to `size` px; at
     least 2 px wide.
     """

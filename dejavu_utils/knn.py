@@ -151,7 +151,7 @@ def _smallest(
 
 
 def _smallest_faiss(
-    queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, _
+    queries: Tensor, points: Tensor, norms: Tensor, best: Tensor, _: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what `_smallest` returns, from faiss's inner-product search on the CPU."""
     import faiss  # after torch: both bring CUDA libraries, and torch's must be loaded first
@@ -164,9 +164,9 @@ def _smallest_faiss(
     return -torch.from_numpy(inner).to(best.device), torch.from_numpy(column).to(best.device)
 
 
-def _candidates(
+def candidates(
     queries: Tensor, bank: Tensor, keep: int, dtype: torch.dtype, engine: str, tile: int | None
-):
+) -> tuple[Tensor, Tensor]:
     """Return `keep` candidate columns per query and lower bounds of their squared distances,
     ascending, both (q, keep).
 
@@ -217,7 +217,7 @@ def _candidates(
 
 
 def _distances(
-    queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor, dtype=torch.float64
+    queries: Tensor, rows: Tensor, bank: Tensor, columns: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return squared distances (p, c) from the queries in `rows` (p,) to the bank's `columns` (p,
     c).
@@ -245,7 +245,7 @@ def _attempt(
     dtype: torch.dtype,
     engine: str,
     tile: int | None,
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return distances, columns and whether each row is proven, looking at `keep` candidates per
     query.
     """
@@ -253,7 +253,7 @@ def _attempt(
         after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         after.enter_context(torch.autocast(queries.device.type, enabled=False))
         torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
-        column, bound = _candidates(queries, bank, keep, dtype, engine, tile)
+        column, bound = candidates(queries, bank, keep, dtype, engine, tile)
     (q, width), distance = queries.shape, torch.full_like(bound, torch.inf)
     distance[:, :k] = _distances(
         queries, torch.arange(q, device=queries.device), bank, column[:, :k]
@@ -278,7 +278,9 @@ def _attempt(
 
 
 @torch.no_grad()
-def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: int | None = None):
+def search(
+    queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return squared L2 distances (q, k) float64, ascending, and bank rows (q, k) int64; ties by
     the lower row.
 
@@ -294,7 +296,8 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = "auto", tile: i
         8 * queries.shape[1] * max(_largest("queries", queries), _largest("bank", bank)) ** 2 < 1e37
     )
     queries, n, few = queries.float(), len(bank), k + k // 2 + math.isqrt(queries.shape[1])
-    coarse = {"cuda": "high", "cpu": "medium" if torch.cpu._is_amx_tile_supported() else "highest"}
+    matrix_unit = torch.cpu._is_amx_tile_supported()  # noqa: SLF001 torch has no public test
+    coarse = {"cuda": "high", "cpu": "medium" if matrix_unit else "highest"}
     coarse = (
         coarse.get(queries.device.type, "highest") if n > 500 * k else "highest"
     )  # few rows: doubt costs more

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dejavu_utils import data, methods, own_format, pairs, store, train
+from dejavu_utils.models import Encoder
 
 NAMES = {
     "constants.invariance": "invariance λ",
@@ -53,7 +54,17 @@ def trained(
     ]
 
 
-def _pair(params, folder, criterion, rho, seed, device, knob: str, value, values) -> pairs.Pair:
+def _pair(
+    params: dict,
+    folder: Path,
+    criterion: str,
+    rho: float,
+    seed: int,
+    device: str,
+    knob: str,
+    value: float | str,
+    values: list,
+) -> pairs.Pair:
     """Return the pair of one value of one knob; the default's value is the default pair, whose
     encoders are shared.
     """
@@ -83,7 +94,7 @@ def _pair(params, folder, criterion, rho, seed, device, knob: str, value, values
     return pairs.one(params, folder, criterion, rho, seed, device, **more)
 
 
-def _default(how: train.Recipe, field: str, key: str):
+def _default(how: train.Recipe, field: str, key: str) -> float | str | None:
     """Return the value that a recipe has already; a constant that it does not name has its
     criterion's default.
     """
@@ -130,7 +141,7 @@ def _two(views: dict) -> dict:
     return {name: value for name, value in views.items() if not name.startswith("local")}
 
 
-def _finetune(encoder, job: train.Job, public: data.Images, epochs: int) -> None:
+def _finetune(encoder: Encoder, job: train.Job, public: data.Images, epochs: int) -> None:
     torch.set_num_threads(job.recipe.threads)
     training = train.Training(
         public.stacked,

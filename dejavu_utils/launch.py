@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,7 +100,11 @@ def _threads(job: Job) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.recipe.threads))
 
 
-def fit_all(jobs: list[Job], workers: int | None = None, progress=None) -> None:
+def fit_all(
+    jobs: list[Job],
+    workers: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
     """Train all jobs, `workers` at a time, each worker a process of its own; those that are done
     cost nothing.
 

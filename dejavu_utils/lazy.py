@@ -6,9 +6,9 @@ import functools
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import IO, NoReturn, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
 class Tree:
     """A folder or a zip file, read by relative name, from any number of threads."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.zip = zipfile.ZipFile(path) if path.is_file() else None
@@ -45,7 +45,7 @@ class Tree:
         if self.zip:
             return sorted(name for name in self.zip.namelist() if not name.endswith("/"))
 
-        def stop(error: OSError):
+        def stop(error: OSError) -> NoReturn:
             raise error  # else a folder that may not be read would count as empty
 
         walk = os.walk(self.path, onerror=stop, followlinks=True)
@@ -71,7 +71,7 @@ class Tree:
             (top + name for top in tops for name in candidates if self.below(top + name)), None
         )
 
-    def open(self, name: str):
+    def open(self, name: str) -> IO[bytes]:
         return self.zip.open(name) if self.zip else (self.path / name).open("rb")
 
     def read(self, name: str) -> bytes:
@@ -99,7 +99,7 @@ class Lazy(Sequence):
     files.
     """
 
-    def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]):
+    def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]) -> None:
         self.tree, self.names, self.stamps = (
             tree,
             np.asarray(names, dtype=object),
@@ -124,7 +124,7 @@ class Lazy(Sequence):
 
 
 @contextlib.contextmanager
-def picture(file):
+def picture(file: IO[bytes]) -> Iterator[Image.Image]:
     """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST`
     px.
     """
@@ -136,6 +136,6 @@ def picture(file):
         yield image
 
 
-def decoded(image) -> Tensor:
+def decoded(image: Image.Image) -> Tensor:
     """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not whole."""
     return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())

@@ -68,7 +68,7 @@ def _sources(pair: Pair, drawn: dict) -> dict[str, Path]:
         )
         used = {"a": a[0], "shared": b[0], "b": a[1]}  # "A" is trained on a and shared
         folder = Path(pair.jobs[model].pixels).parent
-        found[model] = pairs._training_set(
+        found[model] = pairs.training_set(
             used, "A", pair.jobs[model].recipe, folder, pair.setting["seed"]
         )
     return found
@@ -94,7 +94,7 @@ def table(
     k: int,
     layer: str = "projector",
     device: str = "cpu",
-):
+) -> pd.DataFrame:
     """Return the attack's table of all encoders of `halves(pair, many)`, trained: a row per image
     and role.
 
@@ -119,7 +119,7 @@ def table(
     return grouped[SAID].mean().assign(encoders=grouped.size()).reset_index()
 
 
-def images(table):
+def images(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per image: `memorization`, how much oftener encoders that saw it are right, and
     its `error`.
 

@@ -27,7 +27,9 @@ class TwoViews(nn.Module):
     views = 2  # large ones
     bf16 = False  # the networks compute in bfloat16; a loss never does
 
-    def __init__(self, encoder: models.Encoder, classes: int, criterion: str, **constants: float):
+    def __init__(
+        self, encoder: models.Encoder, classes: int, criterion: str, **constants: float
+    ) -> None:
         super().__init__()
         self.encoder, self.criterion, self.constants = (
             encoder,
@@ -35,7 +37,7 @@ class TwoViews(nn.Module):
             constants,
         )
 
-    def run(self, network, views: list[Tensor]) -> list[Tensor]:
+    def run(self, network: nn.Module, views: list[Tensor]) -> list[Tensor]:
         """Return `network`'s output for each view, of the joint batch of all processes; views share
         one pass.
         """
@@ -58,7 +60,7 @@ class TwoViews(nn.Module):
 class BYOL(TwoViews):
     """A predictor guesses what a slow copy of the encoder, the target, says of the other view."""
 
-    def __init__(self, encoder: models.Encoder, classes: int, momentum: float = 0.996):
+    def __init__(self, encoder: models.Encoder, classes: int, momentum: float = 0.996) -> None:
         super().__init__(encoder, classes, "byol")
         width = encoder.projector[-1].out_features
         inner = encoder.projector[0][
@@ -92,7 +94,7 @@ class DINO(TwoViews):
         teacher_temperature: float = 0.07,
         teacher_warmup: float = 0.05,
         centre_momentum: float = 0.9,
-    ):
+    ) -> None:
         super().__init__(encoder, classes, "dino")
         self.head = Prototypes(encoder.projector[-1].out_features, prototypes)
         self.teacher, self.teacher_head = _frozen_copy(encoder), _frozen_copy(self.head)
@@ -132,7 +134,7 @@ class Prototypes(nn.Module):
     norm fixed at 1.
     """
 
-    def __init__(self, width: int, prototypes: int):
+    def __init__(self, width: int, prototypes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(prototypes, width) * 0.02)
 
@@ -147,7 +149,7 @@ class Supervised(TwoViews):
 
     views = 1
 
-    def __init__(self, encoder: models.Encoder, classes: int, smoothing: float = 0.0):
+    def __init__(self, encoder: models.Encoder, classes: int, smoothing: float = 0.0) -> None:
         super().__init__(encoder, classes, "supervised", smoothing=smoothing)
         encoder.add_classifier(classes)
 

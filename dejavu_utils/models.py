@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut: the basic residual block."""
 
-    def __init__(self, width_in: int, width_out: int, stride: int):
+    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width_out)
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self, encoder: str = "small48", projector_spec: str = "512-512-512", image_size: int = 32
-    ):
+    ) -> None:
         super().__init__()
         self.trunk = trunk(encoder, image_size)
         self.projector = projector(width_of(self.trunk, image_size), projector_spec)

@@ -206,7 +206,7 @@ class Progress:
     s elsewhere.
     """
 
-    def __init__(self, total: int, label: str):
+    def __init__(self, total: int, label: str) -> None:
         self.total, self.label, self.began, self.shown, self.handle = (
             total,
             label,

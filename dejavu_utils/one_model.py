@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from dejavu_utils import attack, references, subject, train
+from dejavu_utils.checkpoints import Foreign
 from dejavu_utils.models import embed
 from dejavu_utils.pairs import Pair
 
@@ -33,11 +34,15 @@ KEPT = (
     "threads",
 )  # of a recipe, by the network
 SAID = ["prediction", "correct", "correct5", "confidence"]
-# (x, labels, classes, name of its random stream) -> function of x to probabilities (n, classes)
-Fit = Callable
+# features or crops (n, ...) -> class probabilities (n, classes)
+Predictor = Callable[[torch.Tensor | np.ndarray], np.ndarray]
+# (x, labels, classes, name of its random stream) -> Predictor
+Fit = Callable[[torch.Tensor | np.ndarray, np.ndarray, int, str], Predictor]
 
 
-def naive_bayes(x, labels, classes: int, name: str) -> Callable:
+def naive_bayes(
+    x: torch.Tensor | np.ndarray, labels: np.ndarray, classes: int, name: str
+) -> Predictor:
     """Return a Gaussian naive Bayes of features (n, d): a function of features to class
     probabilities (n, classes).
     """
@@ -50,7 +55,7 @@ def naive_bayes(x, labels, classes: int, name: str) -> Callable:
     spread = PCA(min(COMPONENTS, len(x) - 1, x.shape[1]), whiten=True, svd_solver="full")
     model = make_pipeline(StandardScaler(), spread, GaussianNB()).fit(x, labels)
 
-    def judge(other) -> np.ndarray:
+    def judge(other: torch.Tensor | np.ndarray) -> np.ndarray:
         found = np.zeros((len(other), classes))
         found[:, model.classes_] = model.predict_proba(np.asarray(other, np.float64))
         return found
@@ -67,7 +72,7 @@ def network(recipe: train.Recipe | None = None, epochs: int = EPOCHS, device: st
     """
     views = {"scale_min": 0.25, "strength": 0.4, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
 
-    def fit(x, labels, classes: int, name: str) -> Callable:
+    def fit(x: torch.Tensor, labels: np.ndarray, classes: int, name: str) -> Predictor:
         how = dataclasses.replace(
             recipe or train.Recipe(),
             criterion="supervised",
@@ -100,7 +105,7 @@ def network(recipe: train.Recipe | None = None, epochs: int = EPOCHS, device: st
     return fit
 
 
-def assign(ids, groups, folds: int, seed: int | str = 0) -> np.ndarray:
+def assign(ids: np.ndarray, groups: np.ndarray, folds: int, seed: int | str = 0) -> np.ndarray:
     """Return the fold of each image (n,), 0 to folds - 1: the images of each group (their class)
     are dealt out in turn.
 
@@ -120,7 +125,13 @@ def assign(ids, groups, folds: int, seed: int | str = 0) -> np.ndarray:
 
 
 def cross_fit(
-    fit: Fit, x, labels, fold, classes: int, learn=None, seed: int | str = 0
+    fit: Fit,
+    x: torch.Tensor | np.ndarray,
+    labels: np.ndarray,
+    fold: np.ndarray,
+    classes: int,
+    learn: np.ndarray | None = None,
+    seed: int | str = 0,
 ) -> np.ndarray:
     """Return class probabilities (n, classes): row i from a classifier of the rows in other folds
     than its own.
@@ -159,7 +170,7 @@ def table(
     attacked: str = "attacked",
     folds: int = 2,
     device: str = "cpu",
-):
+) -> pd.DataFrame:
     """Return `references.two_model`'s table at one layer, with a classifier of crops in the second
     encoder's place.
 
@@ -180,7 +191,7 @@ def table(
     return pd.concat([target, rows[target.columns]], ignore_index=True).assign(reference=kind)
 
 
-def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str):
+def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str) -> pd.DataFrame:
     """Return id and SAID of all attacked and control images; pairs of one data set and trunk share
     the table.
     """
@@ -204,11 +215,13 @@ def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str):
     )
 
 
-def _judge(pair: Pair, fresh, kind: str, recipe: train.Recipe, folds: int, device: str):
+def _judge(
+    pair: Pair, fresh: Foreign, kind: str, recipe: train.Recipe, folds: int, device: str
+) -> pd.DataFrame:
     rows, seed = [], pair.setting["seed"]
     for side in "ab":
         sets = [
-            references.cropped(references._attacked(pair, which)[side], pair.crop)
+            references.cropped(references.attacked_sets(pair, which)[side], pair.crop)
             for which in ("attacked", "control")
         ]
         learn = np.repeat([True, False], [len(images) for images, _ in sets])

@@ -6,10 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from dejavu_utils import store
+from dejavu_utils.jobs import Recipe
 from dejavu_utils.models import Encoder
 
 
-def save(path: str | Path, encoder: Encoder, recipe, **meta) -> None:
+def save(path: str | Path, encoder: Encoder, recipe: Recipe, **meta: int | str) -> None:
     """Write the encoder's weights to `path` (.safetensors); `recipe` names its trunk, projector and
     image size.
     """

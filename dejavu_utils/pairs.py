@@ -170,7 +170,7 @@ def one(
     how = recipe(criterion, params["recipe"])
     jobs = {}
     for model in ("A", "B"):
-        source = _training_set(used, model, how, folder / "pixels", seed)
+        source = training_set(used, model, how, folder / "pixels", seed)
         engine = engine_vissl if how.engine == "vissl" else train
         code = store.code_version(engine.__name__)
         start = f"{seed}/{model}"
@@ -211,7 +211,7 @@ def make(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
     return [one(params, folder, *setting, device) for setting in settings(params)]
 
 
-def plan(params: dict):
+def plan(params: dict) -> pd.DataFrame:
     """Return a table of what training costs, before anything is read or trained: a row per
     criterion.
 
@@ -254,7 +254,7 @@ def _cost(how: train.Recipe, large: int) -> tuple[float, int]:
     return counter.get_total_flops(), sum(weight.numel() for weight in encoder.parameters())
 
 
-def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:
+def training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:
     """Return the file of what encoder A (B) is trained on: set A (B) and the shared part, named by
     its content.
 
@@ -264,7 +264,7 @@ def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed
     both = {name: [parts[name.lower()], parts["shared"]] for name in ("A", "B")}
     used = [images for images in both[model] if len(images)]
     native, area = (
-        _native(parts),
+        equal_sized(parts),
         max(sum(images.sizes.prod(1).sum() for images in each) for each in both.values()),
     )
     side = round(
@@ -285,7 +285,7 @@ def _training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed
     return path
 
 
-def _native(parts: dict) -> bool:
+def equal_sized(parts: dict) -> bool:
     """Return whether all pictures of both sets have one size: decided for A and B at once, never
     for one alone.
     """
@@ -298,7 +298,7 @@ def jobs(every: list[Pair]) -> list[train.Job]:
     return [each.jobs[model] for each in every for model in ("A", "B")]
 
 
-def losses(every: list[Pair]):
+def losses(every: list[Pair]) -> pd.DataFrame:
     """Return the training logs of all pairs: a row per encoder and epoch with its loss, seconds and
     images.
     """
@@ -315,7 +315,7 @@ def losses(every: list[Pair]):
     return pd.DataFrame(rows)
 
 
-def partition_table(every: list[Pair]):
+def partition_table(every: list[Pair]) -> pd.DataFrame:
     """Return id, class, part and seed of every image of every pair: the split, as a table."""
     rows = {
         (name, images.classes[label], part, pair.setting["seed"]): None

@@ -2,8 +2,17 @@
 §6).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from dejavu_utils import knobs, plots
 from dejavu_utils.plots import BAYES, TARGET
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = (
     "#0072B2",
@@ -21,14 +30,14 @@ MARKERS = "osD^vP*Xph"
 PURPLE = "#CC79A7"
 
 
-def per_knob(rows):
+def per_knob(rows: pd.DataFrame) -> Figure:
     """Return the déjà vu score (top) and the held-out accuracy (bottom) over the values of every
     knob, a column a knob.
 
     `rows` is of `tradeoff.rows`: values stand in the order of the table, at equal distances.
     """
     groups = list(rows[rows["knob"] != "default"].groupby(["criterion", "knob"], sort=False))
-    figure, columns = plots._columns(len(groups), 5, 2, 3.0, 2.3)
+    figure, columns = plots.subplot_columns(len(groups), 5, 2, 3.0, 2.3)
     for (top, bottom), ((criterion, knob), part) in zip(columns, groups, strict=True):
         for name, label, colour in (("score", "all", TARGET), ("score_20", "p = 20 %", PURPLE)):
             _points(top, part, name, colour, label)
@@ -42,19 +51,19 @@ def per_knob(rows):
     for axes, text in zip(
         zip(*columns, strict=True), ("déjà vu score", "held-out accuracy"), strict=True
     ):
-        plots._same_scale(axes)
-        plots._label_left(axes, text)
+        plots.same_scale(axes)
+        plots.label_left(axes, text)
     columns[0][0].legend(fontsize=8)
     return figure
 
 
-def _points(axis, part, name: str, colour: str, label: str) -> None:
+def _points(axis: Axes, part: pd.DataFrame, name: str, colour: str, label: str) -> None:
     """Draw a column of values with its interval as bars, at 0, 1, 2, …"""
     places = range(len(part))
     axis.errorbar(
         places,
         part[name],
-        yerr=plots._errors(part, name),
+        yerr=plots.error_bars(part, name),
         color=colour,
         marker="o",
         markersize=4,
@@ -66,14 +75,14 @@ def _points(axis, part, name: str, colour: str, label: str) -> None:
     axis.margins(x=0.12)
 
 
-def plane(rows):
+def plane(rows: pd.DataFrame) -> Figure:
     """Return privacy against utility: déjà vu score (all, and p = 20 %) over held-out accuracy, a
     line per knob.
 
     Down and to the right is better. Bars are 95 % intervals on both axes, rings mark the Pareto
     front (`front`).
     """
-    figure, axes = plots._axes(2, 1, 5.4, 4.4, sharex=True)
+    figure, axes = plots.subplots(2, 1, 5.4, 4.4, sharex=True)
     lines = list(rows.groupby(["criterion", "knob"], sort=False))
     turned = [name for name, _ in lines if name[1] != "default"]
     for axis, name, text in zip(
@@ -81,7 +90,7 @@ def plane(rows):
     ):
         for i, (setting, part) in enumerate(lines):
             bars = {
-                f"{end}err": plots._errors(part, column)
+                f"{end}err": plots.error_bars(part, column)
                 for end, column in (("x", "held_out"), ("y", name))
             }
             colour = COLOURS[turned.index(setting) % 10] if setting in turned else "grey"
@@ -108,7 +117,7 @@ def plane(rows):
     return figure
 
 
-def spots(figure, rows) -> list[tuple]:
+def spots(figure: Figure, rows: pd.DataFrame) -> list[tuple[Axes, float, float, str]]:
     """Return what `widgets.hover` says at each point of a `plane`: its setting, both numbers, their
     intervals, n.
     """

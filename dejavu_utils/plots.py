@@ -2,7 +2,18 @@
 touches nothing else.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TARGET, REFERENCE, BAYES = (
     "#0072B2",
@@ -45,7 +56,9 @@ SWEEPS = {
 }
 
 
-def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options):
+def subplots(
+    columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """Return (figure, 2-D array of axes) in the house style."""
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -64,46 +77,50 @@ def _axes(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, 
     return figure, axes
 
 
-def _columns(count: int, most: int, rows: int = 1, *size, **options) -> tuple:
+def subplot_columns(
+    count: int, most: int, rows: int = 1, *size: float, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """Return (figure, `count` columns of `rows` axes), `most` of them side by side, the others
     below.
     """
     deep = -(-count // most)
     wide = -(-count // deep)
-    figure, axes = _axes(wide, rows * deep, *size, **options)
+    figure, axes = subplots(wide, rows * deep, *size, **options)
     columns = axes.reshape(deep, rows, wide).swapaxes(1, 2).reshape(-1, rows)
     for unused in columns[count:].flat:
         unused.remove()
     return figure, columns[:count]
 
 
-def _panels(table, by=("criterion",), rows: int = 1, **options):
+def _panels(
+    table: pd.DataFrame, by: tuple[str, ...] = ("criterion",), rows: int = 1, **options: Any
+) -> tuple[Figure, list[tuple[np.ndarray, pd.DataFrame]]]:
     """Return (figure, [(column of `rows` axes, its part of the table)]): a titled column per
     criterion (and rho).
     """
     groups, parts = zip(*table.groupby(list(by), sort=False, dropna=False), strict=True)
-    figure, columns = _columns(len(groups), 3, rows, **options)
+    figure, columns = subplot_columns(len(groups), 3, rows, **options)
     for column, (kind, *rho) in zip(columns, groups, strict=True):
         name = NAMES.get(kind, kind)
         column[0].set_title(f"{name}, ρ = {rho[0]:g}" if rho and not np.isnan(rho[0]) else name)
     return figure, list(zip(columns, parts, strict=True))
 
 
-def _label_left(axes, text: str) -> None:
+def label_left(axes: Iterable[Axes], text: str) -> None:
     """Label the y-axis of those axes that stand at the left edge of the figure."""
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel(text)
 
 
-def _same_scale(axes, room: float = 0.0) -> None:
+def same_scale(axes: Sequence[Axes], room: float = 0.0) -> None:
     """Give all axes one y-scale, with `room` above, a share of it."""
     lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
     for axis in axes:
         axis.set_ylim(min(lows), max(highs) + room * (max(highs) - min(lows)))
 
 
-def _errors(table, y: str, ends: str | None = None) -> list:
+def error_bars(table: pd.DataFrame, y: str, ends: str | None = None) -> list[pd.Series]:
     """Return how far the interval reaches below and above each value; its columns are <ends>low,
     <ends>high.
     """
@@ -115,18 +132,29 @@ def _errors(table, y: str, ends: str | None = None) -> list:
 
 
 def _line(
-    axis, table, x: str, y: str, colour: str, label: str, style: str = "-", ends: str | None = None
+    axis: Axes,
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    colour: str,
+    label: str,
+    style: str = "-",
+    ends: str | None = None,
 ) -> None:
-    """Draw y over x with its interval (see `_errors`) as a band and a marker at each value."""
+    """Draw y over x with its interval (see `error_bars`) as a band and a marker at each value."""
     table = table.sort_values(x)
     axis.plot(table[x], table[y], style, color=colour, marker="o", markersize=4, label=label)
-    below, above = _errors(table, y, ends)
+    below, above = error_bars(table, y, ends)
     axis.fill_between(
         table[x], table[y] - below, table[y] + above, color=colour, alpha=0.18, linewidth=0
     )
 
 
-def examples(images, rects, labels):
+def examples(
+    images: torch.Tensor | Sequence[torch.Tensor],
+    rects: list[tuple[np.ndarray, np.ndarray]],
+    labels: Sequence[str],
+) -> Figure:
     """Return training images with their boxes (dashed) and background crops (solid), and the crops
     below.
 
@@ -135,7 +163,7 @@ def examples(images, rects, labels):
     """
     from matplotlib.patches import Rectangle
 
-    figure, axes = _axes(len(images), 2, 1.35, 1.5)
+    figure, axes = subplots(len(images), 2, 1.35, 1.5)
     for (top, bottom), image, (boxes, crop), label in zip(
         axes.T, images, rects, labels, strict=True
     ):
@@ -154,7 +182,7 @@ def examples(images, rects, labels):
     return figure
 
 
-def losses(table):
+def losses(table: pd.DataFrame) -> Figure:
     """Return the training loss over epochs, a panel a criterion, a line an encoder.
 
     Columns: criterion, epoch, loss, name.
@@ -167,7 +195,7 @@ def losses(table):
     return figure
 
 
-def over_p(curve):
+def over_p(curve: pd.DataFrame) -> Figure:
     """Return accuracy of target and reference over the p % most confident examples: the paper's
     first figure.
 
@@ -181,18 +209,18 @@ def over_p(curve):
         axis.axhline(part["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
         axis.set_xlabel("p: most confident examples (%)")
     figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
-    _label_left(figure.axes, "label-inference accuracy")
+    label_left(figure.axes, "label-inference accuracy")
     figure.axes[0].legend()
     return figure
 
 
-def _probe_lines(axis, table, low: float) -> None:
+def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
     for quantity, one in table.groupby("quantity", sort=False):
         _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, ends="")
     axis.set(xlabel="epoch", ylim=(min(0, low), 1))
 
 
-def probes(table):
+def probes(table: pd.DataFrame) -> Figure:
     """Return what the linear probe shows over epochs, a panel a criterion.
 
     Columns: criterion, epoch, quantity, mean, low, high.
@@ -200,14 +228,14 @@ def probes(table):
     figure, panels = _panels(table, sharey=True)
     for (axis,), part in panels:
         _probe_lines(axis, part, table["low"].min())
-    _label_left(figure.axes, "linear probe (backbone)")
+    label_left(figure.axes, "linear probe (backbone)")
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3
     )
     return figure
 
 
-def over_epochs(scores, probes):
+def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     """Return the déjà vu score (top) and what the linear probe shows (bottom) over epochs, a column
     a criterion.
 
@@ -226,9 +254,9 @@ def over_epochs(scores, probes):
             bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min()
         )
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
-    _label_left(tops, "déjà vu score")
-    _label_left(bottoms, "linear probe (backbone)")
-    _same_scale(tops, 0.3)  # room for the legend above the bands
+    label_left(tops, "déjà vu score")
+    label_left(bottoms, "linear probe (backbone)")
+    same_scale(tops, 0.3)  # room for the legend above the bands
     tops[0].legend(loc="upper left", ncols=len(shades))
     figure.legend(
         *bottoms[0].get_legend_handles_labels(),
@@ -239,7 +267,7 @@ def over_epochs(scores, probes):
     return figure
 
 
-def split(shares):
+def split(shares: pd.DataFrame) -> Figure:
     """Return the four-way split over epochs, stacked, a panel a criterion. Columns: criterion,
     epoch and the shares.
     """
@@ -253,7 +281,7 @@ def split(shares):
         axis.errorbar(
             x,
             base,
-            yerr=_errors(one, "memorized"),
+            yerr=error_bars(one, "memorized"),
             fmt="none",
             ecolor="black",
             elinewidth=1,
@@ -263,12 +291,12 @@ def split(shares):
         axis.set_xlabel("epoch")
     first = figure.axes[0]
     first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
-    _label_left(figure.axes, "share of attacked images")
+    label_left(figure.axes, "share of attacked images")
     first.legend(loc="upper left", fontsize=8)
     return figure
 
 
-def over_rho(table):
+def over_rho(table: pd.DataFrame) -> Figure:
     """Return target, reference and Bayes accuracy against the background-object correlation ρ.
 
     Columns: criterion, rho, target, target_low, target_high, reference, reference_low,
@@ -296,13 +324,13 @@ def over_rho(table):
     return figure
 
 
-def layers(scores):
+def layers(scores: pd.DataFrame) -> Figure:
     """Return the déjà vu score at the end of training by layer, all examples.
 
     Columns: criterion, layer, score, low, high.
     """
     kinds = list(dict.fromkeys(scores["criterion"]))
-    figure, [[axis]] = _axes(1, width=1.6 + 1.4 * len(kinds), height=3.2)
+    figure, [[axis]] = subplots(1, width=1.6 + 1.4 * len(kinds), height=3.2)
     for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
         one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
         axis.bar(
@@ -311,7 +339,7 @@ def layers(scores):
             0.28,
             color=LAYERS[layer],
             label=layer,
-            yerr=_errors(one, "score", ""),
+            yerr=error_bars(one, "score", ""),
             capsize=3,
             error_kw={"elinewidth": 1},
         )
@@ -322,7 +350,7 @@ def layers(scores):
     return figure
 
 
-def references(table):
+def references(table: pd.DataFrame) -> Figure:
     """Return the déjà vu score against every reference, all examples: a group a criterion, with 95
     % intervals.
 
@@ -330,7 +358,7 @@ def references(table):
     Columns: `agreement.scores`.
     """
     kinds = list(dict.fromkeys(table["criterion"]))
-    figure, [[axis]] = _axes(1, width=2.0 + 1.5 * len(kinds), height=3.6)
+    figure, [[axis]] = subplots(1, width=2.0 + 1.5 * len(kinds), height=3.6)
     names = [name for name in REFERENCES if name in set(table["reference"])]
     for i, name in enumerate(names):
         one = table[table["reference"] == name].set_index("criterion")
@@ -358,14 +386,14 @@ def references(table):
     return figure
 
 
-def sweeps(table):
+def sweeps(table: pd.DataFrame) -> Figure:
     """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most
     confident.
 
     Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
     """
     kinds = list(dict.fromkeys(table["sweep"]))
-    figure, columns = _columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
+    figure, columns = subplot_columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
     for (axis,), kind in zip(columns, kinds, strict=True):
         part = table[table["sweep"] == kind]
         values = list(dict.fromkeys(part["value"]))
@@ -377,21 +405,23 @@ def sweeps(table):
                 fmt="o",
                 markersize=4,
                 capsize=3,
-                yerr=_errors(one, "score", ""),
+                yerr=error_bars(one, "score", ""),
                 label=f"p = {p:g} %",
                 color=(TARGET, "#CC79A7", BAYES)[i],
             )
         axis.axhline(0, color="grey", lw=1, ls=":")
         axis.set_xticks(np.arange(len(values)), values)
         axis.set_xlabel(SWEEPS[kind])
-    _label_left(figure.axes, "déjà vu score")
+    label_left(figure.axes, "déjà vu score")
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2
     )
     return figure
 
 
-def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
+def show_picture(
+    axis: Axes, picture: torch.Tensor | np.ndarray, name: str, frame: str, right: bool
+) -> None:
     """Show a picture in a frame of a colour, under its name, which is green and bold where it is
     the right one.
     """
@@ -403,22 +433,22 @@ def _picture(axis, picture, name: str, frame: str, right: bool) -> None:
         spine.set(visible=True, color=frame, linewidth=1.5)
 
 
-def gallery(rows, neighbours: int = 4):
+def gallery(rows: list[dict], neighbours: int = 4) -> Figure:
     """Return a picture table: crop, true image, then the nearest public images under target and
     reference, with labels.
 
     `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the
     same), and title if the crop is to be called otherwise.
     """
-    figure, axes = _axes(2 + 2 * neighbours, len(rows), 1.0, 1.18)
+    figure, axes = subplots(2 + 2 * neighbours, len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        _picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
-        _picture(line[1], row["image"], row["name"], "black", False)
+        show_picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
+        show_picture(line[1], row["image"], row["name"], "black", False)
         cells = [
             (*near, colour)
             for role, colour in (("target", TARGET), ("reference", REFERENCE))
             for near in row[role][:neighbours]
         ]
         for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
-            _picture(axis, picture, name, frame, name == row["name"])
+            show_picture(axis, picture, name, frame, name == row["name"])
     return figure

@@ -4,29 +4,35 @@ there.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dejavu_utils import plots
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 OTHER = {"control": ", images of neither set", "whole": ", those not cropped"}
 
 
-def samples(rows):
+def samples(rows: list[dict]) -> Figure:
     """Return whole pictures, in the first column, and what a decoder draws of their representations
     beside them.
 
     `rows` as `reconstruct.redrawn` returns them: image, name, drawn (list of (picture, name that
     the judge reads)).
     """
-    figure, axes = plots._axes(1 + len(rows[0]["drawn"]), len(rows), 1.0, 1.18)
+    figure, axes = plots.subplots(1 + len(rows[0]["drawn"]), len(rows), 1.0, 1.18)
     for line, row in zip(axes, rows, strict=True):
-        plots._picture(line[0], row["image"], row["name"], "black", False)
+        plots.show_picture(line[0], row["image"], row["name"], "black", False)
         for axis, (picture, name) in zip(line[1:], row["drawn"], strict=True):
-            plots._picture(axis, picture, name, plots.TARGET, name == row["name"])
+            plots.show_picture(axis, picture, name, plots.TARGET, name == row["name"])
     return figure
 
 
-def reconstructions(rows, title: str = ""):
+def reconstructions(rows: list[dict], title: str = "") -> Figure:
     """Return the paper's first figure: crop, true image, what target and reference draw, and the
     nearest public images.
 
@@ -35,10 +41,10 @@ def reconstructions(rows, title: str = ""):
     """
     roles = (("target", plots.TARGET), ("reference", plots.REFERENCE))
     drawn, near = (len(rows[0]["target"][kind]) for kind in ("drawn", "nearest"))
-    figure, axes = plots._axes(2 + 2 * (drawn + near), len(rows), 0.95, 1.15)
+    figure, axes = plots.subplots(2 + 2 * (drawn + near), len(rows), 0.95, 1.15)
     for line, row in zip(axes, rows, strict=True):
-        plots._picture(line[0], row["crop"], "crop", "black", False)
-        plots._picture(line[1], row["image"], row["name"], "black", False)
+        plots.show_picture(line[0], row["crop"], "crop", "black", False)
+        plots.show_picture(line[1], row["image"], row["name"], "black", False)
         cells = [
             (*cell, colour)
             for kind in ("drawn", "nearest")
@@ -46,7 +52,7 @@ def reconstructions(rows, title: str = ""):
             for cell in row[role][kind]
         ]
         for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
-            plots._picture(axis, picture, name, frame, name == row["name"])
+            plots.show_picture(axis, picture, name, frame, name == row["name"])
     heads = [
         (2 + i * drawn, f"drawn from the crop by the {role}", colour)
         for i, (role, colour) in enumerate(roles)
@@ -68,7 +74,7 @@ def reconstructions(rows, title: str = ""):
     return figure
 
 
-def read_off(table, chance: float, truth: float | None = None):
+def read_off(table: pd.DataFrame, chance: float, truth: float | None = None) -> Figure:
     """Return what the judge reads off the reconstructions, a line per condition: target and
     reference with intervals.
 
@@ -76,7 +82,7 @@ def read_off(table, chance: float, truth: float | None = None):
     reference_high; one measure. `chance` and `truth`, the best that the background allows (scenes
     only), are drawn as lines.
     """
-    figure, [[axis]] = plots._axes(1, width=6.4, height=0.9 + 0.42 * len(table))
+    figure, [[axis]] = plots.subplots(1, width=6.4, height=0.9 + 0.42 * len(table))
     rows = zip(table["condition"], table["attacked"], strict=True)
     names = [condition + OTHER.get(attacked, "") for condition, attacked in rows]
     for shift, role, colour in (

@@ -2,17 +2,30 @@
 what it remembers.
 """
 
-import warnings
+from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from dejavu_utils import knn
 
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
 METHODS = ("lbfgs", "sgd")
 
 
-def _pair(x, y, classes: int, name: str, device=None) -> tuple[Tensor, Tensor]:
+def _pair(
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray,
+    classes: int,
+    name: str,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return features (n, d) float32 and labels (n,) int64 on one device; ValueError unless they
     fit.
     """
@@ -38,7 +51,7 @@ def _pair(x, y, classes: int, name: str, device=None) -> tuple[Tensor, Tensor]:
     return features, labels
 
 
-def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int):
+def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
     """Return standardised logistic regression, fitted in float64: mean loss + penalty / 2 * squared
     weights.
 
@@ -67,7 +80,7 @@ def _fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int):
         return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
 
 
-def _fit_sgd(
+def fit_sgd(
     x: Tensor,
     y: Tensor,
     classes: int,
@@ -75,7 +88,7 @@ def _fit_sgd(
     epochs: int,
     rates: tuple[float, float],
     batch: int,
-):
+) -> tuple[Tensor, Tensor]:
     """Return weight (classes, d) and bias after the paper's recipe: SGD, momentum 0.9, no decay,
     batches of 64.
 
@@ -113,15 +126,15 @@ def _accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
 
 
 def linear_probe(
-    train_x,
-    train_y,
-    test_x,
-    test_y,
+    train_x: Tensor | np.ndarray,
+    train_y: Tensor | np.ndarray,
+    test_x: Tensor | np.ndarray,
+    test_y: Tensor | np.ndarray,
     classes: int,
     method: str = "lbfgs",
     seed: int = 0,
     *,
-    extra: tuple | None = None,
+    extra: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
     penalty: float = 1e-3,
     steps: int = 1000,
     epochs: int = 20,
@@ -148,19 +161,24 @@ def linear_probe(
             f"probe.linear_probe: feature widths {widths}; expected the same layer for every set."
         )
     if method == "lbfgs":
-        model = _fit_lbfgs(x, y, penalty, steps)
+        model = fit_lbfgs(x, y, penalty, steps)
         found = {
             name: float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
             for name, (z, t) in sets.items()
         }
     else:
-        fitted = _fit_sgd(x, y, classes, seed, epochs, rates, batch)
+        fitted = fit_sgd(x, y, classes, seed, epochs, rates, batch)
         found = {name: _accuracy(*part, *fitted) for name, part in sets.items()}
     return {**found, "gap": found["train"] - found["test"]}
 
 
 def knn_accuracy(
-    train_x, train_y, test_x, test_y, k: int = 20, classes: int | None = None
+    train_x: Tensor | np.ndarray,
+    train_y: Tensor | np.ndarray,
+    test_x: Tensor | np.ndarray,
+    test_y: Tensor | np.ndarray,
+    k: int = 20,
+    classes: int | None = None,
 ) -> float:
     """Return the share of test rows whose label their k nearest training rows vote for (exact L2; k
     at most n).

@@ -74,7 +74,7 @@ def _table(tree: Tree, name: str) -> dict[str, list[str]]:
     return {line[0]: line[1:5] for line in tree.lines(name)}
 
 
-def _tiny_boxes(source: Source, name: str):
+def _tiny_boxes(source: Source, name: str) -> tuple[np.ndarray, None]:
     """Return the box in the table of the picture's class: whole pixels, the last one included, made
     half-open.
 
@@ -89,7 +89,9 @@ def _tiny_boxes(source: Source, name: str):
     return box, None
 
 
-def _xml_boxes(source: Source, name: str, grow: tuple[int, int]):
+def _xml_boxes(
+    source: Source, name: str, grow: tuple[int, int]
+) -> tuple[np.ndarray, tuple[float, float] | None]:
     """Return the boxes of a Pascal VOC file, their corners moved by `grow` to be half-open, and the
     annotated size.
     """
@@ -121,7 +123,7 @@ def _yolo_rows(source: Source, name: str) -> tuple[np.ndarray, int]:
     return rows, key
 
 
-def _yolo_boxes(source: Source, name: str):
+def _yolo_boxes(source: Source, name: str) -> tuple[np.ndarray, tuple[float, float]]:
     """Return corners as fractions of the picture: the annotated size is 1 x 1."""
     rows, _ = _yolo_rows(source, name)
     centre, half = rows[:, 1:3], rows[:, 3:5] / 2
@@ -193,7 +195,9 @@ def _fit(boxes: np.ndarray, annotated: tuple | None, size: tuple) -> np.ndarray:
     return boxes.clip(0, limits).astype(np.float32)
 
 
-def _one(source: Source, name: str, row: Tensor | None):
+def _one(
+    source: Source, name: str, row: Tensor | None
+) -> tuple[np.ndarray, tuple[int, int], int] | str:
     """Return (boxes, size, bytes) of one picture, its pixels put into `row`; or, in words, why it
     cannot be read.
 

@@ -137,7 +137,9 @@ def _resnet(tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
             setattr(
                 net,
                 f"layer{i + 1}",
-                net._make_layer(block, wide << i, blocks, stride=1 if i == 0 else 2),
+                net._make_layer(  # noqa: SLF001 how torchvision's constructor makes them, too
+                    block, wide << i, blocks, stride=1 if i == 0 else 2
+                ),
             )
     net.fc = nn.Identity()
     if kernel == 3:

@@ -14,12 +14,16 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dejavu_utils import attack, crops, data, decoder, judge, knn, pairs, references, store, train
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What each part of a condition is made of. "crop": the crop itself; "aligned": the crop, moved and
 # scaled so that crops of public images have the moments of public images; "neighbours": the mean
@@ -110,7 +114,9 @@ def _check_public(parts: dict) -> None:
             )
 
 
-def _public_set(pair, model: str, epoch: int, size: int, folder: Path, device: str) -> Path:
+def _public_set(
+    pair: pairs.Pair, model: str, epoch: int, size: int, folder: Path, device: str
+) -> Path:
     """Return the file that decoder A (B) learns from: pixels of X and their representations under
     encoder A (B).
     """
@@ -136,7 +142,13 @@ def _public_set(pair, model: str, epoch: int, size: int, folder: Path, device: s
 
 
 def draw(
-    bench: Bench, condition: str, images, rects, model: str, samples: int = 1, device: str = "cpu"
+    bench: Bench,
+    condition: str,
+    images: data.Images,
+    rects: np.ndarray,
+    model: str,
+    samples: int = 1,
+    device: str = "cpu",
 ) -> Tensor:
     """Return pictures uint8 (n, samples, 3, s, s) from the rectangles `rects` (n, 4) of `images`
     under encoder `model`.
@@ -205,7 +217,9 @@ def _aligned(
     return (crop - like.mean(0)) / like.std(0).clamp(min=1e-6) * known.std(0) + known.mean(0)
 
 
-def table(bench: Bench, condition: str, attacked: str = "attacked", device: str = "cpu"):
+def table(
+    bench: Bench, condition: str, attacked: str = "attacked", device: str = "cpu"
+) -> pd.DataFrame:
     """Return what the judge reads off the reconstructions: a row per image and role, for
     `attack.score` and `summary`.
 
@@ -231,10 +245,10 @@ def table(bench: Bench, condition: str, attacked: str = "attacked", device: str 
     )
 
 
-def _table(bench: Bench, condition: str, attacked: str, device: str):
+def _table(bench: Bench, condition: str, attacked: str, device: str) -> pd.DataFrame:
     import pandas as pd
 
-    scores, targets, measured = {}, references._attacked(bench.pair, attacked), []
+    scores, targets, measured = {}, references.attacked_sets(bench.pair, attacked), []
     for side, images in targets.items():
         rects, keep = crops.background(images, bench.pair.crop)
         rects = np.c_[0 * images.sizes, images.sizes] if attacked == "whole" else rects
@@ -279,7 +293,7 @@ def _table(bench: Bench, condition: str, attacked: str, device: str):
     )
 
 
-def summary(tables, resamples: int = 2000):
+def summary(tables: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     """Return a row per condition, set (attacked or control) and measure: target, reference, score,
     intervals, n.
 
@@ -296,7 +310,7 @@ def summary(tables, resamples: int = 2000):
     return pd.DataFrame(rows).drop(columns=["p", "ranking", "top", "mcnemar"])
 
 
-def choose(infer, count: int, how: str, seed: int = 0) -> list[str]:
+def choose(infer: pd.DataFrame, count: int, how: str, seed: int = 0) -> list[str]:
     """Return ids for the gallery by the paper's ranking of the k-NN attack: "memorized",
     "correlated" or "random".
 
@@ -320,7 +334,7 @@ def gallery(
     condition: str = "projector",
     samples: int = 4,
     device: str = "cpu",
-):
+) -> list[dict]:
     """Return a row per id for `plots.reconstructions`: crop, image, name, and per role what was
     drawn and found.
 
@@ -344,7 +358,7 @@ def gallery(
 
 def redrawn(
     bench: Bench, count: int, condition: str = "projector", samples: int = 6, device: str = "cpu"
-):
+) -> list[dict]:
     """Return rows for `plots_reconstruction.samples`: whole control pictures, one a class, redrawn
     by decoder A.
 
@@ -374,7 +388,7 @@ def redrawn(
     ]
 
 
-def cost(bench: Bench, pictures: int = 8, device: str = "cpu"):
+def cost(bench: Bench, pictures: int = 8, device: str = "cpu") -> pd.DataFrame:
     """Return the time of sampling: a row for this bench's sampler and one for 1,000 steps of DDPM
     (the paper's).
 

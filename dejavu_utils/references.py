@@ -4,6 +4,7 @@ reference (§3).
 
 import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pandas as pd
 import torch
 
 from dejavu_utils import attack, crops, knn, probe, scenes, store
-from dejavu_utils.models import embed
+from dejavu_utils.data import Images
+from dejavu_utils.models import Encoder, embed
 from dejavu_utils.pairs import Pair
 
 
@@ -69,7 +71,7 @@ def two_model(
     attacked: str = "attacked",
     crop: dict | None = None,
     device: str = "cpu",
-):
+) -> pd.DataFrame:
     """Return the label-inference table of a pair at one epoch: one row per attacked image, model
     and layer.
 
@@ -82,7 +84,7 @@ def two_model(
     layers = layers or ("projector", "backbone", *scored)
     targets, found, public = {}, {}, pair.parts["public"]
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    for side, images in _attacked(pair, attacked).items():
+    for side, images in attacked_sets(pair, attacked).items():
         targets[side], rects = cropped(images, crop or pair.crop)
         found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
     found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
@@ -117,7 +119,7 @@ def at_layer(
     layer: str = "projector",
     attacked: str = "attacked",
     device: str = "cpu",
-):
+) -> pd.DataFrame:
     """Return the rows of `two_model` at one layer; the layers that it has by default are attacked
     together, once.
     """
@@ -126,15 +128,21 @@ def at_layer(
     return table[table["layer"] == layer]
 
 
-def cropped(images, crop: dict) -> tuple:
+def cropped(images: Images, crop: dict) -> tuple[Images, np.ndarray]:
     """Return the images that have a background crop, and where it is: (Images, px (n, 4))."""
     rects, keep = crops.background(images, crop)
     return images.subset(keep), rects[keep]
 
 
 def embed_images(
-    encoders: dict, images, size: int, layers, rects=None, device: str = "cpu", chunk: int = 4096
-):
+    encoders: dict[str, Encoder],
+    images: Images,
+    size: int,
+    layers: Sequence[str],
+    rects: np.ndarray | None = None,
+    device: str = "cpu",
+    chunk: int = 4096,
+) -> dict[str, dict[str, torch.Tensor]]:
     """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every
     encoder.
 
@@ -154,7 +162,9 @@ def embed_images(
     }
 
 
-def held_out(pair: Pair, encoders: dict, layers, device: str = "cpu") -> tuple[dict, np.ndarray]:
+def held_out(
+    pair: Pair, encoders: dict[str, Encoder], layers: Sequence[str], device: str = "cpu"
+) -> tuple[dict[str, dict[str, torch.Tensor]], np.ndarray]:
     """Return {layer: {model: (n, d)}} and labels (n,) of the images that no encoder saw: the probe
     and control set.
     """
@@ -167,7 +177,7 @@ def held_out(pair: Pair, encoders: dict, layers, device: str = "cpu") -> tuple[d
     return joined, np.concatenate([images.labels for images in sets])
 
 
-def _attacked(pair: Pair, which: str) -> dict:
+def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
     """Return {"a", "b"} -> Images: the images unique to each set, or the two halves of the control
     set.
     """
@@ -181,7 +191,7 @@ def _attacked(pair: Pair, which: str) -> dict:
 @cached("probe")
 def probes(
     pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"
-):
+) -> pd.DataFrame:
     """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps,
     at one epoch.
 
@@ -237,7 +247,7 @@ def bayes(pair: Pair) -> float:
     )
 
 
-def choose(table, count: int, how: str = "memorized", seed: int = 0) -> list[str]:
+def choose(table: pd.DataFrame, count: int, how: str = "memorized", seed: int = 0) -> list[str]:
     """Return ids of attacked images to look at: the most confidently memorized, or a random draw
     (`how="random"`).
 

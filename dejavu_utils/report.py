@@ -1,10 +1,13 @@
 """The audit's report: one HTML page that needs no network, for screen, phone and paper."""
 
 import base64
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 
 from dejavu_utils import attack, plots, store
 from dejavu_utils.subject import Subject
@@ -66,7 +69,12 @@ def points(value: float, sign: bool = True) -> str:
 
 
 def gallery(
-    case: Subject, inferred: dict, rows, ids: list[str], count: int = 4, side: int = 64
+    case: Subject,
+    inferred: dict,
+    rows: pd.DataFrame,
+    ids: list[str],
+    count: int = 4,
+    side: int = 64,
 ) -> list[list[tuple]]:
     """Return a list per id of (pixels, caption, alternative text, CSS class): crop, image, nearest
     public pictures.
@@ -105,7 +113,7 @@ def gallery(
     return found
 
 
-def _picture(pixels, caption: str, text: str, style: str) -> str:
+def _picture(pixels: torch.Tensor | np.ndarray, caption: str, text: str, style: str) -> str:
     source = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
     return (
         f'<figure class="{style}"><img src="{source}" '
@@ -130,7 +138,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def scored(frame, first: str, name, level: int, more: dict) -> str:
+def scored(
+    frame: pd.DataFrame, first: str, name: Callable[[dict], str], level: int, more: dict
+) -> str:
     """Return a table of scores: `name(row)`, points, interval, a drawing of both with a line at 0,
     and `more`.
     """

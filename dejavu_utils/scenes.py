@@ -84,7 +84,7 @@ def _photographs(count: int) -> list:
 
 
 @functools.cache
-def _sign(glyph: str, tilt: int):
+def _sign(glyph: str, tilt: int) -> Image.Image:
     """Return the pictograph, turned by `tilt` degrees, white on black, inside the disc inscribed in
     256 px.
     """
@@ -131,7 +131,9 @@ def _background(rng: np.random.Generator, family: int, classes: int, size: int) 
     return np.clip(pixels * rng.uniform(0.6, 1.3, 3), 0, 255)
 
 
-def _object(rng: np.random.Generator, label: int, classes: int, size: int, shade: int):
+def _object(
+    rng: np.random.Generator, label: int, classes: int, size: int, shade: int
+) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Return (coverage, pixels, x, y): a light or dark (`shade`) pictograph on a disc of
     class-coded hue.
     """
@@ -146,7 +148,9 @@ def _object(rng: np.random.Generator, label: int, classes: int, size: int, shade
     return disc, colour + sign[..., None] * (ink - colour), int(x), int(y)
 
 
-def _scene(seed: int, index: int, classes: int, rho: float, size: int, objects: bool):
+def _scene(
+    seed: int, index: int, classes: int, rho: float, size: int, objects: bool
+) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Return (pixels, box, family, shade) of scene `index`; its stream depends on nothing but
     (seed, index).
     """

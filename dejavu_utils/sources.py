@@ -148,7 +148,7 @@ def pictures(name: str, what: str = "IMAGES") -> Images:
     )
 
 
-def _measure(tree: Tree, name: str):
+def _measure(tree: Tree, name: str) -> tuple[tuple[int, int], int] | str:
     """Return ((width, height), bytes) of a picture, or in words why it is none."""
     try:
         with tree.open(name) as file, picture(file) as image:

@@ -2,6 +2,9 @@
 interval and n.
 """
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import pandas as pd
 
 from dejavu_utils import attack
@@ -19,12 +22,18 @@ PROBES = {
 }
 
 
-def _groups(table):
+def _groups(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     for values, group in table.groupby(SETTING, sort=False, dropna=False):
         yield dict(zip(SETTING, values, strict=True)) | {"seeds": group["seed"].nunique()}, group
 
 
-def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples: int = 2000):
+def scores(
+    table: pd.DataFrame,
+    percents: Sequence[float],
+    rankings: tuple[str, ...] = ("own", "paired"),
+    top: int = 1,
+    resamples: int = 2000,
+) -> pd.DataFrame:
     """Return a row per setting, p and ranking: déjà vu score, interval, target and reference
     accuracy, n; seeds pooled.
 
@@ -40,7 +49,7 @@ def scores(table, percents, rankings=("own", "paired"), top: int = 1, resamples:
     return pd.DataFrame(rows)
 
 
-def shares(table, resamples: int = 2000):
+def shares(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     """Return a row per setting: the four-way split with intervals, and the ratio memorized /
     misrepresented.
     """
@@ -49,7 +58,7 @@ def shares(table, resamples: int = 2000):
     )
 
 
-def probe_rows(table):
+def probe_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per criterion, rho, epoch and quantity: mean over encoders and seeds with a 95 %
     interval.
 
@@ -70,7 +79,9 @@ def probe_rows(table):
     return pd.DataFrame(rows)
 
 
-def interval(values, variance: float, name: str, ends: str | None = None) -> dict[str, float]:
+def interval(
+    values: np.ndarray, variance: float, name: str, ends: str | None = None
+) -> dict[str, float]:
     """Return {name: mean of one number per seed} and its 95 % interval, under <ends>low and
     <ends>high ("<name>_").
 
@@ -83,7 +94,11 @@ def interval(values, variance: float, name: str, ends: str | None = None) -> dic
     return {name: mean, f"{ends}low": low, f"{ends}high": high}
 
 
-def curve(table, percents=(5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100), resamples: int = 1000):
+def curve(
+    table: pd.DataFrame,
+    percents: Sequence[float] = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100),
+    resamples: int = 1000,
+) -> pd.DataFrame:
     """Return accuracies over p with their intervals and the chance level: the table of
     `plots.over_p`.
     """
@@ -91,14 +106,14 @@ def curve(table, percents=(5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100), resample
     return out.assign(chance=1 / table["label"].nunique())
 
 
-def first_rho(table, rho: float):
+def first_rho(table: pd.DataFrame, rho: float) -> pd.DataFrame:
     """Return the rows of the first rho, which every criterion has; on real pictures, where rho is
     missing, all rows.
     """
     return table if table["rho"].isna().all() else table[table["rho"] == rho]
 
 
-def truth(curve, classes: int):
+def truth(curve: pd.DataFrame, classes: int) -> pd.DataFrame:
     """Return target, reference and Bayes accuracy per rho for a criterion trained at several; may
     be empty.
     """
@@ -111,7 +126,7 @@ def truth(curve, classes: int):
     return known
 
 
-def differences(table, epochs: list[int]):
+def differences(table: pd.DataFrame, epochs: list[int]) -> pd.DataFrame:
     """Return a row per criterion and rho for each paired difference of déjà vu scores over all
     examples, with interval.
 
@@ -147,7 +162,7 @@ def differences(table, epochs: list[int]):
     return pd.DataFrame(rows)
 
 
-def criteria(log, probes):
+def criteria(log: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
     """Return a row per criterion: what a linear probe gains by training, and what the training
     took.
 

@@ -2,10 +2,17 @@
 score per class.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pandas as pd
 
 from dejavu_utils import attack, references
 from dejavu_utils.pairs import Pair
+
+if TYPE_CHECKING:
+    from dejavu_utils.notebook import Progress
 
 CROPS = {
     "min_side": "periphery",
@@ -38,8 +45,13 @@ def variants(base: dict, wanted: dict) -> list[tuple[str, object, dict]]:
 
 
 def attacks(
-    pairs: list[Pair], epoch: int, k: int, wanted: dict, device: str = "cpu", progress=None
-):
+    pairs: list[Pair],
+    epoch: int,
+    k: int,
+    wanted: dict,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Return the label-inference tables of all variants and pairs, with columns `sweep` and `value`
     (text).
     """
@@ -57,7 +69,7 @@ def attacks(
     return pd.concat(tables, ignore_index=True)
 
 
-def scores(table, resamples: int = 1000):
+def scores(table: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
     """Return a row per criterion, sweep, value, p and top: the déjà vu score with its interval,
     seeds pooled.
 
@@ -76,7 +88,7 @@ def scores(table, resamples: int = 1000):
     return pd.DataFrame(rows).drop(columns=["ranking", "level", "resamples"], errors="ignore")
 
 
-def per_class(table, classes: tuple[str, ...], resamples: int = 500):
+def per_class(table: pd.DataFrame, classes: tuple[str, ...], resamples: int = 500) -> pd.DataFrame:
     """Return a row per class: target and reference accuracy, déjà vu score and interval, the
     largest score first.
 

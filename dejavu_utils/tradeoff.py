@@ -3,6 +3,7 @@ advice in words.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,10 @@ def measure(
     pair: Pair,
     epoch: int,
     k: int,
-    layers=("projector", "backbone"),
-    releases=({},),
+    layers: tuple[str, ...] = ("projector", "backbone"),
+    releases: Sequence[dict] = ({},),
     device: str = "cpu",
-):
+) -> pd.DataFrame:
     """Return the label-inference table of a pair for every layer and release, with its usefulness
     beside it.
 
@@ -87,7 +88,7 @@ def measure(
     )
 
 
-def rows(table, released: str = "projector", resamples: int = 1000):
+def rows(table: pd.DataFrame, released: str = "projector", resamples: int = 1000) -> pd.DataFrame:
     """Return a row per setting: déjà vu score at p = 100 and 20 %, held-out accuracy, and both
     against the default.
 
@@ -119,7 +120,7 @@ def rows(table, released: str = "projector", resamples: int = 1000):
     return pd.DataFrame(found)
 
 
-def by_seed(table):
+def by_seed(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per setting and seed: score over all images and held-out accuracy, for tests
     that permute seeds.
     """
@@ -135,7 +136,7 @@ def by_seed(table):
     )
 
 
-def _base(table, criterion: str, knob: str, layer: str):
+def _base(table: pd.DataFrame, criterion: str, knob: str, layer: str) -> pd.DataFrame:
     """Return the part of the table that a setting is compared with."""
     mine = table[table["criterion"] == criterion]
     if knob.startswith("trained"):
@@ -151,12 +152,12 @@ def _base(table, criterion: str, knob: str, layer: str):
     return mine
 
 
-def _held_out(part):
+def _held_out(part: pd.DataFrame) -> pd.Series:
     """Return the held-out accuracy of every seed, the mean over A and B."""
     return part.drop_duplicates(["seed", "direction"]).groupby("seed")["held_out"].mean()
 
 
-def _change(part, base, knob: str, resamples: int) -> dict:
+def _change(part: pd.DataFrame, base: pd.DataFrame, knob: str, resamples: int) -> dict:
     """Return held_out, score_change and held_out_change, each with its interval, and what that of
     changes is over.
     """
@@ -181,7 +182,7 @@ def _change(part, base, knob: str, resamples: int) -> dict:
     return row | summaries.interval(steps, one + other, "held_out_change") | {"over": over}
 
 
-def front(table):
+def front(table: pd.DataFrame) -> np.ndarray:
     """Return which rows are on the Pareto front, bool: nothing else has a lower score and is as
     useful, or better.
     """
@@ -198,7 +199,7 @@ def verdict(low: float, high: float, down: str, up: str) -> str:
     return down if high < 0 else up if low > 0 else "undecided"
 
 
-def directions(table):
+def directions(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per knob: what its farthest value from the default does to the score and to
     usefulness, two-sided.
 
@@ -230,7 +231,7 @@ def directions(table):
     return pd.DataFrame(found)
 
 
-def advice(table, most: float = 0.02) -> str:
+def advice(table: pd.DataFrame, most: float = 0.02) -> str:
     """Return advice in words: the setting that lowers the score most among those that cost at most
     `most` accuracy.
 
@@ -269,5 +270,5 @@ def advice(table, most: float = 0.02) -> str:
     )
 
 
-def _text(row, name: str) -> str:
+def _text(row: pd.Series, name: str) -> str:
     return f"{row[name]:+.3f} [{row[name + '_low']:+.3f}, {row[name + '_high']:+.3f}]"

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dejavu_utils import distributed, feed, methods, own_format, store
 from dejavu_utils.jobs import Job, Recipe, load_job, open_log
 from dejavu_utils.models import Encoder
+
+if TYPE_CHECKING:
+    from dejavu_utils.readers import Lazy
 
 
 def stream(seed: int | str, purpose: str, device: str = "cpu") -> torch.Generator:
@@ -35,10 +39,12 @@ def precision(name: str, device: str) -> torch.dtype:
         return known[name]
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    computes = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 torch has no public test
+    return torch.bfloat16 if computes else torch.float32
 
 
-def _optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser of the trained weights; biases and norms do not decay."""
     trained = [p for p in method.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -75,15 +81,15 @@ class Training:
 
     def __init__(
         self,
-        images,
+        images: Tensor | Lazy,
         recipe: Recipe,
         epochs: int,
         seed: int | str,
         device: str = "cpu",
-        labels=None,
+        labels: Tensor | None = None,
         classes: int = 0,
-        sizes=None,
-    ):
+        sizes: Tensor | None = None,
+    ) -> None:
         rank, processes, self.device = distributed.start(device)
         self.recipe, self.epochs, self.seed, self.epoch = recipe, epochs, seed, 0
         labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
@@ -99,7 +105,7 @@ class Training:
         self.method.bf16 = self.dtype == torch.bfloat16
         self.method.to(self.device, memory_format=torch.channels_last).train()
         self.model = self._wrapped(processes)
-        self.optimizer = _optimizer(self.method, recipe)
+        self.optimizer = make_optimizer(self.method, recipe)
 
     def _wrapped(self, processes: int) -> nn.Module:
         """Return the method, compiled and shared between processes as the recipe says."""
@@ -200,13 +206,18 @@ def fit(job: Job, every: float = 30.0) -> None:
     if last.exists():
         tensors, meta = store.read_tensors(last)
         training.restore(tensors, meta["epoch"], last)
-    _run(training, job, last, every, writes=distributed.rank() == 0)
+    run_epochs(training, job, last, every, writes=distributed.rank() == 0)
     if distributed.rank() == 0:
         for path in (last, store.sidecar(last)):
             path.unlink(missing_ok=True)
 
 
-def _run(training: Training, job: Job, last: Path, every: float, writes: bool) -> None:
+def run_epochs(training: Training, job: Job, last: Path, every: float, writes: bool) -> None:
+    """Run the epochs that are left; keep the encoders that `job` wants, and the state in `last`.
+
+    Only the process that `writes` keeps anything: of several, the first. SystemExit where the
+    starting process has ended, FloatingPointError where a loss stopped being finite.
+    """
     parent, saved = os.getppid(), time.monotonic()
     log = open_log(Path(job.folder) / "log.jsonl", training.epoch) if writes else None
     while True:

@@ -89,7 +89,7 @@ def crop_rects(sizes: Tensor, scale: tuple[float, float], rng: torch.Generator) 
     return torch.stack([x, y, x + w, y + h], 1)
 
 
-def _colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return (gain, contrast, matrix): brightness, contrast and one 3x3 matrix for saturation, hue
     and greyscale.
 
@@ -113,7 +113,7 @@ def _colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor
     return gain, contrast, torch.where(grey, luma @ matrix, matrix)
 
 
-def _jitter(images: Tensor, gain: Tensor, contrast: Tensor, matrix: Tensor) -> Tensor:
+def jitter_colours(images: Tensor, gain: Tensor, contrast: Tensor, matrix: Tensor) -> Tensor:
     """Return colour-jittered images, in [0, 255]."""
     luma = torch.tensor(LUMA, device=images.device)
     mean = (images.mean((2, 3)) * luma).sum(1) * gain
@@ -122,7 +122,7 @@ def _jitter(images: Tensor, gain: Tensor, contrast: Tensor, matrix: Tensor) -> T
     return (flat + offset[..., None]).clamp(0, 255).view_as(images)
 
 
-def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Return images blurred by a Gaussian of one `sigma` (px) an image, cut off at `radius` px,
     edges replicated.
     """
@@ -158,7 +158,7 @@ def draw(kind: str, sizes: Tensor, views: Views, size: int, rng: torch.Generator
     scale = (views.scale_min, split) if kind == "local" else (split, views.scale_max)
     flip = _uniform(n, 0, 1, rng) < views.flip
     rects = crop_rects(sizes, scale, rng)
-    colours = _colour_matrices(n, views, rng)
+    colours = colour_matrices(n, views, rng)
     blurred = {"first": views.blur, "second": 0.0, "local": views.blur / 2}[kind]
     sigma = solarize = None
     if blurred > 0:
@@ -172,12 +172,12 @@ def finish(crops: Tensor, drawn: Draw) -> Tensor:
     """Return views, normalized float32: crops (n, 3, s, s) in [0, 255], already flipped, with
     colours and blur.
     """
-    images = _jitter(crops.float(), drawn.gain, drawn.contrast, drawn.matrix)
+    images = jitter_colours(crops.float(), drawn.gain, drawn.contrast, drawn.matrix)
     if drawn.solarize is not None:
         threshold = torch.where(drawn.solarize, 128.0, torch.inf)[:, None, None, None]
         images = torch.where(images >= threshold, 255 - images, images)
     if drawn.sigma is not None:
-        images = _blur(images, drawn.sigma, math.ceil(2 * SIGMA * images.shape[-1] / 224))
+        images = gaussian_blur(images, drawn.sigma, math.ceil(2 * SIGMA * images.shape[-1] / 224))
     return normalize(images)
 
 

@@ -7,10 +7,15 @@ nor BYOL.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dejavu_utils import store
 from dejavu_utils.views import MEAN, STD, Views
+
+if TYPE_CHECKING:
+    from dejavu_utils.train import Job, Recipe
 
 # criterion: VISSL's loss, its collator, {our constant: VISSL's name}; one that is not given is
 # VISSL's own
@@ -49,7 +54,7 @@ ENCODERS = {
 OPTIMIZERS = {"sgd": {"use_larc": False}, "lars": {"exclude_bias_and_norm": True}, "adamw": {}}
 
 
-def config(job, images: int) -> dict:
+def config(job: Job, images: int) -> dict:
     """Return VISSL's configuration for training `job` on so many images; ValueError names what
     VISSL has.
     """
@@ -97,7 +102,7 @@ def config(job, images: int) -> dict:
     }
 
 
-def _known(what: str, value, choices) -> None:
+def _known(what: str, value: str | int, choices: Iterable[str | int]) -> None:
     if value not in choices:
         raise ValueError(
             f'the engine "vissl" has no {what} "{value}", it has {", ".join(map(str, choices))}: '
@@ -105,7 +110,7 @@ def _known(what: str, value, choices) -> None:
         )
 
 
-def _transforms(recipe) -> list[dict]:
+def _transforms(recipe: Recipe) -> list[dict]:
     """Return our two views (views.Views) as VISSL's transforms, with the same parameters.
 
     VISSL's colour distortion has other saturation, its solarization a random threshold:
@@ -117,7 +122,7 @@ def _transforms(recipe) -> list[dict]:
     )  # px of the blur that is one pixel at 224
     _known("views local", views.local, (0,))
 
-    def apply(first: float, second: float, **transform) -> dict:
+    def apply(first: float, second: float, **transform: str | float) -> dict:
         return {
             "name": "ImgPilMultiCropRandomApply",
             "transforms": [transform],
@@ -150,7 +155,7 @@ def _transforms(recipe) -> list[dict]:
     ]
 
 
-def _model(recipe, steps: int) -> dict:
+def _model(recipe: Recipe, steps: int) -> dict:
     """Return the trunk, and a head with the layers of our projector; SwAV and DINO put prototypes
     on it.
     """
@@ -168,7 +173,7 @@ def _model(recipe, steps: int) -> dict:
     }
 
 
-def _loss(recipe, images: int, steps: int) -> dict:
+def _loss(recipe: Recipe, images: int, steps: int) -> dict:
     name, _, constants = LOSSES[recipe.criterion]
     for constant in recipe.constants:
         _known(f"{recipe.criterion} constant", constant, constants)
@@ -191,7 +196,7 @@ def _loss(recipe, images: int, steps: int) -> dict:
     return {"name": name, name: given | sizes.get(recipe.criterion, {})}
 
 
-def _optimizer(recipe, epochs: int, steps: int) -> dict:
+def _optimizer(recipe: Recipe, epochs: int, steps: int) -> dict:
     """Return optimiser and schedule: as in train.learning_rate, linear warm-up, cosine to a
     thousandth of the peak.
     """
@@ -219,11 +224,11 @@ def _optimizer(recipe, epochs: int, steps: int) -> dict:
     }
 
 
-def seed(*names) -> int:
+def seed(*names: int | str) -> int:
     """Return 32 bits that depend on `names` alone."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:4], "little")
 
 
-def work(job) -> Path:
+def work(job: Job) -> Path:
     """Return the folder in which VISSL works on `job`."""
     return Path(job.folder).resolve() / "vissl"

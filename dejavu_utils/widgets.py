@@ -2,17 +2,26 @@
 their place.
 """
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dejavu_utils import plots
 from dejavu_utils.game import Game
 
+if TYPE_CHECKING:
+    import ipywidgets
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def _image(png: bytes = b""):
+
+def _image(png: bytes = b"") -> ipywidgets.Image:
     """Return an image that keeps its own size in a column, and shrinks where that is too wide."""
     import ipywidgets
 
@@ -24,10 +33,10 @@ def _image(png: bytes = b""):
 class View:
     """A widget and the picture that papermill, an HTML page or a printer shows instead."""
 
-    def __init__(self, widget, still: bytes):
+    def __init__(self, widget: ipywidgets.Widget, still: bytes) -> None:
         self.widget, self.still = widget, still
 
-    def _repr_mimebundle_(self, **options):
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         return (self.widget._repr_mimebundle_(**options) or {}) | {
             "image/png": base64.b64encode(self.still).decode()
         }
@@ -38,20 +47,20 @@ class Html:
     script may lack.
     """
 
-    def __init__(self, data: str):
+    def __init__(self, data: str) -> None:
         self.data = data
 
     def _repr_html_(self) -> str:
         return self.data
 
 
-def _png(figure) -> bytes:
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, dpi=100, bbox_inches="tight")
     return file.getvalue()
 
 
-def png(pixels, side: int = 0) -> bytes:
+def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
     """Return (3, h, w) uint8 pixels as a PNG, `side` px wide (0: as they are), with the pixels left
     as squares.
     """
@@ -72,7 +81,7 @@ def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
     still = next(iter(drawn.values()))
     menu, picture = ipywidgets.Dropdown(options=list(figures), description=label), _image(still)
 
-    def show(change):
+    def show(change: dict[str, Any]) -> None:
         if change["new"] not in drawn:
             drawn[change["new"]] = _png(figures[change["new"]]())
         picture.value = drawn[change["new"]]
@@ -109,7 +118,7 @@ def play(game: Game) -> View:
     names = [ipywidgets.Button(description=name) for name in game.classes]
     more = ipywidgets.Button(description="next crop", button_style="primary")
 
-    def show(row=None):
+    def show(row: dict | None = None) -> None:
         picture.value = _png(plots.gallery([row])) if row else png(game.row["crop"], 240)
         text.value, more.disabled = _told(game, row), row is None or game.row is None
         for button in names:
@@ -132,7 +141,7 @@ def play(game: Game) -> View:
     return View(ipywidgets.VBox([text, picture, choices]), _png(figure))
 
 
-def hover(figure, spots: list[tuple], label: str):
+def hover(figure: Figure, spots: list[tuple[Axes, float, float, str]], label: str) -> Html:
     """Return a matplotlib figure as SVG in HTML whose spots say something under the mouse.
 
     A spot is (axis, x, y, text); it is found within a few points of its place, and says the texts

@@ -106,7 +106,7 @@ def _data(params: Mapping[str, Any]) -> list:
     return [text, found]
 
 
-def _key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
+def stage_key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
     params = declared(stage) | values
     return store.key(
         stage=stage,
@@ -143,7 +143,7 @@ def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
     """
     stale = []
     for stage, values in given(profile, overrides).items():
-        notebook, key = _done(profile, stage), _key(stage, profile, values)
+        notebook, key = _done(profile, stage), stage_key(stage, profile, values)
         path = store.runs(profile) / "keys" / f"{stage}.key"
         content = json.dumps({"key": key, "given": values}, indent=1)
         fresh = _fresh(notebook, key)
@@ -157,7 +157,7 @@ def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
     return stale
 
 
-def _kernel(folder: str) -> type:
+def kernel_manager(folder: str) -> type:
     """Return a kernel manager that always starts this interpreter, over sockets in `folder` instead
     of TCP ports.
     """
@@ -170,7 +170,7 @@ def _kernel(folder: str) -> type:
     class Here(AsyncKernelManager):
         kernel_spec = spec
 
-        def __init__(self, **options: Any):
+        def __init__(self, **options: Any) -> None:
             super().__init__(**options, transport="ipc", connection_file=f"{folder}/kernel.json")
 
     return Here
@@ -262,7 +262,7 @@ def execute(
     out = (out or _done(profile, stage)).resolve()
     part = out.with_name(out.name + ".part")
     out.parent.mkdir(parents=True, exist_ok=True)
-    began, key = time.time(), _key(stage, profile, values)
+    began, key = time.time(), stage_key(stage, profile, values)
     print(f"{stage} …", flush=True)
     os.environ.setdefault("PYTHONHASHSEED", "0")
     paths = [str(store.PACKAGE.parent), os.environ.get("PYTHONPATH")]
@@ -283,7 +283,7 @@ def execute(
                 language="python",
                 cwd=str(store.root()),
                 progress_bar=False,
-                kernel_manager_class=_kernel(folder),
+                kernel_manager_class=kernel_manager(folder),
             )
         except (
             Exception
@@ -305,7 +305,7 @@ def execute(
     return None
 
 
-def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
+def parse_overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
     """Return parameters from `-p name value` pairs and `name=value name=value`; a.b is key b of a.
 
     Values are JSON (where 1e-6 is a number) or else YAML (where text needs no quotes).
@@ -329,6 +329,9 @@ def _overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]:
         except ValueError:
             target[last] = yaml.safe_load(value)
     return values
+
+
+_overrides = parse_overrides  # the name by which results/reference.py still calls it
 
 
 def plan(profile: str, overrides: Mapping[str, Any]) -> str:
@@ -367,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     try:
-        overrides = _overrides(options.pairs, options.set)
+        overrides = parse_overrides(options.pairs, options.set)
         if options.command == "keys":
             stale = write_keys(options.profile, overrides)
             print(f"to run: {', '.join(stale)}" if stale else "up to date", flush=True)

@@ -79,7 +79,7 @@ if __name__ == "__main__":
     parser.add_argument("--set", default="", metavar="'NAME=VALUE …'")
     options = parser.parse_args()
     try:
-        count = write(options.profile, batch._overrides([], options.set))
+        count = write(options.profile, batch.parse_overrides([], options.set))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{count} encoders to train, each a job of its own")

@@ -109,18 +109,18 @@ def first_pass(search, queries: int):
 
     from dejavu_utils import knn
 
-    looked, original = {}, knn._candidates
+    looked, original = {}, knn.candidates
 
     def watched(rows, bank, keep, dtype, engine, tile):
         how = (keep, engine if dtype == torch.float32 else "float64")
         looked[how] = looked.get(how, 0) + len(rows)
         return original(rows, bank, keep, dtype, engine, tile)
 
-    knn._candidates = watched
+    knn.candidates = watched
     try:
         answer = search()
     finally:
-        knn._candidates = original
+        knn.candidates = original
     (_, first), *others = looked
     return (
         answer,

@@ -28,9 +28,19 @@ def naive_accuracy_at(correct, confidence, p):
 
 
 def accuracy_at(correct, confidence, p):
-    """Return what the attack computes for one sample in which every image stands once."""
-    hits, ranks = np.asarray(correct, dtype=float), np.asarray(confidence, dtype=float)
-    return attack._ranked(hits, ranks, np.ones((1, len(hits)), dtype=np.int64), [p])[0, 0]
+    """Return the target's accuracy that the attack reports for one direction."""
+    target = pd.DataFrame(
+        {
+            "id": [f"{i:05d}" for i in range(len(correct))],
+            "label": 0,
+            "direction": "a",
+            "role": "target",
+            "correct": correct,
+            "confidence": confidence,
+        }
+    )
+    table = pd.concat([target, target.assign(role="reference")])
+    return attack.score(table, p, resamples=0)["target"]
 
 
 def naive_score(rows, p, ranking):
@@ -316,9 +326,10 @@ def test_accuracy_equals_the_twin_and_ignores_order(p):
 
 
 def test_twenty_percent_of_a_round_number_is_not_rounded_up():
-    for n in range(5, 3000, 5):
-        assert attack._count(n, 20) == n // 5
-        assert attack._count(n, 0.1) == max(1, -(-n // 1000))
+    for n in [*range(5, 3000, 95), 1000, 2000]:
+        correct, confidence = [1] + [0] * (n - 1), range(n, 0, -1)  # one hit, the most confident
+        assert accuracy_at(correct, confidence, 20) == pytest.approx(1 / (n // 5))
+        assert accuracy_at(correct, confidence, 0.1) == pytest.approx(1 / -(-n // 1000))
 
 
 @pytest.mark.parametrize("ranking", attack.RANKINGS)
@@ -340,16 +351,23 @@ def test_score_equals_the_twin(p, ranking):
 @pytest.mark.parametrize("clustered", [False, True])
 def test_the_bootstrap_ranks_anew_in_every_resample(clustered):
     table = simulate(n=120, classes=60 if clustered else 10, target=0.5)
-    (stratum, _) = attack._strata(table, 1, "own")
-    weights = np.concatenate(list(attack._weights(stratum, 25, 3)))
-    found = attack._ranked(stratum.hits[0], stratum.confidence[0], weights, [15, 100])
-    for i, weight in enumerate(weights):
-        drawn = np.repeat(
-            np.arange(120), weight
-        )  # literally: an image drawn twice stands there twice
-        for row, p in enumerate((15, 100)):
-            expected = naive_accuracy_at(stratum.hits[0][drawn], stratum.confidence[0][drawn], p)
-            assert found[row, i] == pytest.approx(expected, abs=1e-13)
+    strata = attack.stratify(table, 1, "own")
+    drawn = [np.concatenate(list(attack.bootstrap_weights(each, 25, 3))) for each in strata]
+    for p in (15, 100):
+        accuracy = np.zeros((2, 26))  # (target and reference, the data and its resamples)
+        for stratum, weights in zip(strata, drawn, strict=True):
+            for i, weight in enumerate(weights):
+                # Literally: an image drawn twice stands there twice.
+                rows = np.repeat(np.arange(120), weight)
+                for role in (0, 1):
+                    hits, confidence = stratum.hits[role][rows], stratum.confidence[role][rows]
+                    accuracy[role, i] += naive_accuracy_at(hits, confidence, p) / 2
+        score = accuracy[0] - accuracy[1]
+        low, high = np.quantile(score[1:], [0.025, 0.975])
+        row = attack.score(table, p, resamples=25, seed=3)
+        assert row["score"] == pytest.approx(score[0], abs=1e-13)
+        assert [row["low"], row["high"]] == pytest.approx([low, high], abs=1e-13)
+    weights = drawn[0]
     labels = np.arange(120) % 60
     assert (weights[0] == 1).all() and (weights.sum(1) == 120).all()
     assert clustered == all(len(set(weights[3][labels == c])) == 1 for c in range(60))
@@ -371,7 +389,7 @@ def test_seeds_are_strata():
     alike = pd.concat(
         [tables[0], tables[0].assign(seed=7)]
     )  # the same ids under two seeds: drawn apart
-    first, second = (s.stream for s in attack._strata(alike, 1, "own")[:2])
+    first, second = (s.stream for s in attack.stratify(alike, 1, "own")[:2])
     assert first != second
 
 

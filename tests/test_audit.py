@@ -19,6 +19,7 @@ from torch import nn
 from dejavu_utils import (
     audit,
     checkpoints,
+    crops,
     data,
     one_model,
     own_format,
@@ -97,10 +98,10 @@ def planted(parts, remembered, share=0.3):
     """
     trunk = Planted()
     trunk.learn(parts["public"].squares(16), parts["public"].labels)
-    crop, _ = subject._crop(PARAMS["crop"], "", parts[remembered])
-    images = subject._attackable(parts[remembered], crop, 0, 0)
+    crop = PARAMS["crop"] | {"min_side": 8}  # px: what 0 stands for on pictures of 32 px
+    images = parts[remembered].subset(crops.background(parts[remembered], crop)[1])
     images = images.subset(range(int(share * len(images))))
-    trunk.learn(images.squares(16, subject.crops.background(images, crop)[0]), images.labels)
+    trunk.learn(images.squares(16, crops.background(images, crop)[0]), images.labels)
     return checkpoints.Foreign(
         trunk, nn.ModuleList(), "planted", "student", ["planted"], [], "0" * 64
     )

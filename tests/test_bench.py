@@ -78,13 +78,13 @@ def test_the_product_multiplies_every_pair_once_in_the_given_precision(load, mon
 
 
 def test_what_the_search_looked_with_first_is_reported(load):
-    bench, original = load("bench_knn"), knn._candidates
+    bench, original = load("bench_knn"), knn.candidates
     q, x = bench.points((10, 400, 8), "cpu")
     answer, precision, proven = bench.first_pass(lambda: knn.search(q, x, 3)[1], 10)
     assert torch.equal(answer[:8], bench.exact(q, x, 3)) and (precision, proven) == ("highest", 1)
     same = torch.ones(400, 8)  # nothing is nearest: float32 proves nothing
     assert bench.first_pass(lambda: knn.search(q, same, 3)[1], 10)[1:] == ("highest", 0)
-    assert knn._candidates is original
+    assert knn.candidates is original
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -342,11 +342,13 @@ def test_nothing_outside_the_box_is_looked_at():
     images = pictures([red, blue], [[(4, 4, 10, 10)], [(4, 4, 10, 10)]])
     outside = torch.ones(20, 20, dtype=torch.bool)
     outside[4:10, 4:10] = False
-    other = dataclasses.replace(
-        images, pixels=torch.where(outside, 255 - images.pixels.flip(0), images.pixels)
-    )
-    for name, values in beyond._measures(images).items():
-        assert np.array_equal(values, beyond._measures(other)[name])
+    # Around the red box all is blue, and around the blue one red.
+    around = torch.tensor([blue, red], dtype=torch.uint8)[:, :, None, None]
+    other = dataclasses.replace(images, pixels=torch.where(outside, around, images.pixels))
+    found = beyond.object_attributes(other)
+    assert found["colour"].tolist() == [1, 0]
+    for name, values in beyond.object_attributes(images).items():
+        assert np.array_equal(values, found[name])
 
 
 def test_the_median_is_the_public_sets_and_the_classes_own():

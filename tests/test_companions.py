@@ -188,7 +188,7 @@ def test_every_layer_has_its_own_table(pair, found):
 def test_computed_twice_the_same_and_read_the_third_time(pair, found, monkeypatch):
     again = companions.table.__wrapped__(Untrained(**vars(pair)), 0, 3, 4)
     pd.testing.assert_frame_equal(again, found, check_dtype=False)
-    monkeypatch.setattr(companions, "_seen", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(companions, "consistency", lambda *a: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(companions.table(Untrained(**vars(pair)), 0, 3, views=4), found)
 
 

@@ -95,8 +95,8 @@ def test_pictures_that_do_not_fit_are_listed_and_decoded_again(on_disk, tmp_path
     sizes = {"classes": 2, "attacked": 4, "public": 3}
     parts = data.parts(on_disk, data.partition(on_disk, sizes, 0))
     small = dataclasses.replace(RECIPE, resident=0.0)
-    path = pairs._training_set(parts, "A", small, tmp_path, 0)
-    assert path.suffix == ".parquet" and path == pairs._training_set(parts, "A", small, tmp_path, 0)
+    path = pairs.training_set(parts, "A", small, tmp_path, 0)
+    assert path.suffix == ".parquet" and path == pairs.training_set(parts, "A", small, tmp_path, 0)
     read = feed.read_list(path)
     assert torch.equal(read["labels"], torch.from_numpy(parts["a"].labels))
     assert np.array_equal(read["sizes"], parts["a"].sizes) and torch.equal(
@@ -106,7 +106,7 @@ def test_pictures_that_do_not_fit_are_listed_and_decoded_again(on_disk, tmp_path
         recipe=dataclasses.replace(TINY, resident=0.0), epochs=1, seed="0/A", **read
     )
     assert np.isfinite(training.run_epoch())
-    fits = pairs._training_set(parts, "A", RECIPE, tmp_path, 0)
+    fits = pairs.training_set(parts, "A", RECIPE, tmp_path, 0)
     assert fits.suffix == ".safetensors"
 
 

@@ -157,7 +157,7 @@ def test_the_bound_is_a_lower_bound_and_proves_most_rows(engine, proven, kind, m
         queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
     ).square()
     torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
-    columns, bound = knn._candidates(queries, bank, 60, torch.float32, engine, 600)
+    columns, bound = knn.candidates(queries, bank, 60, torch.float32, engine, 600)
     assert (bound <= exact.gather(1, columns)).all()
     assert (bound[:, -1] <= exact.scatter(1, columns, torch.inf).amin(1)).all()
     assert (bound.diff(dim=1) >= 0).all()
@@ -172,7 +172,7 @@ def test_the_bound_holds_when_rounding_is_at_its_worst(engine, unit, matrix_unit
     queries, bank = torch.full((1, 64), 1 + 0.51 * unit), torch.full((4, 64), 1 + 0.51 * unit)
     bank[::2] *= -1  # centred at zero
     torch.set_float32_matmul_precision(engine)
-    columns, bound = knn._candidates(queries, bank, 4, torch.float32, engine, None)
+    columns, bound = knn.candidates(queries, bank, 4, torch.float32, engine, None)
     exact = (queries.double() - bank.double()).square().sum(1)[columns]
     assert (
         bound <= exact
@@ -185,9 +185,9 @@ def test_a_coarse_first_pass_changes_nothing(kind, amx, monkeypatch, matrix_unit
     queries, bank = points(30, 48, 17, kind), points(1300, 48, 18, kind)
     expected = naive_search(queries, bank, 2)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    used, candidates = [], knn._candidates
+    used, candidates = [], knn.candidates
     monkeypatch.setattr(
-        knn, "_candidates", lambda *given: used.append(given[4]) or candidates(*given)
+        knn, "candidates", lambda *given: used.append(given[4]) or candidates(*given)
     )
     distances, rows = knn.search(queries, bank, 2)
     np.testing.assert_allclose(distances, expected[0], rtol=1e-13)

@@ -59,9 +59,10 @@ def test_one_model_table_has_the_targets_rows_and_scores(pairs, kind):
 
 
 def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach_nobody(
-    pairs, monkeypatch
+    pairs, monkeypatch, tmp_path
 ):
-    taught, asked, pair = {}, {}, pairs[0]
+    taught, asked = {}, {}
+    pair = dataclasses.replace(pairs[0], folder=tmp_path)  # no table is there yet
     known = {}
     for side in "ab":
         images, rects = references.cropped(pair.parts[side], pair.crop)
@@ -81,7 +82,7 @@ def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach
         return fit
 
     monkeypatch.setattr(one_model, "network", spy)
-    one_model._judge(pair, None, "resnet", pair.jobs["A"].recipe, 2, "cpu")
+    one_model.table(pair, 1, 5, "resnet")
     assert len(taught) == 4 and None not in set().union(*taught.values())
     for name, learned in taught.items():
         assert not learned & set(asked[name]) and len({side for side, _ in learned}) == 1
@@ -92,7 +93,7 @@ def test_no_image_is_judged_by_a_classifier_that_saw_it_and_control_images_teach
 
 def test_all_criteria_share_one_table_of_classifiers(pairs, monkeypatch):
     one_model.table(pairs[0], 1, 5, "naive_bayes")
-    monkeypatch.setattr(one_model, "_judge", lambda *a: pytest.fail("classified again"))
+    monkeypatch.setattr(one_model, "naive_bayes", lambda *a: pytest.fail("classified again"))
     other = one_model.table(pairs[1], 1, 5, "naive_bayes")
     assert set(other["criterion"]) == {"supervised"}
     with pytest.raises(ValueError, match='kind "bayes"; expected one of resnet, naive_bayes'):

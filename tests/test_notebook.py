@@ -306,7 +306,7 @@ def test_overrides_from_the_command_line(batch):
         ["name", "paper"],
         ["recipe.views.blur", "0.5"],
     ]
-    assert batch._overrides(pairs, 'rho=0.5 recipe.lr=1 title="a b"') == {
+    assert batch.parse_overrides(pairs, 'rho=0.5 recipe.lr=1 title="a b"') == {
         "wd": 1e-6,
         "n": 3,
         "xs": [1, 2],
@@ -317,14 +317,14 @@ def test_overrides_from_the_command_line(batch):
         "recipe": {"views": {"blur": 0.5}, "lr": 1},
     }
     with pytest.raises(ParameterError, match="'k' is not name=value"):
-        batch._overrides([], "k 3")
+        batch.parse_overrides([], "k 3")
 
 
 def test_keys_change_with_what_matters_and_only_then(repository, monkeypatch, batch):
     path = repository.add("02_attack", "print(1)", parameters="seed = 0\ndataset = 'toy'\n")
 
     def key(**overrides):
-        return batch._key("02_attack", "tiny", batch.given("tiny", overrides)["02_attack"])
+        return batch.stage_key("02_attack", "tiny", batch.given("tiny", overrides)["02_attack"])
 
     first = key()
     assert key() == first == key(seed=3)  # the profile's own value
@@ -454,7 +454,7 @@ def test_plain_papermill_refuses_an_unknown_parameter(light, tmp_path, batch):
         "kernel_name": "python3",
         "progress_bar": False,
         "cwd": str(store.PACKAGE.parent),
-        "kernel_manager_class": batch._kernel(str(tmp_path)),
+        "kernel_manager_class": batch.kernel_manager(str(tmp_path)),
     }
     with pytest.raises(
         papermill.PapermillExecutionError, match=r"sede is not a parameter; did you mean seed\?"

@@ -19,7 +19,7 @@ def clusters(n, classes, d=16, spread=1.0, seed=0):
 @pytest.mark.parametrize("classes", [2, 7])
 def test_lbfgs_finds_where_the_gradient_of_its_loss_vanishes(classes):
     x, y = clusters(200, classes, spread=1.5)
-    labels, model = torch.from_numpy(y), probe._fit_lbfgs(x, torch.from_numpy(y), 1e-2, 500)
+    labels, model = torch.from_numpy(y), probe.fit_lbfgs(x, torch.from_numpy(y), 1e-2, 500)
     z = x.double()
     z = (z - z.mean(0)) / z.std(0, correction=0)
     found = torch.from_numpy(model.decision_function(x.double().numpy())).reshape(200, -1)
@@ -73,7 +73,7 @@ def test_row_order_and_scale_do_not_matter_to_lbfgs():
 def test_same_seed_same_sgd_probe():
     x, y = clusters(100, 3, spread=2)
     first, again, other = (
-        probe._fit_sgd(x, torch.from_numpy(y), 3, seed, 3, (10, 0.1), 64)[0] for seed in (0, 0, 1)
+        probe.fit_sgd(x, torch.from_numpy(y), 3, seed, 3, (10, 0.1), 64)[0] for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 

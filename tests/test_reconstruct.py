@@ -119,12 +119,18 @@ def test_every_attacked_image_appears_once_under_each_model(bench, table):
     ) & set(ids)
 
 
-def test_a_table_is_the_same_when_made_again_and_when_read(bench, table):
-    pd.testing.assert_frame_equal(reconstruct._table(bench, "projector", "attacked", "cpu"), table)
+def _elsewhere(bench, folder):
+    """Return the bench with its tables in another folder, where none is made yet."""
+    return dataclasses.replace(bench, pair=dataclasses.replace(bench.pair, folder=folder))
+
+
+def test_a_table_is_the_same_when_made_again_and_when_read(bench, table, tmp_path):
+    again = reconstruct.table(_elsewhere(bench, tmp_path), "projector")
+    pd.testing.assert_frame_equal(again, table)
     pd.testing.assert_frame_equal(reconstruct.table(bench, "projector"), table)
 
 
-def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypatch):
+def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypatch, tmp_path):
     """The target draws the picture itself, the reference another one: the measures must say so."""
 
     def planted(bench, condition, images, rects, samples, device, model):
@@ -133,7 +139,7 @@ def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypa
         return (pictures if model == own else pictures.roll(1, 0))[:, None]
 
     monkeypatch.setattr(reconstruct, "draw", planted)
-    found = reconstruct._table(bench, "projector", "attacked", "cpu").assign(condition="projector")
+    found = reconstruct.table(_elsewhere(bench, tmp_path / "planted"), "projector")
     target = found[found["role"] == "target"]
     np.testing.assert_allclose(target["ssim"], 1)
     np.testing.assert_allclose(target["colour"], 0, atol=1e-6)
@@ -144,7 +150,7 @@ def test_planted_memory_is_found_and_nothing_where_there_is_none(bench, monkeypa
         "draw",
         lambda bench, condition, images, rects, samples, device, model: images.squares(16)[:, None],
     )
-    same = reconstruct._table(bench, "projector", "attacked", "cpu").assign(condition="projector")
+    same = reconstruct.table(_elsewhere(bench, tmp_path / "same"), "projector")
     assert (reconstruct.summary(same, resamples=50)["score"] == 0).all()
 
 
@@ -189,23 +195,33 @@ def test_conditions_are_made_of_what_they_say(bench, monkeypatch):
     torch.testing.assert_close(told["projector"], bank["projector"][nearest].mean(1))
 
 
-def test_aligned_crops_have_the_moments_of_pictures(bench):
-    public, encoder = bench.pair.parts["public"], {"A": bench.pair.encoder("A", 0)}
+def test_aligned_crops_have_the_moments_of_pictures(bench, monkeypatch):
+    told, public = {}, bench.pair.parts["public"]
     rects, keep = crops.background(public, bench.pair.crop)
     own = public.subset(np.flatnonzero(keep))
-    crop = references.embed_images(encoder, own, 32, ("projector",), rects[keep])["projector"]["A"]
+    monkeypatch.setattr(decoder, "sample", lambda net, given, *rest, **options: told.update(given))
+    reconstruct.draw(bench, "projector, aligned", own, rects[keep], "A")
     known = store.read_tensors(bench.decoders["A"].pixels)[0]["projector"]
-    found = reconstruct._aligned(bench, encoder, "projector", crop, known, "cpu")
+    found = told["projector"]
     torch.testing.assert_close(found.mean(0), known.mean(0), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(found.std(0), known.std(0), atol=1e-4, rtol=1e-3)
 
 
-def test_mean_and_medoid_of_the_neighbours():
-    pixels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2) * 10
-    bank = {"pixels": pixels, "projector": torch.tensor([[0.0], [1.0], [1.2], [9.0]])}
-    nearest = torch.tensor([[0, 1, 2], [1, 2, 3]])
-    assert reconstruct._without(bank, nearest, "mean")[:, 0, 0, 0].tolist() == [10, 20]
-    assert reconstruct._without(bank, nearest, "medoid")[:, 0, 0, 0].tolist() == [10, 20]
+def test_mean_and_medoid_of_the_neighbours(bench):
+    images, (rects, keep) = bench.pair.parts["a"], _rects(bench)
+    images, rects = images.subset(np.flatnonzero(keep)[:3]), rects[keep][:3]
+    encoder = {"A": bench.pair.encoder("A", 0)}
+    crop = references.embed_images(encoder, images, 32, ("projector",), rects)["projector"]["A"]
+    bank = store.read_tensors(bench.decoders["A"].pixels)[0]
+    nearest = torch.cdist(crop.double(), bank["projector"].double()).argsort(1)[:, :3]
+    mean, medoid = (
+        reconstruct.draw(bench, name, images, rects, "A")[:, 0] for name in ("mean", "medoid")
+    )
+    for i, near in enumerate(nearest):
+        pictures, points = bank["pixels"][near], bank["projector"][near]
+        assert torch.equal(mean[i], pictures.float().mean(0).round().to(torch.uint8))
+        middle = torch.cdist(points, points).sum(1).argmin()
+        assert torch.equal(medoid[i], pictures[middle])
 
 
 def test_the_gallery_is_chosen_by_the_attack_s_confidence():

@@ -65,7 +65,7 @@ def test_both_sets_are_trained_on_the_same_kind_of_pixels(pairs, tmp_path):
     sizes = parts["b"].sizes.copy()
     sizes[0] = 47
     parts["b"] = dataclasses.replace(parts["b"], sizes=sizes)
-    paths = [build._training_set(parts, model, recipe, tmp_path, 0) for model in "AB"]
+    paths = [build.training_set(parts, model, recipe, tmp_path, 0) for model in "AB"]
     assert {store.read_tensors(path)[0]["pixels"].shape[-1] for path in paths} == {
         round(32 * 8 / 7)
     }

@@ -76,9 +76,9 @@ def test_jitter_equals_torchvision_step_by_step(pixels):
     """
     mild = (pixels.float() * 0.3 + 80).clamp(0, 255)
     spec = Views(jitter=1.0, strength=0.5, grey=0.0)
-    gain, contrast, matrices = views._colour_matrices(64, spec, stream(3, "j"))
+    gain, contrast, matrices = views.colour_matrices(64, spec, stream(3, "j"))
     luma = torch.tensor(views.LUMA)
-    out = views._jitter(mild, gain, contrast, matrices)
+    out = views.jitter_colours(mild, gain, contrast, matrices)
     for i in range(8):
         step = F.adjust_brightness(mild[i] / 255, float(gain[i]))
         mean = (step.mean((1, 2)) * luma).sum()
@@ -95,7 +95,7 @@ def test_jitter_equals_torchvision_step_by_step(pixels):
 
 def test_colour_matrix_keeps_grey_and_its_greyscale_is_grey():
     spec = Views(jitter=1.0, grey=0.5)
-    _, _, matrix = views._colour_matrices(200, spec, stream(0, "m"))
+    _, _, matrix = views.colour_matrices(200, spec, stream(0, "m"))
     torch.testing.assert_close(
         matrix.sum(2), torch.ones(200, 3), rtol=0, atol=1e-5
     )  # white stays white
@@ -105,7 +105,7 @@ def test_colour_matrix_keeps_grey_and_its_greyscale_is_grey():
 
 def test_blur_equals_torchvision(pixels):
     sigma = torch.full((64,), 0.8)
-    ours = views._blur(pixels.float(), sigma, 2)
+    ours = views.gaussian_blur(pixels.float(), sigma, 2)
     wide = torch.nn.functional.pad(pixels.float(), (4, 4, 4, 4), mode="replicate")
     theirs = F.gaussian_blur(wide, [5, 5], [0.8, 0.8])
     torch.testing.assert_close(ours, theirs[..., 4:-4, 4:-4], rtol=1e-3, atol=0.05)

@@ -13,6 +13,7 @@ import re
 import sys
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nbformat
 from bs4 import BeautifulSoup
@@ -24,6 +25,9 @@ from traitlets.config import Config
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dejavu_utils import report, store
 from dejavu_utils.plots import NAMES
+
+if TYPE_CHECKING:
+    from jinja2.runtime import Context
 
 HERE = Path(__file__).resolve().parent
 VERDICTS = {"supported": "✓", "contradicted": "✗", "undecided": "◆", "not tested": "–"}
@@ -58,7 +62,7 @@ class Exporter(HTMLExporter):
     """A notebook as HTML, with MathML."""
 
     @pass_context
-    def markdown2html(self, context, source: str) -> str:
+    def markdown2html(self, context: Context, source: str) -> str:
         """Return Markdown as HTML with MathML."""
         return MarkdownWithMath(renderer=Markdown(escape=False)).render(source)
 
