@@ -1,6 +1,10 @@
 """Starting trainings: one job over two processes, the command for a cluster, what a plan says."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,6 +37,26 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=0.02, atol=2e-3, msg=name)
+
+
+def test_a_job_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):
+    job = _job(tmp_path, "same", TINY)
+    with store.lock(tmp_path / "same" / "training"):  # this process is the other one
+        worker = subprocess.Popen(
+            [sys.executable, "-u", "-m", "dejavu_utils.launch"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=store.PACKAGE.parent,
+            text=True,
+        )
+        worker.stdin.write(json.dumps([dataclasses.asdict(job)]))
+        worker.stdin.close()
+        assert f"process {os.getpid()}" in worker.stdout.readline()
+        assert not job.checkpoint(0).exists()
+        train.fit(job)
+    written = [job.checkpoint(epoch).stat().st_mtime_ns for epoch in (0, 2)]
+    assert worker.wait() == 0
+    assert [job.checkpoint(epoch).stat().st_mtime_ns for epoch in (0, 2)] == written
 
 
 def test_a_failure_in_torchrun_is_reported(tmp_path):
