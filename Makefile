@@ -48,7 +48,7 @@ test-all: .venv/.installed  ## every test, also the slow ones
 	@$(PYTHON) -m pytest -q
 
 test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Debian: apt install slurm-wlm munge)
-	@$(PYTHON) -m pytest -q -rs tests/test_slurm.py
+	@$(PYTHON) -m pytest -q -rs tests/front/test_slurm.py
 
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
 	@test -n "$(NAME)" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
@@ -71,7 +71,7 @@ reference: .venv/.installed  ## real photographs in pieces of some minutes, on a
 	@$(PYTHON) results/reference.py merge
 
 bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sampling, each beside its limit
-	@$(PYTHON) tests/bench.py
+	@$(PYTHON) tests/bench/bench.py
 
 lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock
 	@$(UV) lock

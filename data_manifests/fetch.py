@@ -19,7 +19,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dejavu_utils import manifests, store
+from dejavu_utils import store
+from dejavu_utils.data import manifests
 
 CAP = 400 << 30  # bytes that an archive may unpack to
 DAMAGED = (

@@ -89,9 +89,9 @@ def _recipe() -> dict[str, Any]:
 
     A criterion's name is a field too: it holds changes of the recipe for that criterion alone.
     """
-    fields = _fields("jobs", "Recipe")
-    fields |= {"views": _fields("views", "Views") | fields["views"]}
-    source = (store.PACKAGE / "methods.py").read_text()
+    fields = _fields("models/jobs", "Recipe")
+    fields |= {"views": _fields("models/views", "Views") | fields["views"]}
+    source = (store.PACKAGE / "models/methods.py").read_text()
     criteria = re.findall(
         r'"(\w+)":', re.search(r"^METHODS = \{(.*?)\}", source, re.DOTALL | re.MULTILINE)[1]
     )

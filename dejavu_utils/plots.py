@@ -4,6 +4,7 @@ touches nothing else.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,17 @@ SWEEPS = {
     "min_side": "periphery crop: smallest side (px)",
     "fraction": "corner crop: share of each side",
 }
+
+
+def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
+    """Return (3, h, w) uint8 pixels as a PNG, `side` px wide (0: as they are), with the pixels left
+    as squares.
+    """
+    from PIL import Image
+
+    file, image = io.BytesIO(), Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1))
+    (image.resize((side, side), Image.Resampling.NEAREST) if side else image).save(file, "PNG")
+    return file.getvalue()
 
 
 def subplots(

@@ -342,7 +342,7 @@ def plan(profile: str, overrides: Mapping[str, Any]) -> str:
     params = declared(stage) | given(profile, overrides)[stage]
     if "recipe" not in params:
         return f"{stage} trains nothing"
-    from dejavu_utils import pairs  # imports torch: only now
+    from dejavu_utils.models import pairs  # imports torch: only now
 
     table = pairs.plan(params)
     hours = table["exaflop"] * 1e18 / RATE / 3600

@@ -17,7 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import batch
 
-from dejavu_utils import knobs, many_model, pairs, store
+from dejavu_utils import store
+from dejavu_utils.attack import many_model
+from dejavu_utils.mitigation import knobs
+from dejavu_utils.models import pairs
 from dejavu_utils.notebook import declared
 
 

@@ -10,7 +10,7 @@ A piece runs the notebooks as plain scripts (their code cells, one after the oth
 parameters after the parameters cell): no papermill, no Jupyter. It trains in a folder of its own
 and keeps of it results/tiny_imagenet/<piece>.zip: tables, curves and the guess for every attacked
 image, no picture and no weight. A piece is done when its archive is there and was made with the
-same parameters. No piece needs another. `bench` measures the card instead (tests/bench.py). A piece
+same parameters. No piece needs another. `bench` measures the card instead (tests/bench/). A piece
 whose modules are not installed is left out, unless it was asked for by name.
 """
 
@@ -30,7 +30,11 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "notebooks"), str(HERE.parent / "tests")]
+sys.path[:0] = [
+    str(HERE.parent),
+    str(HERE.parent / "notebooks"),
+    str(HERE.parent / "tests" / "bench"),
+]
 import batch  # noqa: E402  the paths come first
 
 from dejavu_utils import store  # noqa: E402
@@ -291,7 +295,7 @@ def _read(name: str):
 
 def _attacked(table) -> dict:
     """Return the tables of attacks that were trained for the same epochs."""
-    from dejavu_utils import summaries
+    from dejavu_utils.attack import summaries
 
     attacked, epochs = (
         table[table["attacked"] == "attacked"],
@@ -315,7 +319,7 @@ def merge() -> None:
     """
     import pandas as pd
 
-    from dejavu_utils import tradeoff
+    from dejavu_utils.mitigation import tradeoff
 
     made, one = {}, ["criterion", "seed", "epoch", "layer", "direction", "role", "id"]
     if (

@@ -6,8 +6,8 @@ README's tables.
     .venv/bin/python results/update.py                # README only, from what results/ holds
 
 README's blocks between `<!-- results:<name> -->` and `<!-- end -->` are generated;
-tests/test_results.py fails when they disagree with results/. Figures that contain real pictures are
-never copied.
+tests/results/test_results.py fails when they disagree with results/. Figures that contain real
+pictures are never copied.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dejavu_utils import attack, crops, data, manifests, scenes, store
-from dejavu_utils.models import Encoder, embed
-from dejavu_utils.train import stream
+from dejavu_utils import store
+from dejavu_utils.attack import crops, inference, scoring
+from dejavu_utils.data import datasets, manifests, scenes, split
+from dejavu_utils.models.encoders import Encoder, embed
+from dejavu_utils.models.train import stream
 
 CROP = {"kind": "periphery", "rule": "paper", "min_side": 8}
 CLASSES, K = 10, 10
@@ -47,7 +49,7 @@ def photographs(seed: int, layer: str) -> SimpleNamespace:
     """
     images = _tiny()
     sizes = {"classes": CLASSES, "attacked": 100, "public": 200, "probe": 50, "control": 50}
-    parts = data.parts(images, data.partition(images, sizes, seed))
+    parts = split.parts(images, split.partition(images, sizes, seed))
     return _embedded(
         parts, seed, CROP | {"min_side": 15}, ("small32", "512-512-512", 48), layer, 40
     )
@@ -55,7 +57,7 @@ def photographs(seed: int, layer: str) -> SimpleNamespace:
 
 @functools.cache
 def _tiny():
-    return data.read("tiny_imagenet_50", classes=CLASSES)
+    return datasets.read("tiny_imagenet_50", classes=CLASSES)
 
 
 def _embedded(
@@ -121,7 +123,7 @@ def table(case: SimpleNamespace, same_model: bool = False):
         if same_model
         else case.found
     )
-    return attack.label_inference(
+    return inference.label_inference(
         {side: found[side] for side in "ab"},
         found["public"],
         case.public_labels,
@@ -155,7 +157,7 @@ def repeat(name: str, repeats: int, level: float = 0.95) -> dict:
 
     truth, make = CONTROLS[name]
     rows = [
-        attack.score(make(seed), 100, resamples=1000, level=level)
+        scoring.score(make(seed), 100, resamples=1000, level=level)
         for seed in range(1000, 1000 + repeats)
     ]
     missed = sum(not row["low"] - 1e-12 <= truth <= row["high"] + 1e-12 for row in rows)

@@ -23,7 +23,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from traitlets.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dejavu_utils import report, store
+from dejavu_utils import store
+from dejavu_utils.audit import report
 from dejavu_utils.plots import NAMES
 
 if TYPE_CHECKING:

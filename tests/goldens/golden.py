@@ -28,7 +28,9 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from dejavu_utils import launch, pairs, references, store
+from dejavu_utils import store
+from dejavu_utils.attack import references
+from dejavu_utils.models import launch, pairs
 
 FOLDER = Path(__file__).resolve().parent
 TIMES = re.compile(r"seconds|minutes|images_per|per_second|_s$")

@@ -1,0 +1,136 @@
+"""The label-inference attack and its numbers: déjà vu score with its interval, four-way split,
+paired differences.
+
+A *table* is a pandas frame with one row per attacked image and role: id, label, direction ("a" or
+"b": the attacked set), role ("target": trained with the image; "reference": without), prediction,
+correct, correct5, confidence. A column `seed` may pool several runs. Direction and seed together
+are a *stratum*: its images are ranked and resampled by themselves, and strata weigh the same, so a
+score is the mean over directions (paper section 4, symmetrised).
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dejavu_utils.attack import knn
+
+TARGETS = {"a": "A", "b": "B"}  # attacked set -> the model trained with it
+
+
+def infer(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: np.ndarray | torch.Tensor,
+    k: int,
+    classes: int,
+) -> dict[str, np.ndarray]:
+    """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k),
+    distances (q, k).
+
+    `queries` (q, d) and `bank` (n, d) are embeddings, `bank_labels` (n,) ints; `neighbours` are
+    rows of `bank`. The bank is searched in the order of its labels, so a tie at the k-th neighbour
+    goes to the lower class whatever the order of the public set. Paper section 4: k-NN label
+    inference.
+    """
+    labels = torch.as_tensor(bank_labels).long().cpu()
+    if len(labels) != len(bank):
+        raise ValueError(
+            f"attack.infer: {len(bank)} public embeddings, {len(labels)} labels; expected one each."
+        )
+    order = torch.argsort(labels, stable=True)
+    in_order = torch.equal(
+        order, torch.arange(len(order))
+    )  # then the bank, which may be large, is not copied
+    distances, columns = knn.search(queries, bank if in_order else bank[order.to(bank.device)], k)
+    columns = order.to(columns.device)[columns]
+    blocks = zip(labels.to(columns.device)[columns].split(8192), distances.split(8192), strict=True)
+    votes = [knn.vote(*block, classes) for block in blocks]
+    ranking, confidence = (
+        torch.cat([getattr(vote, name) for vote in votes]) for name in ("ranking", "confidence")
+    )
+    found = {
+        "prediction": ranking[:, 0],
+        "top5": ranking,
+        "confidence": confidence,
+        "neighbours": columns,
+        "distances": distances,
+    }
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+def infer_scores(scores: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return prediction (q,), top5 (q, 5) and confidence (q,) nats of class scores (q, classes),
+    without neighbours.
+
+    The attack on the supervised baseline's logits (paper §2.3): the largest score is the guess,
+    ties go to the lower class; the confidence is minus the entropy of their softmax, comparable
+    with that of votes.
+    """
+    logs = torch.log_softmax(torch.as_tensor(scores).double(), 1)
+    best = logs.argsort(dim=1, descending=True, stable=True)[:, :5]
+    ranking = torch.nn.functional.pad(best, (0, 5 - best.shape[1]), value=-1)
+    found = {
+        "prediction": ranking[:, 0],
+        "top5": ranking,
+        "confidence": (logs.exp() * logs).nan_to_num().sum(1),
+    }
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+def label_inference(
+    crops: dict[str, dict[str, torch.Tensor]],
+    public: dict[str, torch.Tensor] | None,
+    public_labels: np.ndarray | None,
+    ids: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    k: int,
+    classes: int,
+) -> pd.DataFrame:
+    """Return the table of all four (model, attacked set) pairs, in the order of direction, role and
+    id.
+
+    `crops[set][model]` (n, d): embeddings of the background crops of set "a" or "b" under model "A"
+    or "B"; `public[model]` (m, d) embeddings of X, or None where `crops` holds class scores (n,
+    classes) that answer directly; `ids[set]`, `labels[set]` (n,). Target of "a" is A, of "b" is B.
+    ValueError when lengths differ, an id appears twice, or a label is outside 0 .. classes - 1.
+    """
+    seen = np.concatenate([np.asarray(ids[name]) for name in TARGETS])
+    if repeats := len(seen) - len(np.unique(seen)):
+        raise ValueError(
+            f"attack.label_inference: {repeats} ids repeat; expected disjoint a and b. Partition "
+            "again."
+        )
+    parts = []
+    for direction, target in TARGETS.items():
+        name, truth = np.asarray(ids[direction]), np.asarray(labels[direction]).astype(np.int64)
+        for role, model in (("target", target), ("reference", "B" if target == "A" else "A")):
+            queries = crops[direction][model]
+            if (
+                not len(queries) == len(name) == len(truth) > 0
+                or truth.min() < 0
+                or truth.max() >= classes
+            ):
+                raise ValueError(
+                    f"attack.label_inference: set {direction}, model {model}: {len(queries)} "
+                    "embeddings, "
+                    f"{len(name)} ids, {len(truth)} labels; expected one each, at least one, and "
+                    "labels "
+                    f"from 0 to {classes - 1}."
+                )
+            found = (
+                infer(queries, public[model], public_labels, k, classes)
+                if public
+                else infer_scores(queries)
+            )
+            rows = {
+                "id": name,
+                "label": truth,
+                "direction": direction,
+                "role": role,
+                "prediction": found["prediction"],
+                "correct": found["prediction"] == truth,
+                "correct5": (found["top5"] == truth[:, None]).any(1),
+                "confidence": found["confidence"],
+            }
+            parts.append(pd.DataFrame(rows).sort_values("id", kind="stable"))
+    return pd.concat(parts, ignore_index=True)

@@ -1,0 +1,191 @@
+"""Conventional checks of an embedding, linear probe and k-NN accuracy: what it has learned, not
+what it remembers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dejavu_utils.attack import knn
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+METHODS = ("lbfgs", "sgd")
+
+
+def _pair(
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray,
+    classes: int,
+    name: str,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) float32 and labels (n,) int64 on one device; ValueError unless they
+    fit.
+    """
+    features = torch.as_tensor(x).detach().float()
+    features = features.to(device or features.device)
+    labels = torch.as_tensor(y).long().to(features.device)
+    if (
+        features.ndim != 2
+        or len(features) != len(labels)
+        or not len(labels)
+        or not torch.isfinite(features).all()
+    ):
+        raise ValueError(
+            f"probe: {name}: features {tuple(features.shape)}, {len(labels)} labels; expected "
+            "finite (n, "
+            "d), one label each, n >= 1. Look for a diverged checkpoint or an empty part."
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"probe: {name}: labels {int(labels.min())} to {int(labels.max())}; expected 0 to "
+            f"{classes - 1}. Pass the data set's number of classes."
+        )
+    return features, labels
+
+
+def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
+    """Return standardised logistic regression, fitted in float64: mean loss + penalty / 2 * squared
+    weights.
+
+    The loss is convex: the answer depends on neither a seed nor the order of the rows, up to the
+    tolerance.
+    """
+    from sklearn.dummy import DummyClassifier
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    found = len(y.unique())
+    strength = (2 if found == 2 else 1) / (
+        len(y) * penalty
+    )  # of two classes scikit-learn keeps one weight vector
+    model = (
+        LogisticRegression(C=strength, tol=1e-6, max_iter=steps) if found > 1 else DummyClassifier()
+    )
+    # On one thread: such small products are no faster with more, and the bits do not depend on the
+    # cores. Where nearly collapsed features need more than `steps` iterations, that limit is the
+    # recipe's: no warning for each of them.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
+
+
+def fit_sgd(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    seed: int,
+    epochs: int,
+    rates: tuple[float, float],
+    batch: int,
+) -> tuple[Tensor, Tensor]:
+    """Return weight (classes, d) and bias after the paper's recipe: SGD, momentum 0.9, no decay,
+    batches of 64.
+
+    The rate falls linearly from `rates[0]` to `rates[1]` over all steps, set anew every 50 steps.
+    Starts from nn.Linear's own initialisation and draws the batches from `seed`; the last, smaller
+    batch is used too.
+    """
+    source = torch.Generator().manual_seed(seed)
+    bound = x.shape[1] ** -0.5
+    start = (torch.rand(classes, x.shape[1] + 1, generator=source) * 2 - 1) * bound
+    weight, bias = (
+        part.clone().to(x.device).requires_grad_() for part in (start[:, :-1], start[:, -1])
+    )
+    solver = torch.optim.SGD([weight, bias], lr=rates[0], momentum=0.9)
+    steps, done = epochs * -(-len(x) // batch), 0
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x), generator=source).to(x.device).split(batch):
+                solver.param_groups[0]["lr"] = (
+                    rates[0] + (rates[1] - rates[0]) * (done - done % 50) / steps
+                )
+                solver.zero_grad()
+                torch.nn.functional.cross_entropy(x[rows] @ weight.T + bias, y[rows]).backward()
+                solver.step()
+                done += 1
+    return weight.detach().double(), bias.detach().double()
+
+
+def _accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
+    """Return the share of rows whose largest logit is their label's; NaN logits (a diverged probe)
+    are wrong.
+    """
+    logits = x.double() @ weight.T + bias
+    return float(((logits.argmax(1) == y) & torch.isfinite(logits).all(1)).double().mean())
+
+
+def linear_probe(
+    train_x: Tensor | np.ndarray,
+    train_y: Tensor | np.ndarray,
+    test_x: Tensor | np.ndarray,
+    test_y: Tensor | np.ndarray,
+    classes: int,
+    method: str = "lbfgs",
+    seed: int = 0,
+    *,
+    extra: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
+    penalty: float = 1e-3,
+    steps: int = 1000,
+    epochs: int = 20,
+    rates: tuple[float, float] = (10.0, 0.1),
+    batch: int = 64,
+) -> dict[str, float]:
+    """Return accuracies of a linear classifier on frozen features: train, test, gap = train - test.
+
+    Features (n, d), labels (n,) ints below `classes`. `extra` = (x, y) adds the accuracy "extra" on
+    a third set. "lbfgs": standardised logistic regression, L2 `penalty` on the mean loss, at most
+    `steps` iterations; needs no seed. "sgd": the paper's recipe on the features as they are (the
+    paper feeds augmented views anew in every epoch; pass features of views to come closer). The
+    paper's baseline is the gap between its training images and held-out ones.
+    """
+    if method not in METHODS:
+        raise ValueError(f"probe.linear_probe: method {method!r}; expected one of {METHODS}.")
+    x, y = _pair(train_x, train_y, classes, "train")
+    sets = {"train": (x, y), "test": _pair(test_x, test_y, classes, "test", x.device)}
+    if extra is not None:
+        sets["extra"] = _pair(*extra, classes, "extra", x.device)
+    widths = {name: part[0].shape[1] for name, part in sets.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"probe.linear_probe: feature widths {widths}; expected the same layer for every set."
+        )
+    if method == "lbfgs":
+        model = fit_lbfgs(x, y, penalty, steps)
+        found = {
+            name: float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
+            for name, (z, t) in sets.items()
+        }
+    else:
+        fitted = fit_sgd(x, y, classes, seed, epochs, rates, batch)
+        found = {name: _accuracy(*part, *fitted) for name, part in sets.items()}
+    return {**found, "gap": found["train"] - found["test"]}
+
+
+def knn_accuracy(
+    train_x: Tensor | np.ndarray,
+    train_y: Tensor | np.ndarray,
+    test_x: Tensor | np.ndarray,
+    test_y: Tensor | np.ndarray,
+    k: int = 20,
+    classes: int | None = None,
+) -> float:
+    """Return the share of test rows whose label their k nearest training rows vote for (exact L2; k
+    at most n).
+    """
+    classes = classes or 1 + max(int(torch.as_tensor(y).max()) for y in (train_y, test_y))
+    x, y = _pair(train_x, train_y, classes, "train")
+    z, t = _pair(test_x, test_y, classes, "test", x.device)
+    distances, columns = knn.search(z, x, min(k, len(x)))
+    votes = knn.vote(y.to(columns.device)[columns], distances, classes)
+    return float((votes.ranking[:, 0] == t.to(columns.device)).double().mean())

@@ -1,0 +1,299 @@
+"""What the target is compared with. The paper's two-model test: encoders A and B, each the other's
+reference (§3).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dejavu_utils import store
+from dejavu_utils.attack import crops, inference, knn, probe
+from dejavu_utils.data import scenes
+from dejavu_utils.data.images import Images
+from dejavu_utils.models.encoders import Encoder, embed
+from dejavu_utils.models.pairs import Pair
+
+Make = Callable[..., pd.DataFrame]  # computes a table
+
+
+def cached_table(pair: Pair, name: str, make: Make, module: str, **parts: Any) -> pd.DataFrame:
+    """Return the table that `make()` returns, read from disk if the same was made before.
+
+    `module` is where `make` is defined: its code, and all that it imports, tell the table too.
+    """
+    encoders = [Path(job.folder).name for job in pair.jobs.values()]
+    data_hash = {part: images.digest for part, images in pair.parts.items()}
+    code = store.code_version(module)
+    own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
+    path = pair.folder / f"{name}-{own}.parquet"
+    meta = {"parameters": parts | pair.setting, "seed": pair.setting["seed"]}
+    store.once(path, lambda: store.write_table(path, make(), meta))
+    return store.read_table(path)
+
+
+def cached(name: str) -> Callable[[Make], Make]:
+    """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and
+    then reads it.
+
+    A table is told by the pair's encoders and images, by all arguments but the device, by the crop
+    (the pair's, if none is given) and by the code that the function's module depends on. It is on
+    disk as <name>-<epoch>-<key>.
+    """
+
+    def decorate(make: Make) -> Make:
+        @functools.wraps(make)
+        def table(*arguments: Any, **options: Any) -> pd.DataFrame:
+            bound = inspect.signature(make).bind(*arguments, **options)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            pair, _ = given.pop("pair"), given.pop("device")
+            given["crop"] = given.get("crop") or pair.crop
+            return cached_table(
+                pair,
+                f"{name}-{given['epoch']:04d}",
+                lambda: make(**bound.arguments),
+                make.__module__,
+                **given,
+            )
+
+        return table
+
+    return decorate
+
+
+@cached("attack")
+def two_model(
+    pair: Pair,
+    epoch: int,
+    k: int,
+    layers: tuple[str, ...] | None = None,
+    attacked: str = "attacked",
+    crop: dict | None = None,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Return the label-inference table of a pair at one epoch: one row per attacked image, model
+    and layer.
+
+    `layers` are projector and backbone if not given, and the logits of the supervised baseline,
+    attacked directly. `attacked="control"` attacks images of a third set that neither encoder saw.
+    Columns: those of `attack.label_inference`, then criterion, rho, seed, epoch, layer, k,
+    attacked.
+    """
+    scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
+    layers = layers or ("projector", "backbone", *scored)
+    targets, found, public = {}, {}, pair.parts["public"]
+    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    for side, images in attacked_sets(pair, attacked).items():
+        targets[side], rects = cropped(images, crop or pair.crop)
+        found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
+    found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
+    ids, labels = (
+        {side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels")
+    )
+    tables = []
+    for layer in layers:
+        at = {
+            name: {
+                model: values.to(device)
+                if name in targets
+                else values  # the queries' device searches
+                for model, values in by_layer[layer].items()
+            }
+            for name, by_layer in found.items()
+        }
+        known = None if layer == "logits" else at["public"]
+        table = inference.label_inference(
+            at, known, public.labels, ids, labels, k, len(public.classes)
+        )
+        tables.append(
+            table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked)
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def at_layer(
+    pair: Pair,
+    epoch: int,
+    k: int,
+    layer: str = "projector",
+    attacked: str = "attacked",
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Return the rows of `two_model` at one layer; the layers that it has by default are attacked
+    together, once.
+    """
+    usual = layer in ("projector", "backbone", "logits")
+    table = two_model(pair, epoch, k, None if usual else (layer,), attacked, device=device)
+    return table[table["layer"] == layer]
+
+
+def cropped(images: Images, crop: dict) -> tuple[Images, np.ndarray]:
+    """Return the images that have a background crop, and where it is: (Images, px (n, 4))."""
+    rects, keep = crops.background(images, crop)
+    return images.subset(keep), rects[keep]
+
+
+def embed_images(
+    encoders: dict[str, Encoder],
+    images: Images,
+    size: int,
+    layers: Sequence[str],
+    rects: np.ndarray | None = None,
+    device: str = "cpu",
+    chunk: int = 4096,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every
+    encoder.
+
+    Pictures are decoded once for all encoders and `chunk` at a time, so that a public set need not
+    fit into memory.
+    """
+    found: dict = {layer: {model: [] for model in encoders} for layer in layers}
+    for start in range(0, len(images), chunk):
+        rows = np.arange(start, min(start + chunk, len(images)))
+        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows])
+        for model, encoder in encoders.items():
+            for layer, values in embed(encoder, pixels, layers, device=device).items():
+                found[layer][model].append(values)
+    return {
+        layer: {model: torch.cat(parts) for model, parts in by.items()}
+        for layer, by in found.items()
+    }
+
+
+def held_out(
+    pair: Pair, encoders: dict[str, Encoder], layers: Sequence[str], device: str = "cpu"
+) -> tuple[dict[str, dict[str, torch.Tensor]], np.ndarray]:
+    """Return {layer: {model: (n, d)}} and labels (n,) of the images that no encoder saw: the probe
+    and control set.
+    """
+    sets = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
+    found = [embed_images(encoders, images, pair.size(), layers, device=device) for images in sets]
+    joined = {
+        layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
+        for layer in layers
+    }
+    return joined, np.concatenate([images.labels for images in sets])
+
+
+def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
+    """Return {"a", "b"} -> Images: the images unique to each set, or the two halves of the control
+    set.
+    """
+    if which == "attacked":
+        return {side: pair.parts[side] for side in ("a", "b")}
+    control = pair.parts["control"]
+    half = np.arange(len(control)) % 2 == 0
+    return {"a": control.subset(np.flatnonzero(half)), "b": control.subset(np.flatnonzero(~half))}
+
+
+@cached("probe")
+def probes(
+    pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"
+) -> pd.DataFrame:
+    """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps,
+    at one epoch.
+
+    `train`, `held_out`, `gap`: a linear probe trained on the encoder's own images, judged on them
+    and on held-out ones (the paper's baseline): the probe and the control set, which no encoder
+    saw. `member`, `non_member`, `fresh_gap`: a probe trained on half of the held-out images, judged
+    on the encoder's own images and on the other half, so that the probe itself has seen neither.
+    `knn`: k-NN accuracy. `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no
+    seed (see probe.linear_probe).
+    """
+    encoders, rows = {model: pair.encoder(model, epoch) for model in ("A", "B")}, []
+    held, t = held_out(pair, encoders, (layer,), device)
+    fit = functools.partial(
+        probe.linear_probe,
+        classes=len(pair.parts["probe"].classes),
+        method=method,
+        seed=pair.setting["seed"],
+    )
+    first = np.arange(len(t)) % 2 == 0
+    for model, encoder in encoders.items():
+        own = pair.parts[model.lower()]
+        x = embed_images({model: encoder}, own, pair.size(), (layer,), device=device)[layer][model]
+        y, z = own.labels, held[layer][model]
+        paper = fit(x, y, z, t)
+        folds = [fit(z[a], t[a], z[~a], t[~a], extra=(x, y)) for a in (first, ~first)]
+        member, fresh = (np.mean([fold[name] for fold in folds]) for name in ("extra", "test"))
+        rows.append(
+            {
+                "model": model,
+                "train": paper["train"],
+                "held_out": paper["test"],
+                "gap": paper["gap"],
+                "member": member,
+                "non_member": fresh,
+                "fresh_gap": member - fresh,
+                "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)),
+                "n_train": len(y),
+                "n_held_out": len(t),
+            }
+        )
+    return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
+
+
+def bayes(pair: Pair) -> float:
+    """Return the known Bayes accuracy from the background alone; NaN on real pictures, where nobody
+    knows it.
+    """
+    is_scenes = pair.parts["public"].ids[0].startswith("scene-")
+    return (
+        scenes.bayes_accuracy(pair.setting["rho"], len(pair.parts["public"].classes))
+        if is_scenes
+        else float("nan")
+    )
+
+
+def choose(table: pd.DataFrame, count: int, how: str = "memorized", seed: int = 0) -> list[str]:
+    """Return ids of attacked images to look at: the most confidently memorized, or a random draw
+    (`how="random"`).
+
+    The ranking is the paper's: the target's confidence minus the reference's, among images only the
+    target gets right.
+    """
+    wide = table[table["layer"] == "projector"].pivot(
+        index="id", columns="role", values=["correct", "confidence"]
+    )
+    if how == "random":
+        return list(np.random.default_rng(seed).choice(wide.index.to_numpy(), count, replace=False))
+    lead = wide["confidence", "target"].astype(float) - wide["confidence", "reference"].astype(
+        float
+    )
+    only = wide["correct", "target"].astype(bool) & ~wide["correct", "reference"].astype(bool)
+    return list(lead[only].sort_values(ascending=False, kind="stable").index[:count])
+
+
+def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]:
+    """Return a row per id for `plots.gallery`: crop, image, class and the k nearest public images
+    under both models.
+    """
+    public, size = pair.parts["public"], pair.size()
+    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    known = public.squares(size)
+    bank = {
+        model: embed(encoder, known, ("projector",))["projector"]
+        for model, encoder in encoders.items()
+    }
+    rows = []
+    for name in ids:
+        side = "a" if name in pair.parts["a"].ids else "b"
+        one = pair.parts[side].subset(np.flatnonzero(pair.parts[side].ids == name))
+        crop = one.squares(size, crops.background(one, pair.crop)[0])
+        row = {"crop": crop[0], "image": one.squares(size)[0], "name": one.classes[one.labels[0]]}
+        for role, model in (
+            ("target", side.upper()),
+            ("reference", "BA"["AB".index(side.upper())]),
+        ):
+            query = embed(encoders[model], crop, ("projector",))["projector"]
+            nearest = knn.search(query, bank[model], k)[1][0].numpy()
+            row[role] = [(known[j], public.classes[public.labels[j]]) for j in nearest]
+        rows.append(row)
+    return rows

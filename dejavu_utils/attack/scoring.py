@@ -1,0 +1,361 @@
+"""The label-inference attack and its numbers: déjà vu score with its interval, four-way split,
+paired differences.
+
+A *table* is a pandas frame with one row per attacked image and role: id, label, direction ("a" or
+"b": the attacked set), role ("target": trained with the image; "reference": without), prediction,
+correct, correct5, confidence. A column `seed` may pool several runs. Direction and seed together
+are a *stratum*: its images are ranked and resampled by themselves, and strata weigh the same, so a
+score is the mean over directions (paper section 4, symmetrised).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest, t
+
+RANKINGS = ("own", "paired")
+CELLS = ("memorized", "correlated", "misrepresented", "unassociated")
+CLUSTER_FROM = 50  # from so many classes on, the bootstrap draws classes rather than images
+CHUNK = 1 << 21  # resampled weights held at a time
+
+
+class Stratum(NamedTuple):
+    """The images of one direction and seed, sorted by id: hits and confidence are (2, n): row 0
+    target, 1 reference.
+    """
+
+    hits: np.ndarray
+    confidence: np.ndarray
+    cluster: np.ndarray
+    stream: int
+
+
+def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
+    """Return the strata of a table, target and reference joined by id; ValueError if they do not
+    pair up.
+    """
+    if top not in (1, 5) or ranking not in RANKINGS:
+        raise ValueError(
+            f"attack: top = {top!r}, ranking = {ranking!r}; expected top 1 or 5, ranking "
+            f"{RANKINGS}."
+        )
+    value, keys = {1: "correct", 5: "correct5"}[top], ["direction"] + ["seed"] * ("seed" in table)
+    repeated = table.duplicated([*keys, "role", "id"]).sum()
+    if repeated or not len(table):
+        raise ValueError(
+            f"attack: {repeated} of {len(table)} rows repeat an image; expected one row per "
+            "image, role, "
+            "direction and seed. Select one criterion, epoch, layer and crop first."
+        )
+    if not np.isfinite(table["confidence"].to_numpy(float)).all():
+        raise ValueError("attack: a confidence is NaN or infinite; expected nats.")
+    wide = table.set_index([*keys, "id", "label", "role"])[[value, "confidence"]].unstack(
+        "role"
+    )  # sorted by id
+    if len(table) != 2 * len(wide):
+        raise ValueError(
+            f"attack: {(table['role'] == 'target').sum()} target and "
+            f"{(table['role'] == 'reference').sum()} reference rows of {len(wide)} images, ids "
+            "not the "
+            "same; expected every image under both models."
+        )
+    clustered, strata = table["label"].nunique() >= CLUSTER_FROM, []
+    for name, part in wide.groupby(level=keys):
+        hits, confidence = (
+            part[column][["target", "reference"]].to_numpy(float).T
+            for column in (value, "confidence")
+        )
+        if ranking == "paired":
+            confidence = np.repeat(confidence.sum(0, keepdims=True), 2, 0)
+        cluster = part.index.get_level_values("label") if clustered else np.arange(len(part))
+        # The stream depends on the images and the seed, not on the name "a" or "b": swapping names
+        # changes nothing.
+        text = "\n".join(map(str, [*part.index.get_level_values("id"), *name[1:]]))
+        stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        strata.append(Stratum(hits, confidence, np.unique(cluster, return_inverse=True)[1], stream))
+    return strata
+
+
+def bootstrap_weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each image is drawn, (r, n) at a time: first the data itself (all ones), then
+    the resamples.
+    """
+    units, n = int(stratum.cluster.max()) + 1, len(stratum.cluster)
+    random = np.random.default_rng([seed, stratum.stream])
+    step = max(1, CHUNK // n)
+    yield np.ones((1, n), dtype=np.int64)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = random.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+        yield counts if units == n else counts[:, stratum.cluster]
+
+
+def _count(n: int | np.ndarray, p: float) -> float | np.ndarray:
+    """Return how many of n examples are the top p %: ceil(p n / 100), at least 1; ValueError unless
+    0 < p <= 100.
+    """
+    if not 0 < p <= 100:
+        raise ValueError(f"attack: p = {p}; expected a percentage: 0 < p <= 100.")
+    return np.maximum(1, np.ceil(np.asarray(n) * p / 100 - 1e-9))
+
+
+def _ranked(
+    hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares: Sequence[float]
+) -> np.ndarray:
+    """Return the accuracy (len(shares), r) on the top p % of every weighted sample (r, n),
+    re-ranked in each.
+
+    Images of equal confidence form one group; the group at the boundary counts in part, at its own
+    mean accuracy.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(confidence[order]) != 0])
+    ordered = weights[:, order]
+    sizes = np.add.reduceat(ordered, starts, axis=1)
+    right = np.add.reduceat(ordered * hits[order], starts, axis=1)
+    before, mean = np.cumsum(sizes, 1) - sizes, right / np.maximum(sizes, 1)
+    accuracies = []
+    for p in shares:
+        wanted = _count(weights.sum(1), p)
+        taken = np.clip(wanted[:, None] - before, 0, sizes)
+        found = right if p == 100 else taken * mean  # whole groups: counts without rounding
+        accuracies.append(found.sum(1) / wanted)
+    return np.stack(accuracies)
+
+
+def _accuracies(
+    strata: list[Stratum], shares: Sequence[float], resamples: int, seed: int
+) -> np.ndarray:
+    """Return the mean over strata of target and reference accuracy (shares, 2, 1 + resamples);
+    column 0 is the data.
+    """
+    total = 0
+    for stratum in strata:
+        chunks = [
+            [
+                _ranked(hits, confidence, weights, shares)
+                for hits, confidence in zip(*stratum[:2], strict=True)
+            ]
+            for weights in bootstrap_weights(stratum, resamples, seed)
+        ]
+        total = total + np.concatenate([np.stack(roles, 1) for roles in chunks], 2)
+    return total / len(strata)
+
+
+def bounds(
+    values: np.ndarray, name: str, ends: str | None = None, level: float = 0.95
+) -> dict[str, float]:
+    """Return {name: the value of the data itself, values[0]} and the percentile interval of the
+    resamples, values[1:].
+
+    Its keys are <ends>low and <ends>high, "<name>_" if `ends` is not given; NaN without resamples.
+    """
+    ends = f"{name}_" if ends is None else ends
+    low, high = (
+        np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
+        if len(values) > 1
+        else (math.nan, math.nan)
+    )
+    return {name: float(values[0]), f"{ends}low": float(low), f"{ends}high": float(high)}
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the exact two-sided McNemar p-value of `gained` and `lost` discordant pairs; 1 when
+    there are none.
+    """
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def accuracies(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is
+    the data itself.
+    """
+    return _accuracies(stratify(table, 1, "own"), [100], resamples, seed)[0]
+
+
+def matched(
+    one: pd.DataFrame, two: pd.DataFrame, top: int = 1, ranking: str = "own"
+) -> tuple[list[Stratum], list[Stratum]]:
+    """Return the strata of two tables of the same images, which are resampled alike; ValueError if
+    they are not.
+    """
+    sides = stratify(one, top, ranking), stratify(two, top, ranking)
+    if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
+        raise ValueError(
+            "attack: the tables do not judge the same images and seeds. Attack the same sets."
+        )
+    return sides
+
+
+def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
+    """Return how many of the top p % only the target, and only the reference, got right; a tied
+    group comes whole.
+    """
+    signs = []
+    for hits, confidence, *_ in strata:
+        last = np.sort(confidence[0])[::-1][int(_count(len(confidence[0]), p)) - 1]
+        signs.append((hits[0] - hits[1])[(confidence[0] >= last) | (p == 100)])
+    sign = np.concatenate(signs)
+    return int((sign > 0).sum()), int((sign < 0).sum())
+
+
+def curve(
+    table: pd.DataFrame,
+    shares: Iterable[float],
+    ranking: str = "own",
+    top: int = 1,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[dict]:
+    """Return one `score` row per percentage in `shares`, all from the same resamples (list of
+    dicts).
+    """
+    strata, rows, shares = stratify(table, top, ranking), [], list(shares)
+    for p, (target, reference) in zip(
+        shares, _accuracies(strata, shares, resamples, seed), strict=True
+    ):
+        row = {
+            "p": p,
+            "n": len(table) // 2,
+            "ranking": ranking,
+            "top": top,
+            "level": level,
+            "resamples": resamples,
+        }
+        row |= bounds(target - reference, "score", "", level)
+        row |= bounds(target, "target", level=level) | bounds(reference, "reference", level=level)
+        one_subset = ranking == "paired" or p == 100
+        rows.append(
+            {**row, "mcnemar": mcnemar(*_discordant(strata, p)) if one_subset else math.nan}
+        )
+    return rows
+
+
+def score(
+    table: pd.DataFrame,
+    p: float = 100,
+    ranking: str = "own",
+    top: int = 1,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict:
+    """Return the déjà vu score at p %: target accuracy - reference accuracy, with
+    percentile-bootstrap intervals.
+
+    Keys: score, low, high; target, target_low, target_high; reference, reference_low,
+    reference_high; n (images), p, ranking, top, level, resamples, mcnemar (exact p-value; NaN where
+    the two subsets differ). `ranking="own"`: each model's own most confident examples (the
+    paper's); "paired": ranked by the sum of both confidences. The bootstrap is stratified and ranks
+    anew in every resample; from 50 classes it draws classes. ValueError if the table is not one row
+    per image, role, direction and seed.
+    """
+    return curve(table, [p], ranking, top, resamples, seed, level)[0]
+
+
+def four_way(
+    table: pd.DataFrame, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict:
+    """Return the shares memorized, correlated, misrepresented, unassociated, each with _low and
+    _high, and their ratio.
+
+    memorized: only the target is right; correlated: both; misrepresented: only the reference;
+    unassociated: neither. `ratio` = memorized / misrepresented by counts (`memorized_count`,
+    `misrepresented_count`), interval: exact binomial given their sum, or the bootstrap's where
+    classes are drawn. memorized - misrepresented = score at p = 100, exactly.
+    """
+    strata = stratify(table, top, "own")
+    shares, counts = np.zeros((4, 1 + resamples)), np.zeros((4, 1 + resamples))
+    for stratum in strata:
+        target, reference = stratum.hits
+        cells = np.stack(
+            [
+                target > reference,
+                target * reference == 1,
+                target < reference,
+                target + reference == 0,
+            ],
+            1,
+        )
+        found = np.concatenate(
+            [
+                weights @ cells.astype(float)
+                for weights in bootstrap_weights(stratum, resamples, seed)
+            ]
+        ).T
+        counts += found
+        shares += found / found.sum(0) / len(strata)
+    row = {"n": len(table) // 2, "top": top, "level": level, "resamples": resamples}
+    for name, values in zip(CELLS, shares, strict=True):
+        row |= bounds(values, name, level=level)
+    row["memorized_count"], row["misrepresented_count"] = pair = (
+        int(counts[0, 0]),
+        int(counts[2, 0]),
+    )
+    row["ratio"], row["ratio_low"], row["ratio_high"] = odds(*pair, level)
+    if table["label"].nunique() >= CLUSTER_FROM:
+        row |= bounds((counts[0] + 0.5) / (counts[2] + 0.5), "ratio", level=level) | {
+            "ratio": row["ratio"]
+        }
+    return row
+
+
+def odds(wins: int, losses: int, level: float = 0.95) -> tuple[float, float, float]:
+    """Return wins / losses and its exact interval, from the Clopper-Pearson interval of wins among
+    wins + losses.
+
+    Infinite where losses = 0; (NaN, 0, infinity) where both are 0.
+    """
+    if wins + losses == 0:
+        return math.nan, 0.0, math.inf
+    interval = binomtest(wins, wins + losses).proportion_ci(level, method="exact")
+    low, high = (math.inf if share >= 1 else float(share / (1 - share)) for share in interval)
+    return wins / losses if losses else math.inf, low, high
+
+
+def difference(
+    one: pd.DataFrame,
+    two: pd.DataFrame,
+    p: float | tuple[float, float] = 100,
+    ranking: str = "own",
+    top: int = 1,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict:
+    """Return score(one) - score(two) with its interval, both resampled with the same images (paired
+    by id).
+
+    For example projector - backbone, or last epoch - first. `p` may be two percentages, one for
+    each table: `difference(table, table, p=(20, 100))`. Keys: difference, low, high, one, two, n.
+    ValueError if the ids differ.
+    """
+    shares = p if isinstance(p, tuple) else (p, p)
+    left, right = (
+        np.subtract(*_accuracies(strata, [share], resamples, seed)[0])
+        for strata, share in zip(matched(one, two, top, ranking), shares, strict=True)
+    )
+    row = bounds(left - right, "difference", "", level)
+    return row | {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
+
+
+def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict:
+    """Return mean, low, high (t-interval over seeds), sd and n of one number per seed; NaN bounds
+    for one seed.
+    """
+    numbers = np.asarray(values, dtype=float)
+    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
+        raise ValueError(
+            f"attack.over_seeds: {numbers.tolist()}; expected at least one finite number, one per "
+            "seed."
+        )
+    n, mean = len(numbers), float(numbers.mean())
+    sd = float(numbers.std(ddof=1)) if n > 1 else math.nan
+    half = float(t.ppf((1 + level) / 2, max(1, n - 1))) * sd / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd, "n": n}

@@ -1,0 +1,162 @@
+"""`Images`: pictures with labels and boxes, and their squares."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dejavu_utils.data.resampling import resample
+
+if TYPE_CHECKING:
+    pass
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """n labelled pictures. Readers return them sorted by id, whatever the order of the files.
+
+    `ids` str (n,) unique; `labels` int64 (n,), indices into `classes`; `boxes` n arrays float32 (m,
+    4), x0, y0, x1, y1 in px of the picture itself, half-open; `sizes` (n, 2) width, height in px;
+    `pixels` uint8, a tensor (n, 3, h, w) or `lazy.Lazy`; `attributes` more labels, each (n,);
+    `skipped` (name, reason) of pictures that could not be read.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    boxes: list
+    classes: tuple[str, ...]
+    sizes: np.ndarray
+    pixels: Any
+    attributes: dict = field(default_factory=dict)
+    skipped: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        columns = (
+            self.ids,
+            self.labels,
+            self.boxes,
+            self.sizes,
+            self.pixels,
+            *self.attributes.values(),
+        )
+        lengths = {len(column) for column in columns}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"Images: columns of different lengths {sorted(lengths)}; expected one row per "
+                "picture."
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, index: np.ndarray | Sequence[int]) -> Images:
+        """Return the pictures at `index` (positions or a mask), in that order."""
+        index = np.arange(len(self))[np.asarray(index)] if len(index) else np.zeros(0, np.int64)
+        lazy = not isinstance(self.pixels, Tensor)
+        pixels = self.pixels.subset(index) if lazy else self.pixels[torch.from_numpy(index)]
+        attributes = {name: values[index] for name, values in self.attributes.items()}
+        return replace(
+            self,
+            ids=self.ids[index],
+            labels=self.labels[index],
+            boxes=[self.boxes[i] for i in index],
+            sizes=self.sizes[index],
+            pixels=pixels,
+            attributes=attributes,
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The sha256 of classes, ids, labels, boxes and pixels (of lazy ones: of the files'
+        checksums or sizes).
+        """
+        total = hashlib.sha256("\n".join([*self.classes, "", *self.ids]).encode())
+        counts = np.array([len(boxes) for boxes in self.boxes], np.int64)
+        flat = [np.asarray(boxes, np.float32).tobytes() for boxes in self.boxes]
+        pixels = (
+            self.pixels.contiguous().numpy()
+            if isinstance(self.pixels, Tensor)
+            else self.pixels.stamps
+        )
+        for part in (
+            np.asarray(self.labels, np.int64).tobytes(),
+            counts.tobytes(),
+            b"".join(flat),
+            pixels.data,
+        ):
+            total.update(part)
+        return total.hexdigest()
+
+    @property
+    def stacked(self) -> Tensor | None:
+        """All pixels as one uint8 tensor (n, 3, h, w), or None where sizes differ."""
+        if isinstance(self.pixels, Tensor):
+            return self.pixels
+        same = len(self) > 0 and (self.sizes == self.sizes[0]).all()
+        return torch.stack(threads(self.pixels.__getitem__, range(len(self)))) if same else None
+
+    def squares(
+        self, size: int, rects: np.ndarray | Tensor | None = None, keep: float = 1.0
+    ) -> Tensor:
+        """Return the centre square of each picture, or of its rectangle (n, 4) of `rects`: uint8
+        (n, 3, size, size).
+
+        `keep` is the share of the shorter side that stays: 1 all of it, 0.875 the paper's
+        Resize(256), CenterCrop(224) (§4). No pixel outside the rectangle is looked at.
+        """
+        rects = np.c_[0 * self.sizes, self.sizes] if rects is None else rects
+        rects = torch.as_tensor(rects, dtype=torch.float64).reshape(-1, 4)
+        if len(rects) != len(self):
+            raise ValueError(
+                f"Images.squares: {len(rects)} rectangles for {len(self)} pictures; expected one "
+                "each."
+            )
+        half = (rects[:, 2:] - rects[:, :2]).amin(1, keepdim=True) * keep / 2
+        centre = (rects[:, :2] + rects[:, 2:]) / 2
+        rects = torch.cat([centre - half, centre + half], 1)
+        if isinstance(self.pixels, Tensor):
+            jobs = range(0, len(self), 256)
+            done = [_sample(self.pixels[i : i + 256], rects[i : i + 256], size) for i in jobs]
+        else:
+            done = threads(
+                lambda i: _sample(self.pixels[i][None], rects[i : i + 1], size), range(len(self))
+            )
+        return torch.cat(done) if done else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+
+
+def _sample(pixels: Tensor, rects: Tensor, size: int) -> Tensor:
+    """Return `rects` of same-size pictures resampled and rounded to uint8; what lies around them is
+    cut first.
+    """
+    x0, y0 = rects[:, :2].amin(0).floor().long().tolist()
+    x1, y1 = rects[:, 2:].amax(0).ceil().long().tolist()
+    shift = torch.tensor([x0, y0, x0, y0])
+    return (
+        resample(pixels[..., y0:y1, x0:x1], rects - shift, size)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
+
+
+def threads(work: Callable, items: Sequence, chunk: int = 8) -> list:
+    """Return [work(item) for item in items], computed by a few threads: decoding and inflating free
+    the interpreter.
+    """
+    chunks = [items[i : i + chunk] for i in range(0, len(items), chunk)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return [
+            result
+            for part in pool.map(lambda part: [work(item) for item in part], chunks)
+            for result in part
+        ]

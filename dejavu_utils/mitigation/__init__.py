@@ -1,0 +1,1 @@
+"""What lowers the score, and what it costs."""

@@ -1,0 +1,1 @@
+"""The game and the widgets of the lessons."""

@@ -1,0 +1,155 @@
+"""Views to play with in JupyterLab (ipywidgets); where nothing runs, a still picture stands in
+their place.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dejavu_utils import plots
+from dejavu_utils.teaching.game import Game
+
+if TYPE_CHECKING:
+    import ipywidgets
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _image(png: bytes = b"") -> ipywidgets.Image:
+    """Return an image that keeps its own size in a column, and shrinks where that is too wide."""
+    import ipywidgets
+
+    return ipywidgets.Image(
+        value=png, layout=ipywidgets.Layout(align_self="flex-start", max_width="100%")
+    )
+
+
+class View:
+    """A widget and the picture that papermill, an HTML page or a printer shows instead."""
+
+    def __init__(self, widget: ipywidgets.Widget, still: bytes) -> None:
+        self.widget, self.still = widget, still
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        return (self.widget._repr_mimebundle_(**options) or {}) | {
+            "image/png": base64.b64encode(self.still).decode()
+        }
+
+
+class Html:
+    """Text that a notebook shows as HTML; unlike IPython's own it needs no IPython, which a plain
+    script may lack.
+    """
+
+    def __init__(self, data: str) -> None:
+        self.data = data
+
+    def _repr_html_(self) -> str:
+        return self.data
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    return file.getvalue()
+
+
+def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
+    """Return a menu of figures, each drawn when it is first chosen; the still picture is the first
+    one.
+    """
+    import ipywidgets
+
+    drawn = {next(iter(figures)): _png(next(iter(figures.values()))())}
+    still = next(iter(drawn.values()))
+    menu, picture = ipywidgets.Dropdown(options=list(figures), description=label), _image(still)
+
+    def show(change: dict[str, Any]) -> None:
+        if change["new"] not in drawn:
+            drawn[change["new"]] = _png(figures[change["new"]]())
+        picture.value = drawn[change["new"]]
+
+    menu.observe(show, "value")
+    return View(ipywidgets.VBox([menu, picture]), still)
+
+
+def _told(game: Game, row: dict | None) -> str:
+    """Return what stands beside the picture: the question, or the answer and the running score."""
+    played, total = len(game.guesses), len(game.rounds)
+    if row is None:
+        return f"Round {played + 1} of {total}. This is background only. What stood in front of it?"
+    said = {"you": game.guesses[-1]} | row["said"]
+    answers = "; ".join(
+        f"{who}: {name} {'✓' if name == row['name'] else '✗'}" for who, name in said.items()
+    )
+    score = ", ".join(f"{who} {count}" for who, count in game.score().items())
+    return f"It was <b>{row['name']}</b>. {answers}.<br>Right so far, of {played}: {score}."
+
+
+def play(game: Game) -> View:
+    """Return the game: a crop, a button for each class, then both models' neighbours and the
+    running score.
+
+    The still picture is the first round, answered by the models alone. ValueError if there is no
+    round.
+    """
+    import ipywidgets
+
+    if not game.rounds:
+        raise ValueError("widgets.play: there is no round to play; pass ids to game.start.")
+    picture, text = _image(), ipywidgets.HTML()
+    names = [ipywidgets.Button(description=name) for name in game.classes]
+    more = ipywidgets.Button(description="next crop", button_style="primary")
+
+    def show(row: dict | None = None) -> None:
+        picture.value = _png(plots.gallery([row])) if row else plots.png(game.row["crop"], 240)
+        text.value, more.disabled = _told(game, row), row is None or game.row is None
+        for button in names:
+            button.disabled = row is not None
+
+    for button in names:
+        button.on_click(lambda pressed: show(game.guess(pressed.description)))
+    more.on_click(lambda pressed: show())
+    show()
+    first, right, total = game.rounds[0], game.auto(), len(game.rounds)
+    said = first["said"]
+    figure = plots.gallery([first])
+    figure.suptitle(
+        f"The target says {said['target']}, the reference {said['reference']}. Of {total} rounds "
+        "the "
+        f"target gets {right['target']} right, the reference {right['reference']}.",
+        fontsize=9,
+    )
+    choices = ipywidgets.HBox([*names, more], layout=ipywidgets.Layout(flex_flow="row wrap"))
+    return View(ipywidgets.VBox([text, picture, choices]), _png(figure))
+
+
+def hover(figure: Figure, spots: list[tuple[Axes, float, float, str]], label: str) -> Html:
+    """Return a matplotlib figure as SVG in HTML whose spots say something under the mouse.
+
+    A spot is (axis, x, y, text); it is found within a few points of its place, and says the texts
+    of all spots there. `label` describes the figure in words.
+    """
+    import re
+    from html import escape
+
+    places: dict[tuple, list[str]] = {}
+    for *place, text in spots:
+        places.setdefault(tuple(place), []).append(text)
+    for i, (axis, x, y) in enumerate(
+        places
+    ):  # nothing to see, but there for the mouse, above all else
+        axis.plot(x, y, "o", ms=11, alpha=0, zorder=10, gid=f"spot-{i}")
+    texts = {f"spot-{i}": "\n\n".join(each) for i, each in enumerate(places.values())}
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    svg = file.getvalue()
+    svg = re.sub(
+        r'<g id="(spot-\d+)">',
+        lambda found: f"{found[0]}<title>{escape(texts[found[1]])}</title>",
+        svg[svg.index("<svg") :],
+    )
+    return Html(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

@@ -1,0 +1,272 @@
+"""The search is exact and the same for every tile, backend and thread count; votes follow the tie
+rule.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dejavu_utils.attack import knn
+
+
+def naive_search(queries, bank, k):
+    """Return distances and rows of the k nearest, one query at a time; ties by the lower row."""
+    queries, bank = (
+        np.asarray(queries, np.float32).astype(float),
+        np.asarray(bank, np.float32).astype(float),
+    )
+    distances, rows = [], []
+    for query in queries:
+        all_distances = [math.fsum((query - other) ** 2) for other in bank]
+        order = sorted(range(len(bank)), key=lambda i: (all_distances[i], i))[:k]
+        rows.append(order)
+        distances.append([all_distances[i] for i in order])
+    return np.array(distances).reshape(len(queries), k), np.array(rows, dtype=int).reshape(
+        len(queries), k
+    )
+
+
+def naive_vote(labels, distances, classes):
+    """Return counts, top-5 ranking and -entropy of one query's neighbours."""
+    counts = [sum(label == c for label in labels) for c in range(classes)]
+    mean = [
+        np.mean([d for label, d in zip(labels, distances, strict=True) if label == c])
+        if counts[c]
+        else 0
+        for c in range(classes)
+    ]
+    ranking = [
+        c for c in sorted(range(classes), key=lambda c: (-counts[c], mean[c], c)) if counts[c]
+    ][:5]
+    shares = [c / len(labels) for c in counts if c]
+    return counts, ranking + [-1] * (5 - len(ranking)), math.fsum(p * math.log(p) for p in shares)
+
+
+def points(n, d, seed, kind="normal"):
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=source)
+    # "grid": small integers, so distances are exact and often tie; "offset": a large common mean,
+    # tiny differences. "pairs": two far clusters whose inner distances bfloat16 cannot see.
+    pairs = x * 1e-3 + torch.arange(n)[:, None] % 2
+    return {
+        "normal": x,
+        "pairs": pairs,
+        "grid": x.mul(1.5).round(),
+        "offset": x * 1e-3 + 7,
+        "tiny": x * 1e-22,
+        "huge": x * 1e25,
+        "relu": x.relu() + 50 * (torch.arange(d) == 0),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["normal", "grid", "offset", "tiny", "huge", "relu", "pairs"])
+@pytest.mark.parametrize("n, d", [(1, 1), (2, 3), (7, 1), (64, 3), (257, 128)])
+def test_search_equals_oracle(n, d, kind):
+    queries, bank = points(5, d, 1, kind), points(n, d, 2, kind)
+    for k in {1, min(5, n), n}:
+        distances, rows = knn.search(queries, bank, k)
+        expected, order = naive_search(queries, bank, k)
+        np.testing.assert_allclose(distances, expected, rtol=1e-13)
+        np.testing.assert_array_equal(rows, order)
+
+
+@pytest.mark.parametrize("kind", ["normal", "grid", "offset"])
+def test_same_bits_for_every_tile_backend_and_thread_count(kind):
+    queries, bank = points(20, 16, 3, kind), points(150, 16, 4, kind)
+    first = knn.search(queries, bank, 9)
+    threads = torch.get_num_threads()
+    for backend in ("torch", "faiss"):
+        for tile in (1, 64, 149, 1000):
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found = knn.search(queries, bank, 9, backend, tile)
+                torch.set_num_threads(threads)
+                assert torch.equal(found[0], first[0]) and torch.equal(found[1], first[1]), (
+                    backend,
+                    tile,
+                    count,
+                )
+
+
+def test_no_setting_of_precision_changes_the_answer():
+    queries, bank = points(40, 64, 5), points(400, 64, 6)
+    expected = knn.search(queries, bank, 7)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            found = knn.search(queries, bank, 7)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_query_order_does_not_matter():
+    queries, bank = points(50, 8, 7, "grid"), points(90, 8, 8, "grid")
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    distances, rows = knn.search(queries, bank, 11)
+    again = knn.search(queries[order], bank, 11)
+    assert torch.equal(again[0], distances[order]) and torch.equal(again[1], rows[order])
+
+
+def test_ties_go_to_the_lower_row():
+    bank = torch.zeros(200, 4)
+    bank[50] = 1
+    distances, rows = knn.search(torch.ones(2, 4), bank, 4)
+    assert rows.tolist() == [[50, 0, 1, 2]] * 2
+    assert distances.tolist() == [[0, 4, 4, 4]] * 2
+
+
+@pytest.fixture
+def matrix_unit(monkeypatch):
+    """Make products round their factors first, to TF32 or bfloat16 when torch is told so, as matrix
+    units do.
+    """
+    product, before = torch.mm, torch.get_float32_matmul_precision()
+
+    def mm(left, right, out):
+        lost = {"highest": 1, "high": 1 << 13, "medium": 1 << 16}[
+            torch.get_float32_matmul_precision()
+        ]
+        if lost > 1:
+            left, right = (
+                x.contiguous()
+                .view(torch.int32)
+                .add(lost // 2)
+                .bitwise_and_(-lost)
+                .view(torch.float32)
+                for x in (left, right)
+            )
+        return out.copy_(product(left, right))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "engine, proven", [("highest", 0.95), ("faiss", 0.95), ("high", 0.95), ("medium", 0.7)]
+)
+@pytest.mark.parametrize("kind", ["normal", "relu", "pairs", "tiny", "offset"])
+def test_the_bound_is_a_lower_bound_and_proves_most_rows(engine, proven, kind, matrix_unit):
+    queries, bank = points(200, 256, 9, kind), points(1500, 256, 10, kind)
+    exact = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+    torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
+    columns, bound = knn.candidates(queries, bank, 60, torch.float32, engine, 600)
+    assert (bound <= exact.gather(1, columns)).all()
+    assert (bound[:, -1] <= exact.scatter(1, columns, torch.inf).amin(1)).all()
+    assert (bound.diff(dim=1) >= 0).all()
+    if kind in ("normal", "relu"):
+        assert (exact.topk(20, largest=False).values[:, -1] < bound[:, -1]).float().mean() > proven
+
+
+@pytest.mark.parametrize("engine, unit", [("high", 2**-10), ("medium", 2**-7)])
+def test_the_bound_holds_when_rounding_is_at_its_worst(engine, unit, matrix_unit):
+    # Every coordinate of two opposite points moves outwards, by nearly half a unit in the last
+    # place.
+    queries, bank = torch.full((1, 64), 1 + 0.51 * unit), torch.full((4, 64), 1 + 0.51 * unit)
+    bank[::2] *= -1  # centred at zero
+    torch.set_float32_matmul_precision(engine)
+    columns, bound = knn.candidates(queries, bank, 4, torch.float32, engine, None)
+    exact = (queries.double() - bank.double()).square().sum(1)[columns]
+    assert (
+        bound <= exact
+    ).all() and bound.amax() > 0.998 * exact.amax()  # and no more than it has to be below
+
+
+@pytest.mark.parametrize("kind", ["normal", "grid", "offset", "pairs", "relu", "tiny", "huge"])
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_coarse_first_pass_changes_nothing(kind, amx, monkeypatch, matrix_unit):
+    queries, bank = points(30, 48, 17, kind), points(1300, 48, 18, kind)
+    expected = naive_search(queries, bank, 2)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    used, candidates = [], knn.candidates
+    monkeypatch.setattr(
+        knn, "candidates", lambda *given: used.append(given[4]) or candidates(*given)
+    )
+    distances, rows = knn.search(queries, bank, 2)
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-13)
+    np.testing.assert_array_equal(rows, expected[1])
+    assert ("medium" in used) == (amx and kind != "huge")
+
+
+def test_half_precision_banks_widen_exactly():
+    queries, bank = points(10, 12, 11), points(60, 12, 12).half()
+    found, expected = knn.search(queries, bank, 5), knn.search(queries, bank.float(), 5)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_no_queries():
+    distances, rows = knn.search(torch.zeros(0, 3), torch.zeros(5, 3), 2)
+    assert distances.shape == rows.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"k": 6}, "expected 1 <= k <= 5"),
+        ({"k": 0}, "k = 0"),
+        ({"queries": torch.zeros(2, 4)}, "one width"),
+        ({"queries": torch.zeros(3)}, "one width"),
+        ({"bank": torch.full((5, 3), torch.nan)}, "bank row 0 holds NaN"),
+        ({"queries": torch.tensor([[0, 0, 0], [0, 0, torch.inf]])}, "queries row 1"),
+        ({"backend": "annoy"}, "annoy"),
+        ({"tile": 0}, "tile 0"),
+        ({"bank": torch.zeros(0, 3)}, "1 <= k <= 0"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, text):
+    with pytest.raises(ValueError, match=text):
+        knn.search(**{"queries": torch.zeros(2, 3), "bank": torch.zeros(5, 3), "k": 2, **change})
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000])
+@pytest.mark.parametrize("queries, k", [(1, 1), (40, 7), (40, 100)])
+def test_vote_equals_oracle(classes, queries, k):
+    random = np.random.default_rng(classes + k)
+    labels = random.integers(0, classes, (queries, k)) * (random.random((queries, k)) < 0.6)
+    distances = np.sort(random.integers(0, 4, (queries, k)).astype(float), axis=1)
+    votes = knn.vote(torch.from_numpy(labels), torch.from_numpy(distances), classes)
+    for i in range(queries):
+        counts, ranking, confidence = naive_vote(labels[i], distances[i], classes)
+        assert votes.counts[i].tolist() == counts
+        assert votes.ranking[i].tolist() == ranking
+        assert abs(float(votes.confidence[i]) - confidence) < 1e-14
+
+
+def test_tie_rule_votes_then_mean_distance_then_class():
+    labels = torch.tensor([[2, 1, 1, 2, 0], [2, 1, 1, 2, 0], [3, 3, 1, 0, 2]])
+    distances = torch.tensor([[0.0, 1, 2, 5, 9], [1.0, 1, 2, 2, 9], [1.0, 2, 3, 3, 3]])
+    ranking = knn.vote(labels, distances, 4).ranking
+    assert ranking[:, :4].tolist() == [[1, 2, 0, -1], [1, 2, 0, -1], [3, 0, 1, 2]]
+
+
+def test_confidence_is_in_range_and_ties_are_exact():
+    labels = torch.tensor([[0, 1, 1, 2, 2, 2], [5, 4, 4, 4, 9, 9], [3, 3, 3, 3, 3, 3]])
+    confidence = knn.vote(labels, torch.zeros(3, 6), 10).confidence
+    assert confidence[0] == confidence[1] and confidence[2] == 0
+    spread = knn.vote(torch.arange(100)[None], torch.zeros(1, 100), 100).confidence
+    assert abs(float(spread) + np.log(100)) < 1e-14
+
+
+def test_a_label_outside_the_classes_is_an_error():
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        knn.vote(torch.tensor([[0, 3]]), torch.zeros(1, 2), 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["normal", "grid", "offset"])
+def test_gpu_gives_the_same_bits(kind):
+    queries, bank = points(300, 200, 15, kind), points(2000, 200, 16, kind)
+    expected = knn.search(queries, bank, 30)
+    for side in ("cuda", "cpu"):  # the bank may stay on the CPU
+        found = knn.search(queries.cuda(), bank.to(side), 30)
+        assert torch.equal(found[0].cpu(), expected[0]) and torch.equal(found[1].cpu(), expected[1])
+    labels = torch.arange(2000) % 10
+    cpu, gpu = (knn.vote(labels.to(v[0].device)[v[1]], v[0], 10) for v in (expected, found))
+    assert all(torch.equal(left, right.cpu()) for left, right in zip(cpu, gpu, strict=True))

@@ -1,0 +1,211 @@
+"""Privacy against utility: measurements equal attack and probe done alone; changes, front and
+advice are right.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+from tests.test_knobs import PARAMS
+
+from dejavu_utils.attack import references, scoring
+from dejavu_utils.mitigation import planes, tradeoff
+from dejavu_utils.models import launch
+from dejavu_utils.models import pairs as build
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    made = build.make(PARAMS, tmp_path_factory.mktemp("runs"))[0]
+    launch.fit_all(list(made.jobs.values()), workers=1)
+    return made
+
+
+def test_measure_is_the_attack_and_the_probe(pair):
+    found = tradeoff.measure(pair, 2, 5)
+    alone = references.two_model(pair, 2, 5)
+    for layer in ("projector", "backbone"):
+        mine, other = (
+            table[table["layer"] == layer].reset_index(drop=True) for table in (found, alone)
+        )
+        pd.testing.assert_frame_equal(mine[other.columns], other)
+    judged = references.probes(pair, 2).set_index("model")["held_out"]
+    backbone = found[found["layer"] == "backbone"]
+    for side, model in (("a", "A"), ("b", "B")):
+        assert set(backbone[backbone["direction"] == side]["held_out"]) == {judged[model]}
+    assert set(found["n_held_out"]) == {4 * 10}
+
+
+def test_each_release_is_applied_to_everything(pair):
+    found = tradeoff.measure(
+        pair, 2, 5, ("projector",), [{}, {"noise": 0.0}, {"noise": 1e9}, {"bits": 16}]
+    )
+    by = {number: part.reset_index(drop=True) for number, part in found.groupby("release")}
+    same = ["id", "role", "prediction", "confidence", "held_out"]
+    pd.testing.assert_frame_equal(by[0][same], by[1][same])
+    assert (by[3]["prediction"] == by[0]["prediction"]).mean() > 0.9
+    drowned = by[2].drop_duplicates("direction")["held_out"].mean()
+    assert (
+        abs(drowned - 0.25) < 0.2 and abs(by[2]["correct"].mean() - 0.25) < 0.25
+    )  # noise alone: chance
+
+
+def _table(
+    seeds=(0, 1, 2),
+    knob="default",
+    value="default",
+    extra=0.0,
+    held=0.7,
+    n=200,
+    layer="projector",
+    stream=0,
+):
+    """Return a made-up table: the target is right on .3 + extra, the reference on .2 of the
+    images.
+    """
+    rows = []
+    for seed in seeds:
+        rng = np.random.default_rng([seed, stream])
+        for side in "ab":
+            for role, share in (("target", 0.3 + extra), ("reference", 0.2)):
+                rows.append(
+                    pd.DataFrame(
+                        {
+                            "id": [f"{side}-{i}" for i in range(n)],
+                            "label": np.arange(n) % 4,
+                            "direction": side,
+                            "role": role,
+                            "prediction": 0,
+                            "correct": rng.random(n) < share,
+                            "correct5": True,
+                            "confidence": rng.random(n),
+                            "seed": seed,
+                            "held_out": held + 0.01 * seed,
+                        }
+                    )
+                )
+    table = pd.concat(rows, ignore_index=True)
+    return table.assign(criterion="vicreg", knob=knob, value=value, layer=layer, n_held_out=400)
+
+
+def test_changes_are_matched_by_seed():
+    base, lower = _table(), _table(knob="weight_decay", value="0.1", extra=-0.1, held=0.65)
+    free = _table(knob="noise", value="1.0", extra=-0.1, held=0.7)
+    rows = tradeoff.rows(pd.concat([base, lower, free]), resamples=200).set_index("knob")
+    assert rows.loc["weight_decay", "over"] == "seeds" and rows.loc["noise", "over"] == "images"
+    steps = [
+        scoring.score(lower[lower["seed"] == seed])["score"]
+        - scoring.score(base[base["seed"] == seed])["score"]
+        for seed in range(3)
+    ]
+    expected = scoring.over_seeds(steps)
+    assert rows.loc["weight_decay", "score_change"] == pytest.approx(expected["mean"])
+    assert rows.loc["weight_decay", "score_change_low"] == pytest.approx(expected["low"])
+    assert rows.loc["noise", "score_change"] == pytest.approx(
+        scoring.difference(free, base, resamples=0)["difference"]
+    )
+    assert rows.loc["weight_decay", "held_out_change"] == pytest.approx(-0.05)
+    assert rows.loc["weight_decay", "held_out_change_high"] == pytest.approx(
+        -0.05
+    )  # the same in every seed
+    assert (
+        rows.loc["default", ["score_change", "score_change_low", "held_out_change"]].abs().max()
+        < 1e-12
+    )
+    one = tradeoff.rows(
+        pd.concat([t[t["seed"] == 0] for t in (base, lower)]), resamples=200
+    ).set_index("knob")
+    assert (
+        one.loc["weight_decay", "over"] == "images"
+        and one.loc["weight_decay", "score_change_low"] < -0.05
+    )
+
+
+def test_layers_are_compared_with_the_released_one_and_sizes_with_the_smallest():
+    base = pd.concat([_table(), _table(layer="backbone", extra=-0.05)])
+    layer = _table(knob="layer", value="backbone", layer="backbone", extra=-0.05)
+    sizes = [
+        _table(knob="trained", value=v, extra=e, stream=1) for v, e in (("30", 0.0), ("120", 0.2))
+    ]
+    rows = tradeoff.rows(pd.concat([base, layer, *sizes]), resamples=100).set_index(
+        ["knob", "value", "layer"]
+    )
+    assert rows.loc[("layer", "backbone", "backbone"), "score_change"] < -0.02
+    assert rows.loc[("trained", "30", "projector"), "score_change"] == 0
+    assert rows.loc[("trained", "120", "projector"), "score_change"] > 0.1
+    assert rows.loc[("default", "default", "backbone"), "score_change"] == 0
+
+
+def test_a_knob_without_its_default_is_an_error():
+    turned = _table(knob="weight_decay", value="0.1")
+    with pytest.raises(
+        ValueError, match="weight_decay of vicreg: there is no default at layer projector"
+    ):
+        tradeoff.rows(pd.concat([turned, _table(layer="backbone")]), resamples=10)
+
+
+def test_front_holds_what_nothing_beats():
+    table = pd.DataFrame(
+        {"score": [0.1, 0.05, 0.05, 0.0, 0.2], "held_out": [0.9, 0.8, 0.7, 0.5, 0.85]}
+    )
+    assert tradeoff.front(table).tolist() == [True, True, False, True, False]
+    assert tradeoff.front(pd.DataFrame({"score": [0.1, 0.1], "held_out": [0.5, 0.5]})).tolist() == [
+        True,
+        True,
+    ]
+
+
+def test_advice_takes_the_cheap_one_says_how_sure_and_can_say_no():
+    tables = [
+        _table(),
+        _table(knob="weight_decay", value="0.1", extra=-0.1, held=0.60),  # too dear
+        _table(knob="noise", value="1.0", extra=-0.08, held=0.69),
+        _table(knob="bits", value="1", extra=-0.001),
+    ]
+    rows = tradeoff.rows(pd.concat(tables), resamples=300)
+    text = tradeoff.advice(rows, 0.02)
+    assert (
+        text.startswith("noise on the release: 1.0")
+        and "its interval excludes 0" in text
+        and "(a cost)" in text
+    )
+    assert "weight decay: 0.1" in tradeoff.advice(rows, 0.2)
+    dear = rows[rows["knob"].isin(["default", "weight_decay"])]
+    assert tradeoff.advice(dear, 0.02).startswith("None of 1 settings")
+    unsure = rows[rows["knob"].isin(["default"])].assign(
+        knob="bits", value="1", score_change=-0.01, score_change_low=-0.05, score_change_high=0.03
+    )
+    assert "undecided: its interval holds 0" in tradeoff.advice(pd.concat([rows[:1], unsure]), 0.02)
+
+
+def test_directions_are_two_sided():
+    tables = [
+        _table(),
+        _table(knob="weight_decay", value="0.1", extra=-0.1, held=0.6),
+        _table(knob="noise", value="1", extra=0.3),
+    ]
+    found = tradeoff.directions(tradeoff.rows(pd.concat(tables), resamples=100)).set_index("knob")
+    assert found.loc["weight decay", ["score", "useful"]].tolist() == ["lower", "less"]
+    assert found.loc["noise on the release", ["score", "useful"]].tolist() == [
+        "higher",
+        "undecided",
+    ]
+
+
+def test_figures_show_every_setting():
+    tables = [
+        _table(knob=knob, value=str(i), extra=-0.05 * i)
+        for knob in ("noise", "bits")
+        for i in range(3)
+    ]
+    tables.insert(0, _table())
+    rows = tradeoff.rows(pd.concat(tables), resamples=20)
+    rows["front"] = tradeoff.front(rows)
+    figure = planes.per_knob(rows)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["VICReg: noise on the release", "VICReg: bits a number (0: all)"]
+    drawn = {
+        tuple(map(float, (x, y)))
+        for line in planes.plane(rows).axes[0].lines
+        for x, y in line.get_xydata()
+    }
+    assert {(row.held_out, row.score) for row in rows.itertuples()} <= drawn
