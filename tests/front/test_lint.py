@@ -1,5 +1,5 @@
-"""The notebooks read well and run anywhere: no definitions, short cells, more prose than code, no
-outputs.
+"""The notebooks read well and run anywhere: short cells, short functions that are used twice, more
+prose than code, no outputs.
 """
 
 import ast
@@ -44,14 +44,30 @@ def lint_cell(cell):
         r"^\s*[%!]|\b(exit|quit)\(|raises-exception", source + str(cell["metadata"]), re.MULTILINE
     ):
         return [*wrong, f"{name} has a magic, a shell command, or leaves the program"]
-    nodes = list(ast.walk(ast.parse(source)))
-    if any(
-        isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) for node in nodes
-    ):
-        wrong.append(f"{name} defines a function or class: it belongs in dejavu_utils")
     if "parameters" in cell["metadata"].get("tags", []):
         return wrong + lint_parameters(source)
-    return wrong + ([f"{name} has more than 12 lines"] if len(_lines(source)) > 12 else [])
+    return wrong + ([f"{name} has more than 15 lines"] if len(_lines(source)) > 15 else [])
+
+
+def lint_definitions(sources):
+    """Return what is wrong with the definitions of a notebook: functions of at most ten lines,
+    each used at least twice, and no class.
+    """
+    text = "\n".join(source for source in sources if not re.search(r"^\s*[%!]", source, re.M))
+    nodes = list(ast.walk(ast.parse(text)))
+    used = [
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    ]
+    wrong = []
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            wrong.append(f"`{node.name}` is a class: it belongs in dejavu_utils")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if len(_lines(ast.get_source_segment(text, node))) > 10:
+                wrong.append(f"`{node.name}` has more than ten lines: it belongs in dejavu_utils")
+            if used.count(node.name) < 2:
+                wrong.append(f"`{node.name}` is used less than twice: write its lines in the cell")
+    return wrong
 
 
 def lint(path):
@@ -62,6 +78,8 @@ def lint(path):
     prose = " ".join(text).split()
     ids = [cell.get("id", "") for cell in content["cells"]]
     wrong = [problem for cell in code for problem in lint_cell(cell)]
+    lesson = [cell for cell in code if "solution" not in cell["metadata"].get("tags", [])]
+    wrong += lint_definitions(["".join(cell["source"]) for cell in lesson])
     if sum("parameters" in cell["metadata"].get("tags", []) for cell in code) != 1:
         wrong.append("not exactly one cell is tagged `parameters`")
     if content["metadata"].get("kernelspec", {}).get("name") != "python3":
@@ -105,7 +123,7 @@ def lint_lesson(path):
         cell
         for cell in cells
         if cell["cell_type"] == "code"
-        and re.search(r"dv\.(plots|planes|widgets)\.", source[cell["id"]])
+        and re.search(r"dv\.(plots|planes|widgets)\.\w+\(|sns\.\w*plot\(", source[cell["id"]])
     ]
     return wrong + [
         f"{cell['id']} draws, but its metadata has no `alt`"
@@ -188,7 +206,10 @@ def test_lint_finds_what_it_should(repository):
         "def f():\n    pass",
         "%time 1",
         "exit()",
-        "\n".join(["x = 1"] * 13),
+        "\n".join(["x = 1"] * 16),
+        "class C:\n    pass",
+        "def long():\n" + "    x = 1\n" * 10 + "long(), long()",
+        "def fine():\n    return 1\nfine()\nfine()",
         parameters="k = 1\nseed = f()  # a call\n",
     )
     content = json.loads(path.read_text())
@@ -196,10 +217,12 @@ def test_lint_finds_what_it_should(repository):
     path.write_text(json.dumps(content))
     found = " | ".join(lint(path))
     for part in (
-        "defines a function",
+        "`f` is used less than twice",
+        "`C` is a class",
+        "`long` has more than ten lines",
         "cell-3 has a magic",
         "cell-4 has a magic",
-        "more than 12 lines",
+        "more than 15 lines",
         "`k` has no comment",
         "literal` lines only",
         "has outputs",
@@ -208,3 +231,4 @@ def test_lint_finds_what_it_should(repository):
         "less prose",
     ):
         assert part in found
+    assert "`fine`" not in found
