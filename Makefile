@@ -40,11 +40,13 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 test: .venv/.installed  ## the quick tests, lint included
 	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
 	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
+	@.venv/bin/lint-imports --no-logo > /dev/null || { .venv/bin/lint-imports --no-logo; exit 1; }
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
 	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
 	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
+	@.venv/bin/lint-imports --no-logo > /dev/null || { .venv/bin/lint-imports --no-logo; exit 1; }
 	@$(PYTHON) -m pytest -q
 
 test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Debian: apt install slurm-wlm munge)

@@ -9,7 +9,9 @@ import pytest
 
 from dejavu_utils.attack import scoring
 
-spec = importlib.util.spec_from_file_location("controls", Path(__file__).with_name("controls.py"))
+spec = importlib.util.spec_from_file_location(
+    "controls", Path(__file__).parent.with_name("controls.py")
+)
 controls = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(controls)
 

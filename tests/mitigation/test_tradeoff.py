@@ -5,12 +5,22 @@ advice are right.
 import numpy as np
 import pandas as pd
 import pytest
-from tests.test_knobs import PARAMS
 
 from dejavu_utils.attack import references, scoring
 from dejavu_utils.mitigation import planes, tradeoff
 from dejavu_utils.models import launch
 from dejavu_utils.models import pairs as build
+
+PARAMS = {
+    "seeds": [0],
+    "dataset": "scenes",
+    "rhos": [0.2, 0.0],
+    "criteria": ["vicreg"],
+    "epochs": [0, 2],
+    "sizes": {"classes": 4, "attacked": 6, "shared": 0, "public": 10, "probe": 5, "control": 5},
+    "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 12},
+    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+}
 
 
 @pytest.fixture(scope="module")

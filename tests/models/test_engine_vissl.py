@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dejavu_utils import store, vissl_config, vissl_engine
+from dejavu_utils import store, vissl_engine
 from dejavu_utils.attack import inference
 from dejavu_utils.models import checkpoints, criteria, encoders, train
 from dejavu_utils.models.jobs import read_log
@@ -58,7 +58,7 @@ def _model(job, epoch):
 
 
 def _config(tmp_path, images=100, **changes):
-    return vissl_config.config(_job(tmp_path, epochs=(0, 5), **changes), images)
+    return vissl_engine.config(_job(tmp_path, epochs=(0, 5), **changes), images)
 
 
 def _log(job):
@@ -134,7 +134,7 @@ def test_views_device_and_seed_reach_the_configuration(tmp_path):
     assert config["MODEL"]["TRUNK"]["RESNETS"] == {"DEPTH": 101, "WIDTH_MULTIPLIER": 2}
     assert config["MODEL"]["HEAD"]["PARAMS"][0][1]["dims"][0] == 4096
     other = dataclasses.replace(_job(tmp_path, epochs=(0, 5)), seed="0/B", device="cuda")
-    other = vissl_config.config(other, 100)
+    other = vissl_engine.config(other, 100)
     assert (config["MACHINE"]["DEVICE"], other["MACHINE"]["DEVICE"]) == ("cpu", "gpu")
     assert (
         config["SEED_VALUE"] != other["SEED_VALUE"]
@@ -214,7 +214,7 @@ def test_pictures_are_exported_without_loss_and_once(tmp_path):
 
 def test_whole_checkpoints_are_kept_and_cut_ones_removed(tmp_path):
     job = _job(tmp_path, epochs=(1, 3, 4))
-    folder = vissl_config.work(job)
+    folder = vissl_engine.work(job)
     folder.mkdir(parents=True)
     for phase in (0, 1, 2):
         torch.save({"phase_idx": phase}, folder / f"model_phase{phase}.torch")
@@ -319,8 +319,8 @@ def test_vissl_trains_and_its_own_file_is_kept(trained, monkeypatch):
     assert meta["engine"] == "vissl 0.1.6" and meta["parameters"]["encoder"] == "resnet50"
     (line,) = _log(trained)
     assert line["epoch"] == 1 and 0 < line["loss"] < 10 and line["seconds"] > 0
-    assert not list(vissl_config.work(trained).glob("*.torch"))
-    said = (vissl_config.work(trained).parent / "vissl.log").read_text()
+    assert not list(vissl_engine.work(trained).glob("*.torch"))
+    said = (vissl_engine.work(trained).parent / "vissl.log").read_text()
     assert "Total 2 iterations for training" in said and "canary" not in said
     assert "vissl" not in sys.modules and not hasattr(
         np, "float"
