@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth about new trainings, by simulation: results/coverage.csv.
 
-    .venv/bin/python results/coverage.py        # a quarter of an hour on one core
+    .venv/bin/python results/coverage.py        # about ten minutes on one core
 
 Each simulated seed trains two criteria and attacks 300 images in each direction, as the study does.
 What a criterion adds to the reference varies from seed to seed as much as measured. Three kinds of
@@ -268,7 +268,6 @@ def run(world: World, repeats: int = 4000, image_repeats: int = 200) -> pd.DataF
     rows += [row | {"interval": "bootstrap over images, seeds alike"} for row in rows_still]
 
     found = pd.DataFrame(rows)
-    found["truth"] = found["quantity"].map(truth)
     found["spread"] = np.where(found["interval"].str.endswith("alike"), 0.0, world.spread)
     return found
 
