@@ -628,8 +628,14 @@ def table(name: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def write(name: str) -> pd.DataFrame:
+    """Write claims.csv of a folder and return it."""
+    judged = table(name)
+    judged.to_csv(HERE / name / "claims.csv", index=False)
+    return judged
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
-    judged = table(sys.argv[1])
-    judged.to_csv(HERE / sys.argv[1] / "claims.csv", index=False)
+    judged = write(sys.argv[1])
     print(judged[["id", "verdict", "unit", "value"]].to_string(index=False))

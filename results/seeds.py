@@ -68,12 +68,13 @@ def single(name: str, folder: Path = HERE) -> pd.DataFrame:
             parts.append(_long(change, f"{knob} = {value}"))
 
     # Two of these settings are differences that the claims are about.
-    first = min(settings.loc[settings["knob"] == "epoch", "value"], key=float)
+    found = pd.concat(parts, ignore_index=True)
+    first = min(settings.loc[settings["knob"] == "epoch", "value"], key=float, default="")
     for quantity, setting in (
         ("last - first trained", f"epoch = {first}"),
         ("projector - backbone", "layer = backbone"),
     ):
-        part = next(part for part in parts if part["quantity"].iloc[0] == setting)
+        part = found[found["quantity"] == setting]
         parts.append(part.assign(quantity=quantity, value=-part["value"]))
     return pd.concat(parts, ignore_index=True)
 
@@ -127,9 +128,13 @@ def _image_intervals(name: str, folder: Path) -> pd.DataFrame:
     return both.set_index(["criterion", "quantity"])[["low", "high"]]
 
 
+def write(name: str) -> pd.DataFrame:
+    """Write seeds.csv of a folder and return it; none where no single seeds were kept."""
+    found = summary(name)
+    if len(found):
+        found.to_csv(HERE / name / "seeds.csv", index=False)
+    return found
+
+
 if __name__ == "__main__":
-    found = summary(sys.argv[1])
-    if found.empty:
-        raise SystemExit(f"results/{sys.argv[1]} has no scores of single seeds")
-    found.to_csv(HERE / sys.argv[1] / "seeds.csv", index=False)
-    print(found.to_string(index=False))
+    print(write(sys.argv[1]).to_string(index=False))

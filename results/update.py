@@ -1,6 +1,7 @@
-"""Copy tables and figures from runs/<profile> to results/<name>, and rewrite the generated blocks.
+"""Copy tables and figures from runs/<profile> to results/<profile>, make its seeds.csv and
+claims.csv, and rewrite the generated blocks.
 
-    .venv/bin/python results/update.py study          # runs/study -> results/study, then the blocks
+    .venv/bin/python results/update.py study          # runs/study -> results/study, then blocks
     .venv/bin/python results/update.py study "k=10"   # the same for a run with P="k=10"
     .venv/bin/python results/update.py                # the blocks only, from what results/ holds
 
@@ -537,6 +538,8 @@ def pages() -> list[Path]:
 if __name__ == "__main__":
     if sys.argv[1:]:
         copy(*sys.argv[1:3])
+        seeds.write(sys.argv[1])
+        claims.write(sys.argv[1])
     for path in pages():
         path.write_text(filled(path.read_text()))
     print("the generated blocks and results/ agree")
