@@ -1,25 +1,29 @@
-"""Copy what README quotes from runs/<profile> to results/<name>, with its provenance, and rewrite
-README's tables.
+"""Copy tables and figures from runs/<profile> to results/<profile>, make its seeds.csv and
+claims.csv, and rewrite the generated blocks.
 
-    .venv/bin/python results/update.py study          # runs/study -> results/study, then README
+    .venv/bin/python results/update.py study          # runs/study -> results/study, then blocks
     .venv/bin/python results/update.py study "k=10"   # the same for a run with P="k=10"
-    .venv/bin/python results/update.py                # README only, from what results/ holds
+    .venv/bin/python results/update.py                # the blocks only, from what results/ holds
 
-README's blocks between `<!-- results:<name> -->` and `<!-- end -->` are generated;
-tests/results/test_results.py fails when they disagree with results/. Figures that contain real
-pictures are never copied.
+Blocks between `<!-- results:NAME -->` and `<!-- end -->` in README.md and in the README.md files
+under results/ are generated; tests/results/test_results.py fails when they disagree with the
+tables. NAME is one of WHOLE, or a folder and one of PARTS, such as `study:scores`. Figures that
+contain real pictures are never copied.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +46,9 @@ LATER = [
     "judge",
 ]
 sys.path.insert(0, str(HERE.parent))
-from dejavu_utils.plots import NAMES  # noqa: E402  the path comes first
+from dejavu_utils import knobs  # noqa: E402  the path comes first
+from dejavu_utils.plots import NAMES  # noqa: E402
+from results import claims, seeds  # noqa: E402
 
 
 def copy(profile: str, changes: str = "") -> None:
@@ -56,6 +62,8 @@ def copy(profile: str, changes: str = "") -> None:
         made = Path(folder) / profile
         made.mkdir()
         _collect(profile, changes, made)
+        if (HERE / profile / "README.md").exists():
+            shutil.copy(HERE / profile / "README.md", made)
         shutil.rmtree(HERE / profile, ignore_errors=True)
         made.rename(HERE / profile)
 
@@ -120,210 +128,340 @@ def _verdict(low: float, high: float, null: float = 0.0) -> str:
     return "supported" if low > null else "contradicted" if high < null else "undecided"
 
 
-def _cell(value: float, low: float, high: float, null: float = 0.0, form: str = "+.3f") -> str:
-    """Return a value with its interval: bold where the claim is supported, in italics where it is
-    contradicted.
-    """
-    mark = {"supported": "**", "contradicted": "*", "undecided": ""}[_verdict(low, high, null)]
-    return f"{mark}{_number(value, low, high, form)}{mark}"
+def _bold(value: float, low: float, high: float) -> str:
+    """Return a value with its interval over seeds, bold where the interval excludes 0."""
+    mark = "" if low <= 0 <= high else "**"
+    return f"{mark}{_number(value, low, high)}{mark}"
 
 
-def _first(table, rho):
+def _grid(head: list[str], rows: list[list]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _read(name: str, table: str) -> pd.DataFrame:
+    return pd.read_csv(HERE / name / f"{table}.csv", dtype={"value": str})
+
+
+def _first(table: pd.DataFrame, rho: float) -> pd.DataFrame:
     """Return the rows at the first rho; on real pictures, where rho is missing, all."""
     return table[(table["rho"] == rho) | table["rho"].isna()]
 
 
-def claims(name: str) -> list[str]:
-    """Return a table with a row per criterion and a column per claim of results/<name>."""
-    table = {key: pd.read_csv(HERE / name / f"{key}.csv") for key in TABLES}
-    scores = table["scores"].query("layer == 'projector' and ranking == 'own'")
-    last, rho = scores["epoch"].max(), scores["rho"].iloc[0]
-    scores, shares = _first(scores[scores["epoch"] == last], rho), _first(table["shares"], rho)
-    shares = shares[shares["epoch"] == last].set_index("criterion")
-    steps = _first(table["differences"], rho).set_index(["criterion", "what"])
-    differences = [
-        "last - untrained",
-        "last - first trained",
-        "projector - backbone",
-        "p = 20 % - all",
-    ]
-    lines = [
-        "| criterion | score, all | score, p = 20 % | memorized / misrepresented | grows: last − "
-        "untrained | "
-        "last − first trained checkpoint | projector − backbone | p = 20 % − all | n |",
-        "|---" * 9 + "|",
-    ]
-    for criterion, group in scores.groupby("criterion", sort=False):
-        by_p, ratio = group.set_index("p"), shares.loc[criterion]
-        cells = [_cell(*by_p.loc[p, ["score", "low", "high"]]) for p in (100, 20)]
-        cells += [_cell(*ratio[["ratio", "ratio_low", "ratio_high"]], 1, ".2f")]
+def _by_seed(name: str) -> pd.DataFrame:
+    """Return seeds.csv of a folder, empty where scores of single seeds were not kept."""
+    path = HERE / name / "seeds.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=seeds.COLUMNS)
+
+
+def _last_scores(name: str) -> pd.DataFrame:
+    """Return the scores at the end of training and at the first rho."""
+    scores = _read(name, "scores").query("layer == 'projector' and ranking == 'own'")
+    scores = _first(scores, scores["rho"].iloc[0])
+    return scores[scores["epoch"] == scores["epoch"].max()]
+
+
+def _scatter(row: pd.Series) -> list[str]:
+    """Return the values of the seeds, and Cochran's Q with its p-value."""
+    values = " ".join(f"{float(value):+.3f}" for value in row["values"].split())
+    return [values, f"{row['q']:.1f} ({row['p']:.3f})"]
+
+
+def scores(name: str) -> str:
+    """Return a row per criterion: the score over seeds, seed by seed, and over images."""
+    single = _by_seed(name)
+    single = single[single["quantity"] == "score"].set_index("criterion")
+    rows = []
+    for criterion, group in _last_scores(name).groupby("criterion", sort=False):
+        by_p = group.set_index("p")
+        over_seeds = ["not kept", "", ""]
+        if criterion in single.index:
+            row = single.loc[criterion]
+            over_seeds = [_bold(*row[["mean", "low", "high"]]), *_scatter(row)]
+        images = [_number(*by_p.loc[p, ["score", "low", "high"]]) for p in (100, 20)]
+        rows.append([NAMES[criterion], *over_seeds, *images, by_p.loc[100, "n"]])
+    head = ["criterion", "score, over seeds", "seed by seed", "Q (p)"]
+    head += ["score, over images", "score at p = 20 %, over images", "n"]
+    return _grid(head, rows)
+
+
+def differences(name: str) -> str:
+    """Return a row per criterion over images, then a row per difference kept seed by seed."""
+    shares, steps = _read(name, "shares"), _read(name, "differences")
+    rho = shares["rho"].iloc[0]
+    shares = _first(shares, rho)
+    shares = shares[shares["epoch"] == shares["epoch"].max()].set_index("criterion")
+    steps = _first(steps, rho).set_index(["criterion", "what"])
+    columns = {
+        "last - untrained": "last − untrained",
+        "last - first trained": "last − first trained checkpoint",
+        "projector - backbone": "projector − backbone",
+        "p = 20 % - all": "p = 20 % − all",
+    }
+    rows = []
+    for criterion in shares.index:
+        ratio = shares.loc[criterion, ["ratio", "ratio_low", "ratio_high"]]
+        cells = [_number(*ratio, ".2f")]
         cells += [
-            _cell(*steps.loc[(criterion, what), ["difference", "low", "high"]])
-            for what in differences
+            _number(*steps.loc[(criterion, what), ["difference", "low", "high"]])
+            for what in columns
         ]
-        lines.append("| " + " | ".join([NAMES[criterion], *cells, str(by_p.loc[100, "n"])]) + " |")
-    return lines
+        rows.append([NAMES[criterion], *cells, shares.loc[criterion, "n"]])
+    lines = [
+        "Over images of these encoders:",
+        "",
+        _grid(["criterion", "memorized / misrepresented", *columns.values(), "n"], rows),
+    ]
+
+    single = _by_seed(name)
+    named = single["quantity"].str.startswith("-") | single["quantity"].isin(columns)
+    single = single[named]
+    if len(single):
+        rows = [
+            [
+                NAMES[row["criterion"]],
+                row["quantity"].replace(" - ", " − ").replace("- s", "− s"),
+                _bold(*row[["mean", "low", "high"]]),
+                *_scatter(row),
+                row["n"],
+            ]
+            for _, row in single.iterrows()
+        ]
+        head = ["criterion", "difference of scores", "over seeds", "seed by seed", "Q (p)", "seeds"]
+        lines += ["", "Over seeds, where the scores of single seeds were kept:", ""]
+        lines += [_grid(head, rows)]
+    return "\n".join(lines)
 
 
-def learned(name: str) -> list[str]:
-    """Return a table with a row per criterion: what the probe says before and after, and what
-    training cost.
-    """
-    probe = pd.read_csv(HERE / name / "fig2_probe.csv").sort_values("epoch")
+def probes(name: str) -> str:
+    """Return a row per criterion: what the probe says before and after, and what training cost."""
+    probe = _read(name, "fig2_probe").sort_values("epoch")
     cost = HERE / name / "criteria.csv"
     cost = pd.read_csv(cost).set_index("criterion") if cost.exists() else None
-    lines = [
-        "| criterion | probe, held-out | its train − held-out gap | gap of a probe that saw "
-        "neither | n |" + (" gain | images/s | minutes |" if cost is not None else ""),
-        "|---" * (5 if cost is None else 8) + "|",
-    ]
+    forms = {
+        "held-out accuracy": ".3f",
+        "train - held-out gap": "+.3f",
+        "gap of a probe that saw neither": "+.3f",
+    }
+    rows = []
     for criterion, group in probe.groupby("criterion", sort=False):
         cells = []
-        for quantity in (
-            "held-out accuracy",
-            "train - held-out gap",
-            "gap of a probe that saw neither",
-        ):
+        for quantity, form in forms.items():
             one = group[group["quantity"] == quantity]
-            form = ".3f" if "accuracy" in quantity else "+.3f"
-            cells.append(
-                " → ".join(
-                    _number(*one.iloc[end][["mean", "low", "high"]], form) for end in (0, -1)
-                )
-            )
-        cells.append(str(int(group["n_held_out"].iloc[0])))
+            ends = [_number(*one.iloc[end][["mean", "low", "high"]], form) for end in (0, -1)]
+            cells.append(" → ".join(ends))
+        cells.append(int(group["n_held_out"].iloc[0]))
         if cost is not None:
             row = cost.loc[criterion]
-            cells += [
-                _number(*row[["gain", "gain_low", "gain_high"]]),
-                f"{row['images_per_second']:.0f}",
-                f"{row['minutes']:.1f}",
-            ]
-        lines.append(f"| {NAMES[criterion]} | " + " | ".join(cells) + " |")
-    return lines
+            cells.append(_number(*row[["gain", "gain_low", "gain_high"]]))
+            cells += [f"{row['images_per_second']:.0f}", f"{row['minutes']:.1f}"]
+        rows.append([NAMES[criterion], *cells])
+    head = ["criterion", "probe, held-out", "its train − held-out gap"]
+    head += ["gap of a probe that saw neither", "n"]
+    head += [] if cost is None else ["gain", "images/s", "minutes"]
 
-
-def truths(name: str) -> list[str]:
-    """Return a table of target and reference against the known truth, a row per rho; nothing on
-    real pictures.
-    """
-    truth = (
-        pd.read_csv(HERE / name / "truth.csv")
-        if (HERE / name / "truth.csv").stat().st_size > 5
-        else []
+    means = probe.pivot_table(index=["criterion", "epoch"], columns="quantity", values="mean")
+    in_training = means["held-out accuracy"] + means["train - held-out gap"]
+    note = (
+        "From the untrained encoder to the last checkpoint, intervals over seeds. Accuracy on the "
+        f"probe's own training images: {in_training.min():.3f} to {in_training.max():.3f} over "
+        f"{len(in_training)} rows."
     )
-    if not len(truth):
-        return []
-    lines = [
-        "",
-        "| ρ | criterion | target, above chance | reference | chance | Bayes | reference at most "
-        "Bayes | n |",
-        "|---" * 8 + "|",
-    ]
-    for row in truth.sort_values("rho").itertuples():
-        fits = "supported" if row.reference_low <= row.bayes else "contradicted"
-        target = _cell(row.target, row.target_low, row.target_high, row.chance, ".3f")
-        lines.append(
-            f"| {row.rho:g} | {NAMES[row.criterion]} | {target} | "
-            f"{_number(row.reference, row.reference_low, row.reference_high, '.3f')} | "
-            f"{row.chance:g} | "
-            f"{row.bayes:.2f} | {fits} | {row.n} |"
+    return f"{_grid(head, rows)}\n\n{note}"
+
+
+def reference_at_most(low: float, high: float, bayes: float) -> str:
+    """Return the verdict on "the reference is at most the Bayes accuracy"."""
+    if high <= bayes:
+        return "supported"
+    return "contradicted" if low > bayes else "undecided"
+
+
+def truths(name: str) -> str:
+    """Return a row per rho: target and reference against the known truth."""
+    rows = []
+    for row in _read(name, "truth").sort_values("rho").itertuples():
+        target = _number(row.target, row.target_low, row.target_high, ".3f")
+        reference = _number(row.reference, row.reference_low, row.reference_high, ".3f")
+        fits = reference_at_most(row.reference_low, row.reference_high, row.bayes)
+        rows.append(
+            [
+                f"{row.rho:g}",
+                NAMES[row.criterion],
+                target,
+                reference,
+                f"{row.chance:g}",
+                f"{row.bayes:.2f}",
+                fits,
+                row.n,
+            ]
         )
-    return lines
+    head = ["ρ", "criterion", "target, over images", "reference, over images", "chance", "Bayes"]
+    return _grid([*head, "reference at most Bayes", "n"], rows)
 
 
-def turned(name: str) -> list[str]:
-    """Return a table with a row per knob of 04_mitigation: what its farthest value does to score
-    and usefulness.
-    """
-    path = HERE / name / "mitigation_directions.csv"
-    if not path.exists():
-        return []
-    lines = [
-        "",
-        "| knob | criterion | value | score, change | held-out accuracy, change | interval over | "
-        "seeds | n |",
-        "|---" * 8 + "|",
-    ]
-    for row in pd.read_csv(path, dtype={"value": str}).to_dict("records"):
-        cells = []
-        for column in ("score_change", "held_out_change"):
-            low, high = row[f"{column}_low"], row[f"{column}_high"]
-            mark = "" if low <= 0 <= high else "**"
-            cells.append(f"{mark}{_number(row[column], low, high)}{mark}")
-        cells = [
-            row["knob"],
-            NAMES[row["criterion"]],
-            row["value"],
-            *cells,
-            row["over"],
-            row["seeds"],
-            row["n"],
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [
-        *lines,
-        "",
-        "Changes from the default (released: the projector); **bold**: the interval excludes 0, "
-        "on "
-        f"either side. [`results/{name}/mitigation.csv`](results/{name}/mitigation.csv).",
-    ]
+def settings(name: str) -> str:
+    """Return a row per setting of 04_mitigation: what its farthest value does to score and use."""
+    raw = {label: setting for setting, label in knobs.NAMES.items()}
+    single = _by_seed(name).set_index(["criterion", "quantity"])
+    rows = []
+    for row in _read(name, "mitigation_directions").to_dict("records"):
+        over_seeds = single.loc[(row["criterion"], f"{raw[row['knob']]} = {row['value']}")]
+        images = "trained anew"
+        if row["over"] == "images":
+            images = _number(row["score_change"], row["score_change_low"], row["score_change_high"])
+        useful = [row[f"held_out_change{end}"] for end in ("", "_low", "_high")]
+        rows.append(
+            [
+                row["knob"],
+                NAMES[row["criterion"]],
+                row["value"],
+                _bold(*over_seeds[["mean", "low", "high"]]),
+                images,
+                _bold(*useful),
+                row["n"],
+            ]
+        )
+    head = ["setting", "criterion", "value", "score, change, over seeds", "the same, over images"]
+    return _grid([*head, "held-out accuracy, change, over seeds", "n"], rows)
 
 
-def more_than_label(name: str) -> list[str]:
+def one_model(name: str) -> str:
+    """Return a row per criterion and classifier: the plain one-model score beside the two-model."""
+    table = _read(name, "references")
+    plain = claims.plain_one_model({"references": table})
+    calibrated = table.set_index(["criterion", "reference"])
+    rows = []
+    for row in plain.to_dict("records"):
+        member = calibrated.loc[(row["criterion"], row["reference"])]
+        rows.append(
+            [
+                NAMES[row["criterion"]],
+                row["reference"].replace("_", " "),
+                f"{row['one']:+.3f}",
+                f"{row['two']:+.3f}",
+                _number(row["difference"], row["low"], row["high"]),
+                _number(*member[["calibrated", "calibrated_low", "calibrated_high"]]),
+                row["n"],
+            ]
+        )
+    head = ["criterion", "classifier of crops", "plain one-model score", "two-model score"]
+    head += ["plain − two-model, widest possible", "member − non-member difference", "n"]
+    return _grid(head, rows)
+
+
+def beyond(name: str) -> str:
     """Return a line per attribute beyond the class: what the crop reveals, and what a probe reads
     off full pictures.
     """
-    scores, lines = HERE / name / "beyond_scores.csv", []
-    for row in pd.read_csv(scores).to_dict("records") if scores.exists() else []:
-        read = pd.read_csv(HERE / name / "beyond_readable.csv")
-        read = read.loc[read["attribute"] == row["attribute"], "accuracy"]
-        lines += [
-            "",
-            f"More than the class: the object's {row['attribute']}, inferred from the crop's "
-            "neighbours "
-            f"within the true class, score {_cell(row['score'], row['low'], row['high'])} "
-            f"(target {row['target']:.3f}, label alone {row['chance']:.3f}, n = {row['n']}); a "
-            "probe reads it "
-            f"off full pictures at {read.min():.2f} to {read.max():.2f}. "
-            f"[`results/{name}/beyond_scores.csv`](results/{name}/beyond_scores.csv).",
+    read, lines = _read(name, "beyond_readable"), []
+    for row in _read(name, "beyond_scores").to_dict("records"):
+        accuracy = read.loc[read["attribute"] == row["attribute"], "accuracy"]
+        lines.append(
+            f"- The object's {row['attribute']}, inferred from the crop's neighbours within the "
+            f"true class: score {_number(row['score'], row['low'], row['high'])} over images "
+            f"(target {row['target']:.3f}, label alone {row['chance']:.3f}, n = {row['n']}). A "
+            f"probe reads it off full pictures at {accuracy.min():.2f} to {accuracy.max():.2f}."
+        )
+    return "\n".join(lines)
+
+
+def reconstruction(name: str) -> str:
+    """Return a row per condition and attacked set: what a classifier reads off the drawings."""
+    table = _read(name, "reconstruction").query("measure in ['class', 'attribute']")
+    rows = [
+        [
+            row.condition,
+            row.attacked,
+            row.measure,
+            f"{row.target:.3f}",
+            f"{row.reference:.3f}",
+            _number(row.score, row.low, row.high),
+            row.n,
         ]
-    return lines
+        for row in table.itertuples()
+    ]
+    head = ["condition", "drawn from", "reads", "target", "reference", "score, over images", "n"]
+    return _grid(head, rows)
 
 
-def block(name: str) -> str:
-    """Return the generated text of one README block."""
+def made(name: str) -> str:
+    """Return where a folder's tables come from."""
     entry = json.loads((HERE / name / "provenance.json").read_text())
     sizes = entry["parameters"]["sizes"]
-    controls = pd.read_csv(HERE / name / "controls.csv")
-    controls = controls.drop_duplicates(
-        ["score", "low", "high"]
-    )  # untrained, several criteria are one encoder
+    controls = _read(name, "controls")
+    # Before training, several criteria are one encoder.
+    controls = controls.drop_duplicates(["score", "low", "high"])
     missed = int(((controls["low"] > 0) | (controls["high"] < 0)).sum())
-    lines = [
-        *claims(name),
-        "",
-        *learned(name),
-        *truths(name),
-        *turned(name),
-        *more_than_label(name),
-    ]
-    lines += [
-        "",
-        f"Negative controls: {missed} of {len(controls)} different intervals miss 0 (about 5 % "
-        "should), "
-        f"[`results/{name}/controls.csv`](results/{name}/controls.csv).",
+    return (
+        f"Negative controls: {missed} of {len(controls)} different intervals over images miss 0 "
+        "(about 5 % should), [`controls.csv`](controls.csv).\n\n"
         f"`{entry['command']}`, seeds {', '.join(map(str, entry['seeds']))}, {sizes['classes']} "
-        "classes, "
-        f"{sizes['attacked']} attacked images a class in each of A and B, {sizes['public']} "
-        "public; "
-        f"{entry['device']}; at most {entry['training_minutes']} min of training "
-        f"({entry['training_jobs_side_by_side']} encoders side by side), "
-        f"{entry['attack_minutes']} min of attack; code {entry['code']}; "
-        f"torch {entry['versions']['torch']}. "
-        f"Tables and figures: [`results/{name}/`](results/{name}/).",
+        f"classes, {sizes['attacked']} attacked images a class in each of A and B, "
+        f"{sizes['public']} public; {entry['device']}; at most {entry['training_minutes']} min of "
+        f"training ({entry['training_jobs_side_by_side']} encoders side by side), "
+        f"{entry['attack_minutes']} min of attack; code {entry['code']}; torch "
+        f"{entry['versions']['torch']}."
+    )
+
+
+def judged(name: str) -> str:
+    """Return the paper's claims with what we found, as far as they were tested."""
+    table = _read(name, "claims").fillna("")
+    table = table[table["verdict"] != "not tested"]
+    columns = ["id", "claim", "source", "value", "unit", "n", "seeds", "verdict"]
+    head = ["", "claim", "source", "what we found", "unit", "n", "seeds", "verdict"]
+    return _grid(head, table[columns].to_numpy().tolist())
+
+
+def all_verdicts() -> str:
+    """Return a row per claim with its source and its verdict on scenes and on photographs."""
+    scenes = _read("study", "claims").set_index("id")
+    photographs = _read("pictures", "claims").set_index("id")["verdict"]
+    photographs = photographs.replace("not tested", "")
+    rows = [
+        [key, row["claim"], row["source"], row["verdict"], photographs[key]]
+        for key, row in scenes.iterrows()
     ]
-    return "\n".join(lines)
+    return _grid(["", "claim", "source", "scenes", "photographs"], rows)
+
+
+def coverage() -> str:
+    """Return how often each kind of interval held the truth in simulated studies."""
+    table = pd.read_csv(HERE / "coverage.csv")
+    percent = 100 * table["coverage"]
+    error = 100 * table["standard_error"]
+    table["cell"] = [f"{a:.1f} ± {b:.1f}" for a, b in zip(percent, error, strict=True)]
+    wide = table.pivot(index=["interval", "seeds"], columns="quantity", values="cell")
+    quantities = list(table["quantity"].unique())
+    repeats = table.groupby(["interval", "seeds"])["repeats"].first()
+    order = list(dict.fromkeys(zip(table["interval"], table["seeds"], strict=True)))
+    order = sorted(order, key=lambda key: list(table["interval"].unique()).index(key[0]))
+    rows = [[*key, *wide.loc[key, quantities], repeats[key]] for key in order]
+    return _grid(["interval", "seeds", *quantities, "simulated studies"], rows)
+
+
+def coverage_line() -> str:
+    """Return the same in a sentence, for README."""
+    table = pd.read_csv(HERE / "coverage.csv")
+
+    def span(kind: str, *numbers: int) -> str:
+        found = table[(table["interval"] == kind) & table["seeds"].isin(numbers)]["coverage"]
+        low, high = 100 * np.array([found.min(), found.max()])
+        return f"{low:.0f} to {high:.0f} %"
+
+    def score(kind: str) -> str:
+        rows = table[(table["interval"] == kind) & (table["quantity"] == "score")]
+        return f"{100 * rows.set_index('seeds').loc[3, 'coverage']:.0f} %"
+
+    return (
+        "In simulated studies whose seeds differ as ours do, 95 % t-intervals over 3, 5 or 8 seeds "
+        f"held the truth about new trainings in {span('t over seeds', 3, 5, 8)}. With 3 seeds, "
+        f"intervals over the pooled images held a score in {score('bootstrap over images')} and a "
+        f"percentile bootstrap over seeds in {score('bootstrap over seeds')} "
+        "([table](results/README.md#coverage))."
+    )
 
 
 def controls_block() -> str:
@@ -343,57 +481,65 @@ def controls_block() -> str:
             *lines,
             "",
             "`make controls`, seeds 1000 and up, 95 % intervals; allowed: the 99.9 % range of "
-            "a rate of 5 %. [`results/controls.csv`](results/controls.csv).",
+            "a rate of 5 %. [`controls.csv`](controls.csv).",
         ]
     )
 
 
-def judged(name: str) -> str:
-    """Return the table of the paper's claims and our verdicts, from results/<name>/claims.csv (by
-    results/claims.py).
-
-    On the study all claims are listed, elsewhere those that were tested.
-    """
-    table = pd.read_csv(HERE / name / "claims.csv")
-    table = table if name == "study" else table[table["verdict"] != "not tested"]
-    lines = ["| | claim | what we found | n | seeds | verdict |", "|---|---|---|---|---|---|"]
-    for row in table.itertuples(index=False):
-        counts = (row.n, row.seeds) if row.n else ("", "")
-        lines.append(
-            f"| {row.id} | {row.claim} | {row.value} | {counts[0]} | {counts[1]} | {row.verdict} |"
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`.venv/bin/python results/claims.py {name}`, from the tables in "
-            f"`results/{name}/`; [`results/{name}/claims.csv`](results/{name}/claims.csv).",
-        ]
-    )
+PARTS: dict[str, Callable[[str], str]] = {
+    "scores": scores,
+    "differences": differences,
+    "probes": probes,
+    "truths": truths,
+    "settings": settings,
+    "one-model": one_model,
+    "beyond": beyond,
+    "reconstruction": reconstruction,
+    "made": made,
+    "claims": judged,
+}
+WHOLE: dict[str, Callable[[], str]] = {
+    "claims": all_verdicts,
+    "controls": controls_block,
+    "coverage": coverage,
+    "coverage-line": coverage_line,
+}
+BLOCK = re.compile(r"<!-- results:(\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def readme(text: str) -> str:
-    """Return README's text with every generated block made anew."""
-    for folder in sorted(path.parent.name for path in HERE.glob("*/provenance.json")):
-        text = _replaced(text, folder, block(folder))
-        if (HERE / folder / "claims.csv").exists():
-            text = _replaced(text, f"claims:{folder}", judged(folder))
-    return _replaced(text, "controls", controls_block())
-
-
-def _replaced(text: str, name: str, content: str) -> str:
-    start, end = f"<!-- results:{name} -->", "<!-- end -->"
-    if start not in text:
+def block(name: str) -> str:
+    """Return the generated text of one block."""
+    if name in WHOLE:
+        return WHOLE[name]()
+    folder, _, part = name.partition(":")
+    if part not in PARTS:
         raise SystemExit(
-            f"README.md has no block {start} … {end}: add one where results/{name} is to be quoted"
+            f"there is no block {name}; there are {', '.join(WHOLE)}, and FOLDER: with "
+            f"{', '.join(PARTS)}"
         )
-    before, rest = text.split(start, 1)
-    return f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
+    return PARTS[part](folder)
+
+
+def filled(text: str) -> str:
+    """Return a text with every generated block made anew."""
+
+    def again(match: re.Match) -> str:
+        return f"<!-- results:{match[1]} -->\n{block(match[1])}\n<!-- end -->"
+
+    return BLOCK.sub(again, text)
+
+
+def pages() -> list[Path]:
+    """Return the files that hold generated blocks."""
+    folders = sorted(path.parent for path in HERE.glob("*/README.md"))
+    return [HERE.parent / "README.md", HERE / "README.md", *(one / "README.md" for one in folders)]
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
         copy(*sys.argv[1:3])
-    path = HERE.parent / "README.md"
-    path.write_text(readme(path.read_text()))
-    print("README.md and results/ agree")
+        seeds.write(sys.argv[1])
+        claims.write(sys.argv[1])
+    for path in pages():
+        path.write_text(filled(path.read_text()))
+    print("the generated blocks and results/ agree")

@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
 
 HERE = Path(__file__).resolve().parent
-VERDICTS = {"supported": "✓", "contradicted": "✗", "undecided": "◆", "not tested": "–"}
+VERDICTS = {
+    "supported": "✓",
+    "contradicted": "✗",
+    "undecided": "◆",
+    "not tested": "–",
+    "withdrawn": "–",
+}
 
 
 class Markdown(IPythonRenderer):
@@ -157,7 +163,7 @@ def verdicts() -> str:
             escape(row["claim"]),
             escape(row["value"]),
             row["n"].strip("0") and escape(row["n"]),
-            f"{VERDICTS.get(row['verdict'], '')}&nbsp;{escape(row['verdict'])}",
+            f"{VERDICTS.get(row['verdict'].split(' for ')[0], '')}&nbsp;{escape(row['verdict'])}",
         ]
         for row in rows
     ]
@@ -217,7 +223,7 @@ def index(folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dic
     )
     return f"""<h1>Does a vision model remember its training images?</h1>
 <p>What the notebooks found with the profile <b>{escape(folder.name)}</b>. Only the profile <b>study</b> has several
-seeds, fixed in advance; the others draw figures and judge nothing.</p>
+seeds; the others draw figures and judge nothing.</p>
 <h2>The notebooks</h2><ul>{"".join(rows)}</ul>
 <h2>Déjà vu scores at the end of training</h2>
 <p>Target minus reference accuracy, in percentage points. A score whose interval holds 0 is undecided.</p>

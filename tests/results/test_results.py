@@ -1,10 +1,9 @@
-"""README quotes results/ and nothing else: its generated blocks equal what results/update.py makes
-of the files.
-"""
+"""The READMEs quote results/ and nothing else; every verdict follows from its tables."""
 
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -20,21 +19,77 @@ def _script(name):
     return module
 
 
-update, claims = _script("update"), _script("claims")
+update, claims, seeds = _script("update"), _script("claims"), _script("seeds")
 
 
-def test_readme_agrees_with_results():
-    text = (ROOT / "README.md").read_text()
-    assert update.readme(text) == text, "run .venv/bin/python results/update.py"
+@pytest.mark.parametrize("path", update.pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_readmes_agree_with_results(path):
+    text = path.read_text()
+    assert "<!-- results:" in text
+    assert update.filled(text) == text, "run .venv/bin/python results/update.py"
 
 
 def test_a_changed_number_is_noticed():
     text = (ROOT / "README.md").read_text()
-    if "<!-- results:" not in text:
-        pytest.skip("README quotes no results yet")
-    block = text.split("<!-- results:")[1].split("<!-- end -->")[0]
+    block = text.split("<!-- results:study:scores -->")[1].split("<!-- end -->")[0]
     changed = text.replace(block, block.replace("+0.", "+0.9", 1))
-    assert changed != text and update.readme(changed) != changed
+    assert changed != text and update.filled(changed) == text
+
+
+def test_an_unknown_block_is_named():
+    with pytest.raises(SystemExit, match="no block study:score; there are"):
+        update.filled("<!-- results:study:score -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("name", ["study", "pictures"])
+def test_every_verdict_is_recomputed_from_the_tables(name):
+    kept = pd.read_csv(ROOT / "results" / name / "claims.csv", dtype=str).fillna("")
+    made = claims.table(name).astype(str)
+    assert kept.to_dict("records") == made.to_dict("records"), f"run results/claims.py {name}"
+
+
+@pytest.mark.parametrize("name", ["study", "pictures"])
+def test_every_claim_has_a_source_and_a_unit(name):
+    table = claims.table(name)
+    for row in table.itertuples():
+        assert row.source.split(";")[0].split(",")[0] in claims.SOURCES
+        judged = row.verdict not in ("not tested", "withdrawn")
+        assert row.unit in ((claims.SEEDS, claims.IMAGES) if judged else ("",))
+        assert row.verdict.endswith("for these encoders") <= (row.unit == claims.IMAGES)
+
+
+def test_intervals_over_seeds_are_those_of_the_single_scores():
+    kept = pd.read_csv(ROOT / "results" / "study" / "seeds.csv")
+    pd.testing.assert_frame_equal(kept, seeds.summary("study"), rtol=1e-9)
+    simclr = kept.query("criterion == 'simclr' and quantity == 'score'").iloc[0]
+    assert simclr[["low", "high", "q", "p"]].round(3).tolist() == [-0.056, 0.18, 12.632, 0.002]
+
+
+def test_heterogeneity_by_hand():
+    q, p = seeds.heterogeneity(np.array([0.0, 1.0, 2.0]), 0.5)
+    assert q == pytest.approx(4.0) and p == pytest.approx(np.exp(-2.0))  # chi-squared, 2 df
+    assert seeds.image_variance(-1.959964, 1.959964, 3) == pytest.approx(3.0)
+
+
+def test_only_intervals_over_seeds_are_bold():
+    """A cell in bold is one that seeds.csv or a probe's interval over seeds supports."""
+    for path in update.pages():
+        for line in path.read_text().splitlines():
+            if line.startswith("|") and "**" in line and "gold" not in line:
+                assert any(name in line for name in update.NAMES.values()), line
+    table = pd.read_csv(ROOT / "results" / "study" / "seeds.csv")
+    for row in table.query("quantity == 'score'").itertuples():
+        cell = f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+        assert (f"**{cell}**" in update.scores("study")) == (row.low > 0)
+    assert "**" not in update.scores("pictures")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.09, 0.12, "undecided"), (0.05, 0.1, "supported"), (0.11, 0.2, "contradicted")],
+)
+def test_reference_against_bayes_needs_its_whole_interval(low, high, verdict):
+    assert update.reference_at_most(low, high, 0.1) == verdict
 
 
 def test_a_copy_that_fails_leaves_the_old_results(tmp_path, monkeypatch):
@@ -43,10 +98,12 @@ def test_a_copy_that_fails_leaves_the_old_results(tmp_path, monkeypatch):
     monkeypatch.setattr(update, "HERE", results)
     (results / "smoke").mkdir(parents=True)
     (results / "smoke" / "scores.csv").write_text("score\n0.5\n")
+    (results / "smoke" / "README.md").write_text("words\n")
     store.write_table(runs / "smoke" / "tables" / "scores.csv", pd.DataFrame({"score": [0.7]}))
     with pytest.raises(FileNotFoundError, match="shares.csv is not there: run the stage"):
         update.copy("smoke")
-    assert [path.name for path in results.rglob("*")] == ["smoke", "scores.csv"]
+    found = sorted(path.name for path in results.rglob("*"))
+    assert found == ["README.md", "scores.csv", "smoke"]
     assert (results / "smoke" / "scores.csv").read_text() == "score\n0.5\n"
 
 
@@ -55,7 +112,7 @@ def test_a_copy_that_fails_leaves_the_old_results(tmp_path, monkeypatch):
     [(0.1, 0.2, "supported"), (-0.1, 0.1, "undecided"), (-2, -1, "contradicted")],
 )
 def test_verdicts(low, high, verdict):
-    assert update._verdict(low, high) == verdict
+    assert claims.verdict(pd.DataFrame([{"low": low, "high": high}])) == verdict
 
 
 def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
@@ -103,6 +160,7 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
         }
         for e in (0, 50, 100)
     ]
+    probe += [row | {"quantity": "held-out accuracy", "mean": 0.5} for row in probe]
     sweeps = [
         rows | {"sweep": s, "value": v, "p": 100, "top": 1, "score": 0.1, "low": -0.01, "high": 0.2}
         for s, v in (("fraction", 0.3), ("k", 5), ("k", 20))
@@ -121,7 +179,9 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
     ):
         pd.DataFrame(table).to_csv(tmp_path / "made" / f"{name}.csv", index=False)
     monkeypatch.setattr(claims, "HERE", tmp_path)
-    found = claims.table("made").set_index("id")["verdict"].to_dict()
+    found = claims.table("made").set_index("id")["verdict"]
+    assert (found[["P1", "P2", "P3"]] == "supported for these encoders").all()
+    found = found.str.removesuffix(" for these encoders").to_dict()
     assert list(found) == [f"P{i}" for i in (*range(1, 10), "10a", "10b", *range(11, 20))]
     assert {key for key, verdict in found.items() if verdict == "supported"} == {
         "P1",
@@ -134,6 +194,62 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
     assert (
         found["P11"] == found["P13"] == "undecided" and found["P8"] == found["P7"] == "not tested"
     )
+
+
+def _checkpoints(gaps, accuracy):
+    """Return tables in which the score rises by a hundredth a checkpoint."""
+    rows = [
+        {
+            "criterion": "vicreg",
+            "epoch": epoch,
+            "quantity": quantity,
+            "mean": mean,
+            "low": mean - 0.01,
+            "high": mean + 0.01,
+            "n_held_out": 50,
+        }
+        for epoch, gap in enumerate(gaps)
+        for quantity, mean in (
+            ("train - held-out gap", gap),
+            ("held-out accuracy", accuracy - gap),
+        )
+    ]
+    scores = [
+        {"criterion": "vicreg", "p": 100, "epoch": epoch, "score": 0.01 * epoch}
+        for epoch in range(len(gaps))
+    ]
+    return {"fig2_probe": pd.DataFrame(rows), "scores": pd.DataFrame(scores)}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "accuracy", "verdict"),
+    [
+        ([0.3, 0.2, 0.1], 0.8, "supported"),
+        ([0.1, 0.2, 0.3], 0.8, "contradicted"),
+        ([0.1, 0.2, 0.21], 0.8, "undecided"),
+        ([0.3, 0.2, 0.1], 1.0, "withdrawn"),
+        ([0.1, 0.2, 0.3], 1.0, "withdrawn"),
+    ],
+)
+def test_p4_is_withdrawn_where_the_probe_knows_its_training_images(gaps, accuracy, verdict):
+    assert claims.probe(_checkpoints(gaps, accuracy)).verdict == verdict
+
+
+def test_a_claim_about_training_follows_the_seeds_where_they_are_known():
+    step = {"criterion": "vicreg", "what": "last - first trained", "n": 100}
+    step |= {"difference": 0.05, "low": 0.02, "high": 0.08}
+    scores = [
+        {"criterion": "vicreg", "p": 100, "epoch": epoch, "score": 0.01 * epoch}
+        for epoch in range(3)
+    ]
+    tables = {"differences": pd.DataFrame([step]), "scores": pd.DataFrame(scores)}
+    assert claims.grows(tables)[1:4:2] == ("supported", claims.IMAGES)
+
+    row = {"criterion": "vicreg", "quantity": "last - first trained", "mean": 0.05}
+    tables["seeds"] = pd.DataFrame([row | {"low": -0.01, "high": 0.11}])
+    assert claims.grows(tables)[1:4:2] == ("undecided", claims.SEEDS)
+    tables["seeds"] = pd.DataFrame([row | {"low": 0.01, "high": 0.09}])
+    assert claims.grows(tables)[1:4:2] == ("supported", claims.SEEDS)
 
 
 @pytest.mark.parametrize(
@@ -168,19 +284,19 @@ def _bounds(name, value, width=0.01):
     ],
 )
 def test_claims_about_references_flip_with_their_tables(value, p14, rest):
-    """The two-model score is .1, so one-model scores may differ by .025; all other intervals move
-    with `value`, too.
+    """The two-model score is .1, so plain one-model scores may differ by .025; half the widest
+    interval is .01. All other intervals move with `value`, too.
     """
     sign = {"supported": 1, "undecided": 0, "contradicted": -1}[rest]
     two = {
         "criterion": "vicreg",
         "reference": "two-model",
         "score": 0.1,
-        "low": 0.05,
-        "high": 0.15,
+        "low": 0.095,
+        "high": 0.105,
         "n": 100,
     }
-    one = two | _bounds("calibrated", 0.1 + value) | _bounds("difference", value)
+    one = two | {"score": 0.1 + value, "low": 0.095 + value, "high": 0.105 + value}
     odds = (
         _bounds("odds", 2.0**sign, 0.1)
         | _bounds("control_odds", 1.0)
@@ -204,11 +320,11 @@ def test_claims_about_references_flip_with_their_tables(value, p14, rest):
         ],
     }
     tables = {name: pd.DataFrame(rows) for name, rows in tables.items()}
-    found = {key: claims.CLAIMS[key][1](tables) for key in ("P14", "P15", "P16", "P17")}
-    assert [verdict for _, verdict, _ in found.values()] == [p14, rest, rest, rest]
-    assert "+0.100 [+0.050, +0.150]" in found["P14"][0] and f"{2.0**sign:.2f}" in found["P15"][0]
+    found = {key: claims.CLAIMS[key].judge(tables) for key in ("P14", "P15", "P16", "P17")}
+    assert [one.verdict for one in found.values()] == [p14, rest, rest, rest]
+    assert "which is +0.100" in found["P14"].value and f"{2.0**sign:.2f}" in found["P15"].value
     missing = {name: pd.DataFrame() for name in tables}
-    assert {claims.CLAIMS[key][1](missing)[1] for key in found} == {"not tested"}
+    assert {claims.CLAIMS[key].judge(missing)[1] for key in found} == {"not tested"}
 
 
 def test_what_other_images_show_as_well_does_not_support_p15():
@@ -280,7 +396,7 @@ def test_claims_about_knobs_flip_with_their_tables(lam, probe, tau, size, width,
         for judge in (claims.invariance, claims.temperature, claims.size, claims.width)
     ]
     assert tuple(judged) == found
-    assert claims.CLAIMS["P10b"][1](tables)[1] == "contradicted"  # fixed steps are judged apart
+    assert claims.CLAIMS["P10b"].judge(tables)[1] == "contradicted"  # fixed steps are judged apart
     empty = dict.fromkeys(tables, pd.DataFrame())
     assert {
         judge(empty)[1]
