@@ -89,7 +89,7 @@ def _recipe() -> dict[str, Any]:
 
     A criterion's name is a field too: it holds changes of the recipe for that criterion alone.
     """
-    fields = _fields("models/jobs", "Recipe")
+    fields = _fields("models/recipe", "Recipe")
     fields |= {"views": _fields("models/views", "Views") | fields["views"]}
     source = (store.PACKAGE / "models/methods.py").read_text()
     criteria = re.findall(
@@ -138,7 +138,7 @@ def merged(
     nearest parameter.
 
     An int may stand for a float; None only where the default is None. Dicts are filled in from the
-    default, except `recipe`, which is checked against jobs.Recipe: Recipe itself fills in the
+    default, except `recipe`, which is checked against recipe.Recipe: Recipe itself fills in the
     rest.
     """
     checked = {}

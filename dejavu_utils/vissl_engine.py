@@ -29,8 +29,14 @@ import numpy as np
 import torch
 
 from dejavu_utils import store
-from dejavu_utils.models.jobs import Job, Recipe, load_job, open_log
+from dejavu_utils.models.jobs import Job, load_job, open_log
+from dejavu_utils.models.recipe import Recipe
 from dejavu_utils.models.views import MEAN, STD, Views
+
+if TYPE_CHECKING:
+    from classy_vision.tasks import ClassyTask
+
+    from dejavu_utils.data.lazy import Lazy
 
 # criterion: VISSL's loss, its collator, {our constant: VISSL's name}; one that is not given is
 # VISSL's own
@@ -252,13 +258,6 @@ def work(job: Job) -> Path:
 def constants() -> dict[str, set[str]]:
     """Return {criterion: the names of its constants} of the criteria that VISSL trains."""
     return {criterion: set(names) for criterion, (_, _, names) in LOSSES.items()}
-
-
-if TYPE_CHECKING:
-    from classy_vision.tasks import ClassyTask
-
-    from dejavu_utils.data.lazy import Lazy
-    from dejavu_utils.models.jobs import Job
 
 
 def require() -> None:

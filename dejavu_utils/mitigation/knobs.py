@@ -85,8 +85,8 @@ def _pair(
         params = params | {"sizes": params["sizes"] | {key: value}}
     elif not hasattr(how, field) or bool(key) != (field in ("constants", "views")):
         raise ValueError(
-            f'knob "{knob}" is not known: expected a field of the recipe (see train.Recipe) or '
-            "one of "
+            f'knob "{knob}" is not known: expected a field of the recipe '
+            "(see models/recipe.py) or one of "
             f"{', '.join(name for name in NAMES if '.' not in name)}, sizes.attacked"
         )
     elif value != _default(how, field, key):

@@ -1,46 +1,15 @@
-"""What is to be trained: a recipe, a job, and the job's log, whichever engine trains it."""
+"""What is to be trained: a job and its log, whichever engine trains it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from dejavu_utils import store
 from dejavu_utils.models import feed
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How encoders are trained; the defaults are for two CPU cores, the profile `imagenet` has the
-    paper's (§2.2).
-    """
-
-    criterion: str = "vicreg"  # "vicreg", "barlow_twins", "simclr", "byol", "dino" or "supervised"
-    encoder: str = "small32"  # trunk, see models.trunk
-    projector: str = "512-512-512"  # widths of the projector's layers
-    size: int = 32  # px, side of the square that the encoder sees
-    batch: int = 50  # images a step; the last incomplete batch of an epoch is dropped
-    optimizer: str = "adamw"  # "adamw" or "lars"
-    lr: float = 0.01  # peak, per 256 images: the step uses lr * batch / 256
-    weight_decay: float = 1e-6  # on weights only, not on biases and norms
-    warmup: float = 0.05  # share of the steps with a linearly rising rate
-    constants: dict = field(
-        default_factory=lambda: {"temperature": 0.2}
-    )  # of the criterion, e.g. {"invariance": 25.0}
-    views: dict = field(
-        default_factory=lambda: {"scale_min": 0.04, "strength": 0.4, "blur": 0.0}
-    )  # see views.Views
-    precision: str = "auto"  # "fp32", "bf16" or "auto": bf16 where the processor computes it
-    threads: int = 1  # CPU threads of one job: 1 and 2 give different bits
-    compile: bool = False  # torch.compile of the trunk: a minute first, faster on a GPU
-    resident: float = 8.0  # GiB of pixels kept on the device; more are decoded in workers
-    workers: int = 0  # processes that decode; 0 is one less than there are cores
-    processes: int = 1  # that share each batch, one device each, started by torchrun
-    nodes: int = 1  # machines of so many processes each, started by srun
-    sync_bn: bool = False  # batch norms over the joint batch of all processes
-    engine: str = "own"  # "own", or "vissl" for VISSL's training engine
+from dejavu_utils.models.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from dejavu_utils import store
 from dejavu_utils.models.encoders import Encoder
-from dejavu_utils.models.jobs import Recipe
+from dejavu_utils.models.recipe import Recipe
 
 
 def save(path: str | Path, encoder: Encoder, recipe: Recipe, **meta: int | str) -> None:

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dejavu_utils import store
 from dejavu_utils.models import distributed, feed, methods, own_format
 from dejavu_utils.models.encoders import Encoder
-from dejavu_utils.models.jobs import Job, Recipe, load_job, open_log
+from dejavu_utils.models.jobs import Job, load_job, open_log
+from dejavu_utils.models.recipe import Recipe
 
 if TYPE_CHECKING:
     from dejavu_utils.data.readers import Lazy

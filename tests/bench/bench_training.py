@@ -148,7 +148,7 @@ def _side_by_side(sizes: dict) -> dict:
     """Return images/s of two processes together: what `make figures` does on two cores."""
     code = (
         "import json, sys; sys.path[:0] = ['.', 'tests/bench']; import bench_training as b; "
-        "from dejavu_utils import pairs; sizes = json.loads(sys.argv[1]); "
+        "from dejavu_utils.models import pairs; sizes = json.loads(sys.argv[1]); "
         "print(b.measure(pairs.recipe('vicreg', sizes['recipe'] | {'threads': 1}), 'cpu', "
         "sizes)['value'])"
     )

@@ -44,7 +44,7 @@ def test_a_job_that_another_process_trains_is_waited_for_and_not_trained_again(t
     job = _job(tmp_path, "same", TINY)
     with store.lock(tmp_path / "same" / "training"):  # this process is the other one
         worker = subprocess.Popen(
-            [sys.executable, "-u", "-m", "dejavu_utils.launch"],
+            [sys.executable, "-u", "-m", "dejavu_utils.models.launch"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=store.PACKAGE.parent,
