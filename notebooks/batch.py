@@ -331,9 +331,6 @@ def parse_overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]
     return values
 
 
-_overrides = parse_overrides  # the name by which results/reference.py still calls it
-
-
 def plan(profile: str, overrides: Mapping[str, Any]) -> str:
     """Return what a profile would train, as text: encoders, steps, arithmetic, GPU hours,
     checkpoints on disk.

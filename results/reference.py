@@ -363,7 +363,7 @@ def main() -> None:
         "--minutes", type=float, default=1e9, help="start no piece after so many minutes"
     )
     options = parser.parse_args()
-    changes, known, began = batch._overrides([], options.set), pieces(), time.time()
+    changes, known, began = batch.parse_overrides([], options.set), pieces(), time.time()
     if unknown := set(options.names) - set(known):
         sys.exit(f"error: no piece {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     if options.command == "merge":
