@@ -1,28 +1,28 @@
 """`make data NAME=…`: download a data set by its manifest, verify it, unpack it; all of it or
-nothing.
+nothing. Then read its annotations into boxes.csv.
 """
 
 from __future__ import annotations
 
-import http.client
 import lzma
 import os
-import shutil
 import stat
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+import pooch
+import requests
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dejavu_utils import store
-from dejavu_utils.data import manifests
+from dejavu_utils.data import converted, lazy, manifests
 
 CAP = 400 << 30  # bytes that an archive may unpack to
+TIMEOUT = 60  # s without an answer
 DAMAGED = (
     ValueError,
     EOFError,
@@ -32,6 +32,8 @@ DAMAGED = (
     tarfile.TarError,
     FileExistsError,
     NotADirectoryError,
+    NotImplementedError,  # a zip that is packed in a way that Python does not know
+    RuntimeError,  # an encrypted zip
 )
 
 
@@ -39,34 +41,29 @@ def _download(entry: dict, target: Path) -> None:
     """Write what is at the manifest's address to `target`, once it is whole and has the right
     checksum.
     """
-    from tqdm import tqdm
-
     print(f"{entry['name']}: {entry['url']} -> {target}\nlicence: {entry['licence']}", flush=True)
-    with store.atomic(target) as temporary:
-        try:
-            with (
-                urllib.request.urlopen(entry["url"], timeout=60) as answer,
-                temporary.open("wb") as file,
-            ):
-                expected = int(answer.headers.get("Content-Length") or 0)
-                with tqdm.wrapattr(answer, "read", expected, desc=entry["name"]) as body:
-                    shutil.copyfileobj(body, file, 1 << 20)
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            ConnectionError,
-            TimeoutError,
-        ) as error:
-            raise ConnectionError(
-                f"cannot download {entry['name']} from {entry['url']} ({error}). "
-                + manifests.by_hand(entry | {"url": None}, target.parent)
-            ) from error
-        if expected and temporary.stat().st_size != expected:
-            raise ConnectionError(
-                f"{entry['url']} broke off after {temporary.stat().st_size} of {expected} bytes: "
-                "nothing was kept, run the command again."
-            )
-        manifests.verify(entry, temporary, entry["url"])
+    pooch.get_logger().setLevel("WARNING")
+    checksum = f"sha256:{entry['sha256']}" if entry["sha256"] else None
+    try:
+        pooch.retrieve(
+            entry["url"],
+            known_hash=checksum,
+            fname=target.name,
+            path=target.parent,
+            downloader=pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT),
+        )
+    except requests.RequestException as error:
+        raise ConnectionError(
+            f"cannot download {entry['name']} from {entry['url']} ({error}); nothing was kept. "
+            + manifests.by_hand(entry | {"url": None}, target.parent)
+        ) from error
+    except ValueError as error:  # pooch removed the file
+        raise ValueError(
+            f"{entry['url']} has the wrong checksum: {error} "
+            + manifests.by_hand(entry | {"url": None}, target.parent)
+        ) from error
+    if checksum is None:
+        manifests.verify(entry, target, entry["url"])  # says that it was not verified
 
 
 def _check(members: list[tuple[str, int, bool]], cap: int) -> None:
@@ -96,41 +93,64 @@ def unpack(archive: Path, target: Path, cap: int = CAP) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    zipped, kinds = zipfile.is_zipfile(archive), (0, stat.S_IFREG, stat.S_IFDIR)
+
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         content = Path(temporary) / "content"
         content.mkdir()
         try:
-            with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as file:
-                if zipped:
-                    found = [
-                        (m.filename, m.file_size, stat.S_IFMT(m.external_attr >> 16) in kinds)
-                        for m in file.infolist()
-                    ]
-                else:
-                    found = [(m.name, m.size, m.isreg() or m.isdir()) for m in file]
-                _check(found, cap)
-                safe = {"filter": "data"} if not zipped and hasattr(tarfile, "data_filter") else {}
-                file.extractall(content, **safe)
+            members, extract = _contents(archive, content)
+            _check(members, cap)
+            extract(str(archive), "download", None)
         except DAMAGED as error:
             raise ValueError(
                 f"{archive} was not unpacked: {error}. Nothing of it was kept; delete it and "
-                "fetch it "
-                "again."
+                "fetch it again."
             ) from error
+
         top = list(content.iterdir())
-        os.replace(top[0] if len(top) == 1 and top[0].is_dir() else content, target)
+        single = len(top) == 1 and top[0].is_dir()
+        os.replace(top[0] if single else content, target)
     return target
+
+
+def _contents(archive: Path, folder: Path) -> tuple[list[tuple[str, int, bool]], Callable]:
+    """Return the members of an archive (name, bytes, is a plain file or folder), and what unpacks
+    it into `folder`.
+    """
+    if not zipfile.is_zipfile(archive):
+        with tarfile.open(archive) as file:
+            members = [(item.name, item.size, item.isreg() or item.isdir()) for item in file]
+        return members, pooch.Untar(extract_dir=str(folder))
+
+    plain = (0, stat.S_IFREG, stat.S_IFDIR)
+    with zipfile.ZipFile(archive) as file:
+        members = [
+            (item.filename, item.file_size, stat.S_IFMT(item.external_attr >> 16) in plain)
+            for item in file.infolist()
+        ]
+    return members, pooch.Unzip(extract_dir=str(folder))
 
 
 def fetch(name: str, folder: str | Path | None = None) -> Path:
     """Return where a data set is after downloading, verifying and unpacking what is not there yet.
 
-    ConnectionError (no network) and FileNotFoundError (no address: registration, or made by hand)
-    say what to do.
+    Its annotations are read into boxes.csv, too. ConnectionError (no network) and FileNotFoundError
+    (no address: registration, or made by hand) say what to do.
     """
-    entry, base = manifests.read(name), manifests.home(folder)
-    if entry.get("url"):
+    entry = manifests.read(name)
+    if entry["layout"] == "scenes":
+        raise ValueError(
+            'scenes needs no download: it is made from what is installed, `read("scenes")`.'
+        )
+    found = _found(entry, folder)
+    converted.boxes_csv(entry, lazy.Tree(found))
+    return found
+
+
+def _found(entry: dict, folder: str | Path | None) -> Path:
+    """Return the data set's folder or archive, downloaded and unpacked if it has an address."""
+    base = manifests.home(folder)
+    if entry["url"]:
         archive = base / entry["file"]
         if archive.exists():
             manifests.verify(entry, archive)
@@ -138,12 +158,9 @@ def fetch(name: str, folder: str | Path | None = None) -> Path:
             _download(entry, archive)
         if entry.get("unpack"):
             return unpack(archive, base / entry["unpack"])
-    if entry["layout"] == "scenes":
-        raise ValueError(
-            'scenes needs no download: it is made from what is installed, `read("scenes")`.'
-        )
+
     found = manifests.locate(entry, folder)
-    if found.name == entry.get("file") and found.is_file():
+    if found.name == entry["file"] and found.is_file():
         manifests.verify(entry, found)
     return found
 

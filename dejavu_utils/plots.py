@@ -75,7 +75,9 @@ def subplots(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc={"legend.frameon": False})
+    # A class may be called $10_$20: no text of a figure is a formula.
+    rc = {"legend.frameon": False, "text.parse_math": False}
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc=rc)
     figure, axes = plt.subplots(
         rows,
         columns,

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import imports, store
+from dejavu_utils.data import manifests
 from dejavu_utils.notebook import OPEN, ParameterError, cells, declared, merged, stages
 
 RATE = (
@@ -90,20 +91,22 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
 
 
 def _data(params: Mapping[str, Any]) -> list:
-    """Return what identifies the data set of a stage: its manifest, and size and date of its file
-    or folder.
+    """Return what identifies the data set of a stage: its manifest, and size and date of its file.
+
+    ParameterError says what is wrong with the manifest.
     """
     manifest = store.root() / "data_manifests" / f"{params.get('dataset')}.yaml"
     if not manifest.is_file():
         return []
-    import yaml
+    try:
+        entry = manifests.read(manifest.stem)
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
 
-    text = manifest.read_text()
-    file = Path(os.environ.get("DEJAVU_DATA") or store.root() / "data") / str(
-        (yaml.safe_load(text) or {}).get("file")
-    )
-    found = [file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else None
-    return [text, found]
+    file = manifests.home() / entry["file"]
+    there = entry["file"] and file.exists()
+    found = [file.stat().st_size, file.stat().st_mtime_ns] if there else None
+    return [manifest.read_text(), found]
 
 
 def stage_key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
@@ -341,6 +344,7 @@ def plan(profile: str, overrides: Mapping[str, Any]) -> str:
         return f"{stage} trains nothing"
     from dejavu_utils.models import pairs  # imports torch: only now
 
+    _data(params)  # says what is wrong with the manifest
     table = pairs.plan(params)
     hours = table["exaflop"] * 1e18 / RATE / 3600
     table = table.round({"exaflop": 3, "gib": 2}).assign(**{"GPU hours": hours.round(1)})

@@ -10,9 +10,8 @@ import numpy as np
 from torch import nn
 
 from dejavu_utils import store
-from dejavu_utils.data import datasets, manifests, readers
-from dejavu_utils.data.images import Images, threads
-from dejavu_utils.data.lazy import Lazy, Tree, picture
+from dejavu_utils.data import boxes, datasets, manifests
+from dejavu_utils.data.images import Images
 from dejavu_utils.models import checkpoints, encoders, own_format, views
 from dejavu_utils.models.checkpoints import Foreign
 from dejavu_utils.models.pairs import Pair
@@ -112,51 +111,18 @@ def _normalised(trunk: nn.Module, how: dict) -> nn.Module:
 
 def pictures(name: str, what: str = "IMAGES") -> Images:
     """Return a data set by the name of its manifest ("pets"), also with its place
-    ("pets:/my/copy"), or from a folder.
-
-    In a folder each class has a folder of its own, whose pictures have no boxes; ids are their
-    relative names.
+    ("pets:/my/copy"), or from a folder
+    or zip: see boxes.folder.
     """
     known, _, place = name.partition(":")
     if known in manifests.names():
         return datasets.read(known, place or None)
-    if not name or not Path(name).is_dir():
+    if not name or not Path(name).exists():
         raise FileNotFoundError(
             f"{what}: {name or 'nothing was passed'}; expected a folder of class folders, or a "
             f"data set of {', '.join(manifests.names())}, or one and its place: pets:/my/copy."
         )
-    tree = Tree(Path(name))
-    files = [file for file in tree.files if file.lower().endswith(readers.SUFFIXES) and "/" in file]
-    found = dict(zip(files, threads(lambda file: _measure(tree, file), files), strict=True))
-    files = [file for file in files if not isinstance(found[file], str)]
-    classes, labels = np.unique([file.partition("/")[0] for file in files], return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"{what}: the pictures in {name} are in {len(classes)} folders; expected at least "
-            "two, one "
-            "for each class, directly in "
-            f"it{': pass its folder ' + classes[0] if len(classes) else ''}."
-        )
-    sizes, stamps = zip(*(found[file] for file in files), strict=True)
-    skipped = [(file, reason) for file, reason in found.items() if isinstance(reason, str)]
-    return Images(
-        np.array(files),
-        labels,
-        [np.zeros((0, 4), np.float32)] * len(files),
-        tuple(map(str, classes)),
-        np.array(sizes),
-        Lazy(tree, files, stamps),
-        skipped=skipped,
-    )
-
-
-def _measure(tree: Tree, name: str) -> tuple[tuple[int, int], int] | str:
-    """Return ((width, height), bytes) of a picture, or in words why it is none."""
-    try:
-        with tree.open(name) as file, picture(file) as image:
-            return image.size, file.seek(0, 2)
-    except Exception as error:  # decoders fail in many ways; every one is a line in `skipped`
-        return f"{type(error).__name__}: {error}"
+    return boxes.folder(Path(name), what)
 
 
 def given(params: dict) -> tuple[dict[str, str], dict[str, Images], str]:

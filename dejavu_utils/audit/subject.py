@@ -2,6 +2,7 @@
 comparable.
 """
 
+import difflib
 import hashlib
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ import torch
 
 from dejavu_utils.attack import crops, knn
 from dejavu_utils.audit import sources
-from dejavu_utils.data import manifests
+from dejavu_utils.data import boxes, manifests
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.checkpoints import Foreign
 
@@ -163,6 +164,9 @@ def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: st
     (target, size), (reference, _) = encoders["target"], encoders.get("reference", (None, 0))
     given, limit, seed = images["images"], params["audit"]["limit"], params["seeds"][0]
     crop, notes = _crop(params["crop"], dataset, given)
+    for name, each in images.items():
+        if left_out := boxes.unused(each):
+            notes.append(f"{sources.SETS.get(name, name)}: {left_out}")
     audited = _attackable(given, crop, limit, seed)
     classes = [
         given.classes[label] for label in np.flatnonzero(np.bincount(audited.labels) > 1)
@@ -194,7 +198,7 @@ def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: st
         public = public.subset(~np.isin(public.ids, unseen.ids)) if source else public
     else:
         _enough(unseen, held, crop, "HELD_OUT", len(classes))
-    _covers(public, int(alike.sum()), params["k"])
+    _covers(public, images["public"].classes, int(alike.sum()), params["k"])
     size, assumed = _side(params["reading"]["size"] or size, target, given)
     return Subject(
         target,
@@ -229,8 +233,10 @@ def _enough(usable: Images, given: Images, crop: dict, what: str, classes: int) 
         )
 
 
-def _covers(public: Images, alike: int, k: int) -> None:
-    """Raise ValueError unless X has every class that is attacked, and k pictures."""
+def _covers(public: Images, there: tuple[str, ...], alike: int, k: int) -> None:
+    """Raise ValueError unless X, whose own classes are `there`, has every class that is attacked,
+    and k pictures.
+    """
     missing = [
         name
         for label, name in enumerate(public.classes)
@@ -238,12 +244,12 @@ def _covers(public: Images, alike: int, k: int) -> None:
     ]
     left_out = f" ({alike} were left out: they look like attacked ones)" if alike else ""
     if missing:
+        meant = _nearest(missing[0], there)
         raise ValueError(
             f"PUBLIC: no picture of {len(missing)} of {len(public.classes)} classes of IMAGES, "
-            "such as "
-            f"{missing[0]}{left_out}; its neighbours could never name it. Pass public pictures of "
-            "every "
-            "class, whose folders have the same names, and which are no training images."
+            f"such as {missing[0]!r}{meant}{left_out}; its neighbours could never name it. Pass "
+            "public pictures of every class, whose folders have the same names, and which are no "
+            "training images."
         )
     if len(public) < k:
         raise ValueError(
@@ -251,6 +257,15 @@ def _covers(public: Images, alike: int, k: int) -> None:
             "or a "
             "smaller k."
         )
+
+
+def _nearest(name: str, there: tuple[str, ...]) -> str:
+    """Return the class that may have been meant, with its quotes: it may differ by a blank only."""
+    if name in there:
+        return ""
+    plain = {each.strip().casefold(): each for each in there}
+    close = difflib.get_close_matches(name.strip().casefold(), plain, 1)
+    return f" (PUBLIC has {plain[close[0]]!r})" if close else ""
 
 
 def _side(size: int, encoder: Foreign, images: Images) -> tuple[int, list[str]]:

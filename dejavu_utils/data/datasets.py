@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dejavu_utils import store
-from dejavu_utils.data import manifests, readers, scenes
+from dejavu_utils.data import boxes, manifests, scenes
 from dejavu_utils.data.images import Images
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def read(
 
     "scenes" is made from `options` (see `scenes.make`); every other is looked for in `folder`
     ($DEJAVU_DATA, else data/), which may also be the data set itself, and read with the options of
-    `readers.load`. FileNotFoundError says how to get a data set that is missing.
+    `boxes.load`. FileNotFoundError says how to get a data set that is missing.
     """
     entry = manifests.read(name)
     if entry["layout"] == "scenes":
         return scenes.make(**options)
-    return readers.load(entry, manifests.locate(entry, folder), **options)
+    return boxes.load(entry, manifests.locate(entry, folder), **options)
 
 
 def write_skipped(images: Images, path: str | Path) -> None:

@@ -6,60 +6,116 @@ import functools
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NoReturn, Self
+from typing import IO, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "BMP",
-    "WEBP",
-    "GIF",
-)  # pictures only: Pillow also opens programs (EPS) and documents
+# What a picture's name ends with. Whether this Python can read it is another question.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
+)
+
+# Pictures only: Pillow also opens programs (EPS) and documents.
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
+# 8 bits a channel. The others hold 16 bits or fractions, which a conversion to RGB would clip.
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
 
 
+def printable(name: str) -> str:
+    """Return a file name as text that every table and page can hold, whatever bytes it is."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 class Tree:
-    """A folder or a zip file, read by relative name, from any number of threads."""
+    """A folder or a zip file, read by relative name, from any number of threads.
+
+    `files` are the names of the plain files, sorted; `left_out` (name, reason) of all else.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.zip = zipfile.ZipFile(path) if path.is_file() else None
-        except zipfile.BadZipFile as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is not a whole zip file ({error}): "
-                "expected the "
-                "archive as published. Delete it and fetch it again (`make data NAME=…`)."
-            ) from error
+        self.zip = self._archive() if path.is_file() else None
+
+    @property
+    def files(self) -> list[str]:
+        return self._listed[0]
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        return self._listed[1]
 
     @functools.cached_property
-    def files(self) -> list[str]:
-        """The names of all files, sorted."""
-        if self.zip:
-            return sorted(name for name in self.zip.namelist() if not name.endswith("/"))
+    def _listed(self) -> tuple[list[str], list[tuple[str, str]]]:
+        """Files and what is left out, looked up when first needed: a worker reads by name alone."""
+        left_out: list[tuple[str, str]] = []
+        found = self._members(left_out) if self.zip else self._walk(left_out)
+        return sorted(found), left_out
 
-        def stop(error: OSError) -> NoReturn:
-            raise error  # else a folder that may not be read would count as empty
+    def _archive(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(
+                f"{self.path} ({self.path.stat().st_size} bytes) is not a whole zip file "
+                f"({error}): expected the archive as published. Delete it and fetch it again "
+                "(`make data NAME=…`)."
+            ) from error
 
-        walk = os.walk(self.path, onerror=stop, followlinks=True)
-        return sorted(
-            f"{folder}/{name}"[len(f"{self.path}/") :]
-            for folder, _, names in walk
-            for name in names
-        )
+    def _members(self, left_out: list[tuple[str, str]]) -> Iterator[str]:
+        """Yield the files of a zip. A name that comes twice could be either, so it is none."""
+        names = [info.filename for info in self.zip.infolist() if not info.is_dir()]
+        for name, count in Counter(names).items():
+            if count == 1:
+                yield name
+            else:
+                left_out.append((name, "the zip holds this name more than once"))
+
+    def _walk(self, left_out: list[tuple[str, str]]) -> Iterator[str]:
+        """Yield the plain files of a folder. A link to what lies in it is not read twice."""
+        root = os.path.realpath(self.path)
+        seen = {root}
+
+        def note(error: OSError) -> None:
+            name = os.path.relpath(error.filename, self.path)
+            left_out.append((name, f"folder cannot be read ({error.strerror})"))
+
+        for folder, inner, names in os.walk(self.path, onerror=note, followlinks=True):
+            place = os.path.relpath(folder, self.path)
+
+            for name in sorted(inner):
+                path = os.path.join(folder, name)
+                target = os.path.realpath(path)
+                if os.path.islink(path) and any(_overlap(target, each) for each in seen):
+                    relative = os.path.normpath(f"{place}/{name}")
+                    left_out.append((relative, "link to a folder that is read anyway"))
+                    inner.remove(name)
+                elif os.path.islink(path):
+                    seen.add(target)
+
+            for name in names:
+                path = os.path.join(folder, name)
+                relative = os.path.normpath(f"{place}/{name}")
+                if not os.path.isfile(path):
+                    left_out.append((relative, "no plain file"))
+                elif os.path.islink(path) and _points_inside(path, root):
+                    left_out.append((relative, "link to a file that is read anyway"))
+                else:
+                    yield relative
 
     def below(self, folder: str) -> list[str]:
-        """Return the files in `folder` and in the folders inside it."""
-        start, end = (
-            bisect.bisect_left(self.files, folder + after) for after in "/0"
-        )  # "0" comes right after "/"
+        """Return the files in `folder` and in the folders inside it; "" is all of them."""
+        if not folder:
+            return self.files
+        start = bisect.bisect_left(self.files, f"{folder}/")
+        end = bisect.bisect_left(self.files, f"{folder}0")  # "0" comes right after "/"
         return self.files[start:end]
 
     def find(self, candidates: Sequence[str]) -> str | None:
@@ -67,9 +123,12 @@ class Tree:
         often have a top).
         """
         tops = ["", *sorted({name[: name.index("/") + 1] for name in self.files if "/" in name})]
-        return next(
-            (top + name for top in tops for name in candidates if self.below(top + name)), None
-        )
+        for top in tops:
+            for name in candidates:
+                folder = f"{top}{'' if name == '.' else name}".rstrip("/")
+                if self.below(folder):
+                    return folder
+        return None
 
     def open(self, name: str) -> IO[bytes]:
         return self.zip.open(name) if self.zip else (self.path / name).open("rb")
@@ -94,17 +153,31 @@ class Tree:
         return self.files[at : at + 1] == [name]
 
 
+def _overlap(one: str, other: str) -> bool:
+    """Return whether one of two folders lies in the other."""
+    return os.path.commonpath([one, other]) in (one, other)
+
+
+def _points_inside(link: str, root: str) -> bool:
+    """Return whether a link leads to a file below `root`, but for hidden folders, tools' stores."""
+    inside = os.path.relpath(os.path.realpath(link), root)
+    return not inside.startswith("..") and not hidden(inside)
+
+
+def hidden(name: str) -> bool:
+    """Return whether a file or a folder above it is hidden, as copies of editors and Macs are."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
 class Lazy(Sequence):
     """Pictures decoded when asked for: item i is uint8 (3, h, w). `stamps` are the sizes of the
     files.
     """
 
     def __init__(self, tree: Tree, names: Sequence[str], stamps: Sequence[int]) -> None:
-        self.tree, self.names, self.stamps = (
-            tree,
-            np.asarray(names, dtype=object),
-            np.asarray(stamps, dtype=np.int64),
-        )
+        self.tree = tree
+        self.names = np.asarray(names, dtype=object)
+        self.stamps = np.asarray(stamps, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,17 +198,35 @@ class Lazy(Sequence):
 
 @contextlib.contextmanager
 def picture(file: IO[bytes]) -> Iterator[Image.Image]:
-    """Open a picture without decoding it; an error if it is none, or one of more than `LARGEST`
-    px.
-    """
-    with Image.open(file, formats=FORMATS) as image:
+    """Open a picture without decoding it; an error if it is none, or one that cannot be used."""
+    with Image.open(file, formats=_readable()) as image:
         if image.width * image.height > LARGEST:
             raise ValueError(
-                f"{image.width} x {image.height} px, more than {LARGEST}: a decompression bomb?"
+                f"more than {LARGEST} px ({image.width} x {image.height}), a decompression bomb?"
+            )
+        if image.mode not in MODES:
+            raise ValueError(
+                f"16-bit or floating-point picture (mode {image.mode}); expected 8 bits a channel"
             )
         yield image
 
 
+@functools.cache
+def _readable() -> list[str]:
+    """Return those of `FORMATS` that this Python reads: HEIF wants pillow-heif."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def decoded(image: Image.Image) -> Tensor:
-    """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not whole."""
-    return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+    """Return a picture as uint8 (3, h, w) RGB; greyscale becomes RGB. Raises if it is not whole.
+
+    Pixels stay as they are stored, as torchvision's and timm's loaders read them in training: an
+    EXIF orientation is not applied.
+    """
+    pixels = np.asarray(image.convert("RGB"))  # (h, w, 3)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

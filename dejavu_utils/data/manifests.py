@@ -9,6 +9,39 @@ from pathlib import Path
 
 from dejavu_utils import store
 
+LAYOUTS = ("scenes", "folder", "boxes")
+CLASS_FROM = ("folder", "column", "prefix")
+IDS = ("path", "stem")
+CONVERT = ("voc", "imagenet", "yolo", "coco", "tiny_imagenet")
+REQUIRED = ("title", "layout", "places", "min_side")
+OPTIONAL = (
+    *(
+        "source",
+        "how",
+        "licence",
+        "url",
+        "file",
+        "unpack",
+        "sha256",
+        "bytes",
+        "verified",
+        "images",
+        "annotations",
+        "convert",
+    ),
+    *("class_from", "ids", "classes", "names", "words", "image_size", "split", "notes"),
+)
+DEFAULTS = {
+    "source": "your own",
+    "how": "",
+    "licence": "your own",
+    "url": None,
+    "file": "",
+    "sha256": "",
+    "images": [],
+    "split": None,
+}
+
 
 def names() -> list[str]:
     """Return the names of all manifests, sorted."""
@@ -26,9 +59,73 @@ def read(name: str) -> dict:
         )
     import yaml
 
-    return yaml.safe_load((store.root() / "data_manifests" / f"{name}.yaml").read_text()) | {
-        "name": name
-    }
+    path = store.root() / "data_manifests" / f"{name}.yaml"
+    try:
+        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is no YAML file: {error}") from error
+
+    wrong = problems(entry)
+    if wrong:
+        raise ValueError(
+            f"data_manifests/{path.name}: {'; '.join(wrong)}. data_manifests/README.md has a "
+            "template."
+        )
+    return DEFAULTS | entry | {"name": name}
+
+
+def problems(entry: object) -> list[str]:
+    """Return what is wrong with a manifest, in words; nothing if it can be used."""
+    if not isinstance(entry, dict):
+        return ["expected a mapping of names to values"]
+    wrong = []
+    missing = [name for name in REQUIRED if name not in entry]
+    unknown = [str(name) for name in entry if name not in (*REQUIRED, *OPTIONAL)]
+    if missing:
+        wrong.append(f"{', '.join(missing)} missing")
+    if unknown:
+        wrong.append(f"{', '.join(unknown)} unknown (known: {', '.join((*REQUIRED, *OPTIONAL))})")
+
+    for name, allowed in (
+        ("layout", LAYOUTS),
+        ("class_from", CLASS_FROM),
+        ("ids", IDS),
+        ("convert", CONVERT),
+    ):
+        if name in entry and entry[name] not in allowed:
+            wrong.append(f"{name} is {entry[name]!r}, expected one of {', '.join(allowed)}")
+
+    for name in ("places", "images", "annotations"):
+        value = entry.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            wrong.append(f"{name} is {value!r}, expected a list of names")
+
+    if entry.get("layout") in ("folder", "boxes"):
+        for name in ("places", "images"):
+            if not entry.get(name):
+                wrong.append(f"{name} is empty, expected a list such as [my_pictures]")
+
+    if "min_side" in entry and not _whole(entry["min_side"]):
+        wrong.append(f"min_side is {entry['min_side']!r}, expected a number of px")
+
+    classes = entry.get("classes")
+    if classes is not None and not _whole(classes) and not isinstance(classes, list):
+        wrong.append(f"classes is {classes!r}, expected a number or a list of names")
+
+    size = entry.get("image_size")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(map(_whole, size))
+    ):
+        wrong.append(f"image_size is {size!r}, expected [width, height] in px, or null")
+
+    split = entry.get("split")
+    if split is not None and not (isinstance(split, dict) and isinstance(split.get("sizes"), dict)):
+        wrong.append(f"split is {split!r}, expected rule, seed and sizes, or null")
+    return wrong
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def home(folder: str | Path | None = None) -> Path:

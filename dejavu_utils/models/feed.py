@@ -20,7 +20,6 @@ from dejavu_utils.models import views as augment
 
 if TYPE_CHECKING:
     from dejavu_utils.data.images import Images
-    from dejavu_utils.data.readers import Lazy
     from dejavu_utils.models.recipe import Recipe
 
 Batch = tuple[list[Tensor], Tensor]  # views, each (n, 3, s, s), and labels (n,)

@@ -21,7 +21,7 @@ from dejavu_utils.models.jobs import Job, load_job, open_log
 from dejavu_utils.models.recipe import Recipe
 
 if TYPE_CHECKING:
-    from dejavu_utils.data.readers import Lazy
+    from dejavu_utils.data.lazy import Lazy
 
 
 def constants() -> dict[str, set[str]]:

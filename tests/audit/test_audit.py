@@ -313,7 +313,7 @@ def test_too_little_is_an_error_that_says_what_to_pass(parts, encoder):
         subject.prepare(target, sets(parts, "a") | {"images": few}, PARAMS)
     one = parts["public"].subset(parts["public"].labels > 0)
     with pytest.raises(
-        ValueError, match="PUBLIC: no picture of 1 of 10 classes of IMAGES, such as umbrella"
+        ValueError, match="PUBLIC: no picture of 1 of 10 classes of IMAGES, such as 'umbrella'; its"
     ):
         subject.prepare(target, sets(parts, "a") | {"public": one}, PARAMS)
     with pytest.raises(ValueError, match="PUBLIC: 300 pictures, fewer than k = 301"):
@@ -366,13 +366,13 @@ def test_a_folder_of_class_folders(parts, tmp_path):
     (root / "notes.txt").write_text("not a picture")
     found = sources.pictures(str(root))
     assert found.classes == tuple(sorted(parts["a"].classes)) and len(found) == 60
-    assert [name for name, _ in found.skipped] == ["umbrella/broken.png"]
+    assert [name for name, _ in found.skipped] == ["notes.txt", "umbrella/broken.png"]
     assert torch.equal(found.pixels[0], parts["a"].pixels[int(found.ids[0][-8:-4])])
     with pytest.raises(
-        ValueError, match=r"PUBLIC: the pictures in .* are in 0 folders; expected at least two"
+        ValueError, match=r"PUBLIC: the pictures in .* are in 0 folders, and 7 lie directly in it"
     ):
         sources.pictures(str(root / "umbrella"), "PUBLIC")
-    with pytest.raises(ValueError, match="1 folders; .*pass its folder mine"):
+    with pytest.raises(ValueError, match="1 folders, .*Pass its folder mine"):
         sources.pictures(str(tmp_path))
 
 

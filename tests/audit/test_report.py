@@ -71,7 +71,7 @@ def images(n, seed, sides=(40,)):
 
 
 class Stack(list):
-    """Pictures of mixed sizes, as readers.Lazy."""
+    """Pictures of mixed sizes, as lazy.Lazy."""
 
     stamps = np.zeros(1)
 
