@@ -486,6 +486,44 @@ def controls_block() -> str:
     )
 
 
+def found() -> str:
+    """Return what was found, in five lines with intervals, for the top of README."""
+    interval = ["mean", "low", "high"]
+    single = _by_seed("study").set_index(["criterion", "quantity"])
+    score = single.loc[("vicreg", "score")]
+    layer = single.loc[("vicreg", "projector - backbone")]
+    large = single.loc[("vicreg", "constants.invariance = 100.0")]
+
+    every = single.xs("score", level="quantity")
+    above = ", ".join(NAMES[name] for name in every.index[every["low"] > 0])
+    undecided = " and ".join(NAMES[name] for name in every.index[every["low"] <= 0])
+
+    truth = _read("study", "truth").set_index("rho")
+    plain, blind = truth.loc[0.2], truth.loc[0.0]
+    named = _number(*blind[["target", "target_low", "target_high"]], ".3f")
+
+    pictures = _last_scores("pictures").query("p == 100").set_index("criterion")
+    pictures = pictures[["score", "low", "high"]]
+    shown = {name: _number(*pictures.loc[name]) for name in pictures.index}
+
+    lines = [
+        f"- **It remembers.** VICReg names {plain['target']:.0%} of the objects from the "
+        f"background, its reference {plain['reference']:.0%}: a score of "
+        f"{_bold(*score[interval])} over {score['n']} seeds. By seed, {above} are above 0; "
+        f"{undecided} are undecided.",
+        "- **It is not correlation.** Where the background tells nothing (ρ = 0) the target still "
+        f"names {named}; chance is {blind['chance']:g} (images of these encoders).",
+        "- **The last layer remembers most.** Projector minus backbone, VICReg: "
+        f"{_bold(*layer[interval])} over seeds.",
+        f"- **Photographs**, ten classes, images of these encoders: VICReg {shown['vicreg']}, "
+        f"SimCLR {shown['simclr']}. The supervised baseline has {shown['supervised']}, but label "
+        "inference is its own loss.",
+        "- **A mitigation can cost more than it saves.** λ = 100 instead of 25 changes VICReg's "
+        f"score by {_bold(*large[interval])}, and most of the encoder's use goes with it.",
+    ]
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[str], str]] = {
     "scores": scores,
     "differences": differences,
@@ -500,6 +538,7 @@ PARTS: dict[str, Callable[[str], str]] = {
 }
 WHOLE: dict[str, Callable[[], str]] = {
     "claims": all_verdicts,
+    "found": found,
     "controls": controls_block,
     "coverage": coverage,
     "coverage-line": coverage_line,

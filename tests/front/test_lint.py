@@ -165,7 +165,8 @@ def test_everything_public_has_a_docstring(path):
 def test_the_lecturers_page_sends_nobody_to_a_place_that_is_not_there():
     text = (store.PACKAGE.parent / "notebooks" / "TEACHING.md").read_text()
     books = {path.stem: " ".join(path.read_text().split()) for path in NOTEBOOKS}
-    everywhere = " ".join([*books.values(), (store.PACKAGE.parent / "README.md").read_text()])
+    pages = [store.PACKAGE.parent / name for name in ("README.md", "results/README.md")]
+    everywhere = " ".join([*books.values(), *(page.read_text() for page in pages)])
     assert set(re.findall(r"`(\d\d_\w+)`", text)) <= books.keys()
     answers = text.partition("## Ten misunderstandings")[2]
     headings = set(

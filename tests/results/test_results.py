@@ -30,10 +30,21 @@ def test_readmes_agree_with_results(path):
 
 
 def test_a_changed_number_is_noticed():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "results" / "study" / "README.md").read_text()
     block = text.split("<!-- results:study:scores -->")[1].split("<!-- end -->")[0]
     changed = text.replace(block, block.replace("+0.", "+0.9", 1))
     assert changed != text and update.filled(changed) == text
+
+
+def test_the_first_sentence_quotes_the_table():
+    row = pd.read_csv(ROOT / "results" / "study" / "truth.csv").set_index("rho").loc[0.2]
+    said = f"{100 * row['target']:.0f} % against {100 * row['reference']:.0f} %"
+    assert said in (ROOT / "README.md").read_text()
+
+
+def test_readme_stays_a_page():
+    """It grows by links only."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_an_unknown_block_is_named():
