@@ -59,14 +59,13 @@ data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (s
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
 	@$(PYTHON) tests/controls.py
 
-audit: .venv/.installed  ## audit an encoder: ENCODER=file|name IMAGES=folder|data set PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
-	@test -n "$(ENCODER)" && test -n "$(IMAGES)" && test -n "$(PUBLIC)" || { \
-	  echo "make audit ENCODER=model.pt|resnet50 IMAGES=its/training/images PUBLIC=public/images [HELD_OUT=test/images]" >&2; \
-	  echo "  [REFERENCE=second.pt] [OUT=report.html] [P=\"k=100 crop.kind=corner reading.layer=backbone\"]" >&2; \
-	  echo "  images: a folder of class folders, a data set of data_manifests/, or both as pets:/my/copy" >&2; exit 1; }
-	@$(PYTHON) notebooks/batch.py run 05_audit --set "$$P" --out "$${DEJAVU_RUNS:-runs}/audit/notebooks/05_audit.ipynb" \
-	  -p profile '"audit"' -p encoder.target '"$(ENCODER)"' -p encoder.reference '"$(REFERENCE)"' \
-	  -p sets.images '"$(IMAGES)"' -p sets.public '"$(PUBLIC)"' -p sets.held_out '"$(HELD_OUT)"' -p audit.report '"$(OUT)"'
+# Their values go to Python through the environment, exactly as they were typed: no shell and no make reads quotes, \ or $ in them.
+AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT
+$(foreach name,$(AUDIT) P,$(eval override $(name) := $$(value $(name))))
+export $(AUDIT)
+
+audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder|data set PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
+	@$(PYTHON) notebooks/batch.py audit --set "$$P"
 
 reference: .venv/.installed  ## real photographs in pieces of some minutes, on a GPU: PIECES="vicreg-100 …", MINUTES=25
 	@$(PYTHON) results/reference.py run $(PIECES) $(if $(MINUTES),--minutes $(MINUTES))

@@ -334,6 +334,36 @@ def parse_overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]
     return values
 
 
+AUDIT = {
+    "ENCODER": "encoder.target",
+    "WEIGHTS": "encoder.weights",
+    "REFERENCE": "encoder.reference",
+    "REFERENCE_WEIGHTS": "encoder.reference_weights",
+    "IMAGES": "sets.images",
+    "PUBLIC": "sets.public",
+    "HELD_OUT": "sets.held_out",
+    "OUT": "audit.report",
+}
+USAGE = """make audit ENCODER=torchvision:resnet50 WEIGHTS=model.pt IMAGES=its/training/images
+  PUBLIC=public/images [HELD_OUT=test/images] [OUT=report.html]
+  [REFERENCE=timm:NAME] [REFERENCE_WEIGHTS=second.pt]
+  [P="k=100 crop.kind=corner reading.layer=backbone"]
+  an encoder: timm:NAME, torchvision:NAME, hub:REPOSITORY:NAME, hf:NAME_OR_FOLDER,
+  package.module:function, or a file that this package wrote; without WEIGHTS its pretrained ones
+  images: a folder of class folders, a data set of data_manifests/, or both as pets:/my/copy"""
+
+
+def audited(overrides: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the parameters of an audit, with what `make audit` was given in the environment."""
+    if not all(environment.get(name) for name in ("ENCODER", "IMAGES", "PUBLIC")):
+        raise ParameterError(USAGE)
+    for name, parameter in AUDIT.items():
+        if environment.get(name):
+            group, _, key = parameter.partition(".")
+            overrides.setdefault(group, {})[key] = environment[name]
+    return overrides
+
+
 def plan(profile: str, overrides: Mapping[str, Any]) -> str:
     """Return what a profile would train, as text: encoders, steps, arithmetic, GPU hours,
     checkpoints on disk.
@@ -357,11 +387,11 @@ def plan(profile: str, overrides: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status of `keys` (which notebooks are out of date), `run` (execute one) or
-    `plan` (the cost).
+    """Return the exit status of `keys` (which notebooks are out of date), `run` (execute one),
+    `plan` (the cost) or `audit` (05_audit on what the environment names).
     """
     parser = argparse.ArgumentParser(prog="notebooks/batch.py", description=__doc__)
-    parser.add_argument("command", choices=("keys", "run", "plan"))
+    parser.add_argument("command", choices=("keys", "run", "plan", "audit"))
     parser.add_argument("stage", nargs="?", help="the notebook to run, such as 02_attack")
     parser.add_argument("--profile", default="laptop")
     parser.add_argument(
@@ -379,6 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             print(plan(options.profile, overrides))
             return 0
+        if options.command == "audit":
+            overrides = audited(overrides, os.environ)
+            overrides["profile"], options.stage = "audit", "05_audit"
+            options.out = store.runs("audit") / "notebooks" / "05_audit.ipynb"
         if not options.stage:
             parser.error("run: name the notebook, such as 02_attack")
         began = time.monotonic()

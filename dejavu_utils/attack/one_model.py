@@ -17,8 +17,8 @@ import torch
 
 from dejavu_utils.attack import inference, references
 from dejavu_utils.models import encoders, train
-from dejavu_utils.models.checkpoints import Foreign
 from dejavu_utils.models.encoders import embed
+from dejavu_utils.models.external import External
 from dejavu_utils.models.pairs import Pair
 
 COMPONENTS = (
@@ -217,7 +217,7 @@ def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str) -> pd.Da
 
 
 def _judge(
-    pair: Pair, fresh: Foreign, kind: str, recipe: train.Recipe, folds: int, device: str
+    pair: Pair, fresh: External, kind: str, recipe: train.Recipe, folds: int, device: str
 ) -> pd.DataFrame:
     rows, seed = [], pair.setting["seed"]
     for side in "ab":

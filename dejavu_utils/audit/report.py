@@ -204,6 +204,9 @@ def page(case: Subject, found: dict) -> str:
         "periphery": "a background crop was cut, which shows none of the object",
         "corner": "a corner was cut, which may show a part of the object",
     }[case.crop["kind"]]
+    assumed = ""
+    if case.assumed:
+        assumed = f"<p>Assumed of the encoder: {escape('; '.join(case.assumed))}.</p>"
     facts = "".join(
         f"<tr><th scope=row>{escape(name)}<td>{escape(str(value))}"
         for name, value in found["made"].items()
@@ -221,7 +224,7 @@ def page(case: Subject, found: dict) -> str:
     } images):
 <b>{points(verdict["score"])} points</b>, 95 % interval {points(verdict["low"])} to {
         points(verdict["high"])
-    }.</p></div>
+    }.</p>{assumed}</div>
 <h2>What was done</h2><p>From each image {
         crop
     }. The encoder's nearest public pictures to that crop vote for what the
@@ -285,7 +288,7 @@ def provenance(case: Subject, files: dict, params: dict) -> dict[str, str]:
     )
     found = {}
     for (name, one), which in zip(encoders.items(), ("target", "reference"), strict=False):
-        found |= {name: f"{files[which]} ({one.layout})", f"{name}, sha256": one.sha256}
+        found |= {name: f"{files[which]}, {one.name}", f"{name}, sha256": one.sha256}
     sets = case.attacked | {"public": case.public}
     found |= {
         f"{name} images": f"{len(each)}, digest {each.digest[:16]}" for name, each in sets.items()

@@ -14,7 +14,8 @@ from dejavu_utils.attack import crops, knn
 from dejavu_utils.audit import sources
 from dejavu_utils.data import boxes, manifests
 from dejavu_utils.data.images import Images
-from dejavu_utils.models.checkpoints import Foreign
+from dejavu_utils.models import external
+from dejavu_utils.models.external import External
 
 MINIMUM = 20  # attacked images; fewer say nothing
 # grey levels of 255, root mean square over thumbnails of 8 px: closer pictures count as the same
@@ -27,8 +28,8 @@ class Subject:
     the same in all.
     """
 
-    encoder: Foreign
-    reference: Foreign | None  # a second model, said to be trained without the audited images
+    encoder: External
+    reference: External | None  # a second model, said to be trained without the audited images
     audited: Images  # said to be training images
     unseen: Images | None  # said to be in no training set; they calibrate the score
     source: str  # of `unseen`: "held-out", "public" (a part of X stands in) or "" (none)
@@ -36,7 +37,8 @@ class Subject:
     crop: dict
     size: int  # px of the squares that the encoder sees
     layers: tuple[str, ...]  # the first one is judged
-    notes: tuple[str, ...]  # what was assumed, left out or replaced
+    notes: tuple[str, ...]  # what was read, left out or replaced
+    assumed: tuple[str, ...] = ()  # of the encoder: what no file and no configuration told
 
     @property
     def attacked(self) -> dict[str, Images]:
@@ -72,6 +74,7 @@ class Subject:
             "Single images: memory and luck cannot be told apart for one image, only for the set.",
             trust[self.source],
             *second[: self.reference is not None],
+            *(f"Assumed of the encoder: {note}." for note in self.assumed),
             *(f"Of encoder and images: {note}." for note in self.notes),
         ]
 
@@ -143,17 +146,16 @@ def load(params: dict, files: dict[str, str], images: dict[str, Images], dataset
     """Return the subject of what sources.given or sources.demonstration found; its encoders are
     read here.
     """
-    how = {name: params["reading"][name] for name in ("layout", "which", "trunk")}
-    return prepare(
-        {which: sources.encoder(spec, **how) for which, spec in files.items()},
-        images,
-        params,
-        dataset,
-    )
+    how = {name: params["reading"][name] for name in ("prefix", "unused")}
+    encoders = {}
+    for which, spec in files.items():
+        file = params["encoder"][sources.FILES[which]]
+        encoders[which] = external.encoder(spec, file, **how)
+    return prepare(encoders, images, params, dataset)
 
 
 def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: str = "") -> Subject:
-    """Return the subject of {"target", "reference"} -> (encoder, px) and {"images", "public",
+    """Return the subject of {"target", "reference"} -> encoder and {"images", "public",
     "held_out"} -> Images.
 
     Classes are matched by name. Public pictures that look like an attacked one are left out (its
@@ -161,7 +163,7 @@ def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: st
     images are held out, a part of X is attacked instead. `params`: reading, audit, crop, k, seeds.
     ValueError says which set is too small, and for what.
     """
-    (target, size), (reference, _) = encoders["target"], encoders.get("reference", (None, 0))
+    target, reference = encoders["target"], encoders.get("reference")
     given, limit, seed = images["images"], params["audit"]["limit"], params["seeds"][0]
     crop, notes = _crop(params["crop"], dataset, given)
     for name, each in images.items():
@@ -199,7 +201,7 @@ def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: st
     else:
         _enough(unseen, held, crop, "HELD_OUT", len(classes))
     _covers(public, images["public"].classes, int(alike.sum()), params["k"])
-    size, assumed = _side(params["reading"]["size"] or size, target, given)
+    size, assumed = _side(params["reading"]["size"] or target.size, target, given)
     return Subject(
         target,
         reference,
@@ -210,7 +212,8 @@ def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: st
         crop,
         size,
         _layers(target, reference, params["reading"]["layer"]),
-        (*target.notes, *notes, *assumed),
+        (*target.notes, *notes),
+        (*target.assumed, *assumed),
     )
 
 
@@ -268,28 +271,27 @@ def _nearest(name: str, there: tuple[str, ...]) -> str:
     return f" (PUBLIC has {plain[close[0]]!r})" if close else ""
 
 
-def _side(size: int, encoder: Foreign, images: Images) -> tuple[int, list[str]]:
+def _side(size: int, encoder: External, images: Images) -> tuple[int, list[str]]:
     """Return the side (px) of the squares that the encoder sees, and a note if it had to be
     assumed.
     """
-    stem = getattr(encoder.trunk, "conv1", None)
-    small = (
-        min(224, int(np.median(images.sizes.min(1))))
-        if getattr(stem, "kernel_size", (7,))[0] < 7
-        else 224
-    )
-    return size or small, [] if size else [
-        f"input of {small} px (assumed, it is not in the file: set reading.size)"
-    ]
+    if size:
+        return size, []
+    convolutions = (m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    stem = next(convolutions, None)
+    size = 224
+    if stem is not None and stem.kernel_size[0] < 7:  # made for small pictures
+        size = min(size, int(np.median(images.sizes.min(1))))
+    return size, [f"input of {size} px (set reading.size)"]
 
 
-def _names(encoder: Foreign) -> list[str]:
+def _names(encoder: External) -> list[str]:
     """Return the layers of an encoder, as its `layers` names them."""
     blocks = len(encoder.projector)
     return ["backbone", *(f"block{i}" for i in range(1, blocks)), *["projector"][:blocks]]
 
 
-def _layers(target: Foreign, reference: Foreign | None, wanted: str) -> tuple[str, ...]:
+def _layers(target: External, reference: External | None, wanted: str) -> tuple[str, ...]:
     """Return the layers to look at, the one to judge first: the projector's output where there is
     one.
     """

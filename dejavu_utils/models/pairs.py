@@ -14,7 +14,7 @@ import torch
 
 from dejavu_utils import store
 from dejavu_utils.data import datasets, manifests, split
-from dejavu_utils.models import checkpoints, engines, feed, methods, train, views
+from dejavu_utils.models import engines, external, feed, methods, train, views
 from dejavu_utils.models.encoders import Encoder
 from dejavu_utils.models.jobs import read_log
 
@@ -106,7 +106,7 @@ class Pair:
 
     def encoder(self, model: str, epoch: int) -> Encoder:
         """Return encoder "A" or "B" as it was after `epoch` epochs."""
-        return checkpoints.read(self.jobs[model].checkpoint(epoch))
+        return external.encoder(str(self.jobs[model].checkpoint(epoch)))
 
     def size(self) -> int:
         return self.jobs["A"].recipe.size

@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ from dejavu_utils.attack import crops, one_model
 from dejavu_utils.audit import audit, sources, subject
 from dejavu_utils.data import scenes
 from dejavu_utils.data.images import Images
-from dejavu_utils.models import checkpoints, own_format, train, views
+from dejavu_utils.models import encoders, external, own_format, train, views
 from dejavu_utils.models.encoders import Encoder
 
 CLASSES = 10
@@ -94,13 +93,11 @@ def planted(parts, remembered, share=0.3):
     images = parts[remembered].subset(crops.background(parts[remembered], crop)[1])
     images = images.subset(range(int(share * len(images))))
     trunk.learn(images.squares(16, crops.background(images, crop)[0]), images.labels)
-    return checkpoints.Foreign(
-        trunk, nn.ModuleList(), "planted", "student", ["planted"], [], "0" * 64
-    )
+    return external.External(trunk, name="planted", notes=("planted",), sha256="0" * 64)
 
 
 def examine(encoder, images, reference=None, **params):
-    encoders = {"target": (encoder, 0)} | ({"reference": (reference, 0)} if reference else {})
+    encoders = {"target": encoder} | ({"reference": reference} if reference else {})
     case = subject.prepare(encoders, images, PARAMS | params)
     inferred = audit.infer(case, 10)
     rows = audit.table(case, inferred, None if reference else audit.judge(case, inferred))
@@ -256,9 +253,7 @@ def test_the_network_can_be_the_reference(parts, encoder, monkeypatch):
     small = train.Recipe(encoder="small4", projector="8-8", batch=32, threads=1)
     network = one_model.network
     monkeypatch.setattr(one_model, "network", lambda device: network(small, 1, device))
-    case = subject.prepare(
-        {"target": (encoder, 0)}, sets(parts, "a"), PARAMS | {"audit": {"limit": 80}}
-    )
+    case = subject.prepare({"target": encoder}, sets(parts, "a"), PARAMS | {"audit": {"limit": 80}})
     judged = audit.judge(case, {}, "network")
     assert len(judged["audited"][0]) == len(case.audited) == 80
     assert ((0 <= judged["unseen"][2]) & (judged["unseen"][2] <= 1)).all()
@@ -277,7 +272,7 @@ def test_pictures_that_look_like_attacked_ones_are_left_out_of_x(parts, encoder)
         np.r_[parts["public"].sizes, twins.sizes],
         torch.cat([parts["public"].pixels, twins.pixels]),
     )
-    case = subject.prepare({"target": (encoder, 0)}, sets(parts, "a") | {"public": public}, PARAMS)
+    case = subject.prepare({"target": encoder}, sets(parts, "a") | {"public": public}, PARAMS)
     assert len(case.public) == len(parts["public"])
     assert any(
         "40 public pictures look like one of the attacked images" in note for note in case.notes
@@ -285,9 +280,9 @@ def test_pictures_that_look_like_attacked_ones_are_left_out_of_x(parts, encoder)
     with pytest.raises(
         ValueError, match=r"PUBLIC: no picture of 10 of 10 classes.*1000 were left out"
     ):
-        subject.prepare({"target": (encoder, 0)}, sets(parts, "a") | {"public": parts["a"]}, PARAMS)
+        subject.prepare({"target": encoder}, sets(parts, "a") | {"public": parts["a"]}, PARAMS)
     with pytest.raises(ValueError, match=r"HELD_OUT: 0 of 0 pictures have a usable"):
-        subject.prepare({"target": (encoder, 0)}, sets(parts, "a", "a"), PARAMS)
+        subject.prepare({"target": encoder}, sets(parts, "a", "a"), PARAMS)
 
 
 def test_classes_are_matched_by_name(parts, encoder):
@@ -297,16 +292,14 @@ def test_classes_are_matched_by_name(parts, encoder):
         labels=CLASSES - 1 - parts["public"].labels,
     )
     first, second = (
-        subject.prepare(
-            {"target": (encoder, 0)}, sets(parts, "a") | {"public": public}, PARAMS
-        ).public
+        subject.prepare({"target": encoder}, sets(parts, "a") | {"public": public}, PARAMS).public
         for public in (parts["public"], turned)
     )
     assert first.digest == second.digest
 
 
 def test_too_little_is_an_error_that_says_what_to_pass(parts, encoder):
-    target, few = {"target": (encoder, 0)}, parts["a"].subset(range(19))
+    target, few = {"target": encoder}, parts["a"].subset(range(19))
     with pytest.raises(
         ValueError, match=r"IMAGES: 18 of 19 pictures have a usable periphery crop, at least 20"
     ):
@@ -335,7 +328,7 @@ def test_without_boxes_the_corner_is_attacked(parts, encoder):
         name: dataclasses.replace(each, boxes=[np.zeros((0, 4), np.float32)] * len(each))
         for name, each in parts.items()
     }
-    case = subject.prepare({"target": (encoder, 0)}, sets(bare, "a"), PARAMS)
+    case = subject.prepare({"target": encoder}, sets(bare, "a"), PARAMS)
     assert case.crop["kind"] == "corner" and len(case.audited) == len(parts["a"])
     assert case.rects(case.audited)[0].tolist() == [0, 23, 9, 32]
     assert any("no boxes" in limit for limit in case.limits)
@@ -344,11 +337,11 @@ def test_without_boxes_the_corner_is_attacked(parts, encoder):
 def test_the_untrained_twin_has_other_weights_and_leaves_everything_as_it_was():
     encoder, state = Encoder("small4", "8-8", 16), torch.get_rng_state()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    fresh = subject.untrained(encoder)
+    fresh = encoders.untrained(encoder)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not torch.equal(fresh.trunk[0].weight, encoder.trunk[0].weight)
-    assert torch.equal(subject.untrained(encoder).trunk[0].weight, fresh.trunk[0].weight)
+    assert torch.equal(encoders.untrained(encoder).trunk[0].weight, fresh.trunk[0].weight)
     assert torch.isfinite(fresh(torch.randn(2, 3, 16, 16))).all()
 
 
@@ -384,64 +377,19 @@ def test_images_that_are_not_there(name):
         sources.pictures(name, "PUBLIC")
 
 
-def test_an_encoder_from_our_own_file_knows_its_size(tmp_path):
-    recipe = train.Recipe(encoder="small4", projector="8-8", size=24)
-    encoder = Encoder("small4", "8-8", 24).eval()
-    own_format.save(tmp_path / "e.safetensors", encoder, recipe)
-    found, size = sources.encoder(str(tmp_path / "e.safetensors"))
-    assert size == 24 and found.layout == "own"
-    assert torch.equal(found.trunk[0].weight, encoder.trunk[0].weight)
-
-
-def test_encoders_that_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone.pt is not a file"):
-        sources.encoder(str(tmp_path / "gone.pt"))
-    torch.save({"what": torch.zeros(3)}, tmp_path / "odd.pt")
-    with pytest.raises(store.StoreError, match="odd.pt"):
-        sources.encoder(str(tmp_path / "odd.pt"))
-    with pytest.raises(
-        ValueError, match="ENCODER: resnet5O is no file, and no model has that name.*resnet50"
-    ):
-        sources.encoder("resnet5O")
-
-
-def test_a_pretrained_model_keeps_its_own_normalisation(monkeypatch):
-    import timm
-
-    model = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=32
-    )  # mean and deviation 0.5
-    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
-    create, fetched = timm.create_model, Mock(side_effect=[model, OSError("no network")])
-    monkeypatch.setattr(
-        timm,
-        "create_model",
-        lambda name, pretrained, **more: fetched() if pretrained else create(name, **more),
-    )
-    found, size = sources.encoder("vit_tiny_patch16_224")
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.allclose(
-            found.layers(views.normalize(pixels))["backbone"], model(pixels / 127.5 - 1), atol=1e-4
-        )
-    assert size == 224 and found.layout == "timm" and len(found.sha256) == 64
-    with pytest.raises(
-        ValueError,
-        match=r"could not be fetched \(OSError: no network\). Pass the encoder as a file",
-    ):
-        sources.encoder("vit_tiny_patch16_224")
-
-
 def test_parameters_name_what_is_audited(parts, tmp_path):
     root = str(folder_of(tmp_path / "mine", parts["a"], 40))
-    params = {
-        "encoder": {"target": "resnet18", "reference": ""},
-        "sets": {"images": root, "public": root, "held_out": ""},
-    }
+    encoder = {"target": "torchvision:resnet18", "weights": "", "reference": ""}
+    encoder |= {"reference_weights": ""}
+    params = {"encoder": encoder, "sets": {"images": root, "public": root, "held_out": ""}}
     files, images, _ = sources.given(params)
-    with pytest.raises(FileNotFoundError, match=r"REFERENCE: there is no file gone.pt; expected"):
-        sources.given(params | {"encoder": {"target": "resnet18", "reference": "gone.pt"}})
-    assert files == {"target": "resnet18"} and set(images) == {"images", "public"}
+    assert files == {"target": "torchvision:resnet18"} and set(images) == {"images", "public"}
+    for change, message in (
+        ({"reference": "gone.pt"}, "REFERENCE: there is no file gone.pt; expected timm:NAME"),
+        ({"weights": "gone.pt"}, "ENCODER: there is no file gone.pt; expected a file of weights"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            sources.given(params | {"encoder": encoder | change})
     pair = type("Pair", (), {"parts": parts, "jobs": {}})
     wrong = {
         "encoder": {"target": "", "reference": ""},

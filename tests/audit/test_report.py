@@ -18,7 +18,7 @@ from dejavu_utils import store
 from dejavu_utils.attack import scoring
 from dejavu_utils.audit import audit, report, subject
 from dejavu_utils.data.images import Images
-from dejavu_utils.models.checkpoints import Foreign
+from dejavu_utils.models.external import External
 
 EVIL = '<script>alert("x")</script>'
 
@@ -80,8 +80,8 @@ class Stack(list):
 
 
 def examined(sides=(40,), reference=False):
-    encoder = Foreign(
-        Noise(), nn.ModuleList(), "noise", "student", [f"read as {EVIL}"], [], "ab" * 32
+    encoder = External(
+        Noise(), name="noise", notes=(f"read as {EVIL}",), assumed=(EVIL,), sha256="ab" * 32
     )
     params = {
         "reading": {"size": 16, "layer": ""},
@@ -96,7 +96,7 @@ def examined(sides=(40,), reference=False):
             "corner": "lower-left",
         },
     }
-    encoders = {"target": (encoder, 0)} | ({"reference": (encoder, 0)} if reference else {})
+    encoders = {"target": encoder} | ({"reference": encoder} if reference else {})
     sets = {
         "images": images(30, 1, sides),
         "public": images(30, 2, sides),
@@ -179,6 +179,8 @@ def test_it_says_what_the_tables_say(one, page):
     case, found, _ = one
     text, verdict = Reader(page).text, found["verdict"]
     assert verdict["sentence"] in text and verdict["word"] in text
+    box = text.partition("What was done")[0]
+    assert f"Assumed of the encoder: {case.assumed[0]}" in box
     for row in found["scores"].to_dict("records"):
         assert (
             f"{report.points(row['score'])} ( {report.points(row['low'])}".replace("( ", "(")
@@ -223,7 +225,7 @@ def test_each_verdict_has_a_sign_and_a_word_beside_its_colour(one):
 def test_a_second_model_and_pictures_of_many_sizes():
     case, found, _ = examined(sides=(40, 52), reference=True)
     text = Reader(report.page(case, found)).text
-    assert "than a second model" in text and "second.pt (noise)" in text
+    assert "than a second model" in text and "second.pt, noise" in text
     assert "Whether the second model was trained alike" in text
 
 

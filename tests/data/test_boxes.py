@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from dejavu_utils import notebook, plots, store
 from dejavu_utils.audit import sources, subject
 from dejavu_utils.data import boxes, datasets, manifests, split
-from dejavu_utils.models import checkpoints
+from dejavu_utils.models import external
 
 COLUMNS = "image,width,height,x0,y0,x1,y1,class"
 
@@ -441,7 +441,7 @@ def audit(root, sets=("train", "public", "heldout")):
         which: boxes.folder(root / place, sources.SETS[which])
         for which, place in zip(sources.SETS, sets, strict=True)
     }
-    encoder = (checkpoints.read(str(root / "encoder.pt")), 0)
+    encoder = external.encoder("torchvision:resnet18", str(root / "encoder.pt"))
     return subject.prepare({"target": encoder}, given, params, str(root / sets[0]))
 
 

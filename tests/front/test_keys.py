@@ -91,7 +91,7 @@ def test_an_edit_of_squares_makes_the_attack_s_table_again_and_trains_nothing(pa
         ("data/images.py", {"attack.references"}),
         ("attack/inference.py", {"attack.references"}),
         # reads other people's encoders, and those that VISSL wrote
-        ("models/foreign.py", {"attack.references"}),
+        ("models/external.py", {"attack.references"}),
         ("models/criteria.py", {"models.train", "reconstruct.decoder", "attack.references"}),
         ("vissl_engine.py", {"vissl_engine"}),
         ("models/views.py", set(RESULTS)),

@@ -17,7 +17,7 @@ import torch
 
 from dejavu_utils import store, vissl_engine
 from dejavu_utils.attack import inference
-from dejavu_utils.models import checkpoints, criteria, encoders, train
+from dejavu_utils.models import criteria, encoders, external, train
 from dejavu_utils.models.jobs import read_log
 
 needs_vissl = pytest.mark.skipif(
@@ -339,8 +339,8 @@ def test_vissls_checkpoint_is_attacked(trained):
     )
     labels, embedded = torch.arange(30) % 3, {}
     for model, epoch in (("A", 1), ("B", 0)):
-        encoder = checkpoints.read(vissl_engine.checkpoint(trained, epoch))
-        assert encoder.layout == "vissl"
+        encoder = external.encoder(str(vissl_engine.checkpoint(trained, epoch)))
+        assert encoder.size == 32 and len(encoder.projector) == 2
         embedded[model] = encoders.embed(encoder, pixels, layers=("projector", "backbone"))
         assert embedded[model]["projector"].shape == (30, 32) and embedded[model][
             "backbone"
@@ -378,10 +378,13 @@ def test_every_criterion_trains(tmp_path, criterion, optimizer, constants):
         _model(job, epoch)["trunk"]["_feature_blocks.layer4.2.conv3.weight"] for epoch in (0, 1)
     )
     assert not torch.equal(before, after) and np.isfinite(_log(job)[0]["loss"])
-    for which in ["student"] + ["teacher"] * (criterion in ("moco", "dino")):
-        encoder = checkpoints.read(vissl_engine.checkpoint(job, 1), which=which)
+    file = str(vissl_engine.checkpoint(job, 1))
+    read = [external.encoder(file)]
+    for prefix in {"moco": ["loss.moco"], "dino": ["loss.momentum"]}.get(criterion, []):
+        read.append(external.encoder("torchvision:resnet50", file, prefix=prefix))
+    for encoder in read:
         found = encoders.embed(encoder, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-        assert found["projector"].shape == (2, 32) and encoder.which == which
+        assert found["projector"].shape == (2, 32)
 
 
 @needs_vissl

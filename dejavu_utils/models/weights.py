@@ -1,0 +1,415 @@
+"""Weights in other people's files: read as data, and found under whatever prefix they have.
+
+`read` returns every tensor of a file by its dotted path; nothing in the file is executed. `find`
+returns those that fill a given network, all of them and with their shapes; `projector` the MLP that
+stands on it. StoreError says what is damaged, unsafe, or does not fit.
+"""
+
+import builtins
+import os
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dejavu_utils.store import StoreError
+
+# Copies that their projects evaluate: an average over training steps.
+AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|teacher|target)(?![a-z])")
+# Words that tell the copies of one network, and their heads, apart.
+BRANCH = re.compile(r"(?i)(?<![a-z])(ema|teacher|target|student|momentum|online)(?![a-z])")
+# Tensors that take part in training only.
+UNUSED = re.compile(
+    r"(?i)mask_?(ed|token)|queue|decoder|predict|prototype|last_layer|classifier|probe|callbacks"
+    r"|criterion|loss|center|temperature|averaged"
+)
+# Modules of the standard library whose classes hold settings and nothing else.
+SETTINGS = {"argparse", "collections", "datetime", "decimal", "enum", "pathlib", "types", "typing"}
+SETTINGS |= {"uuid"}
+
+
+# -- a file ---------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """Return {dotted path: tensor} of everything in a safetensors or torch file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: expected a checkpoint (.safetensors, .pt, …).")
+
+    with path.open("rb") as file:
+        first = file.read(9)
+
+    if first[8:9] == b"{":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise StoreError(f"{path} is truncated or damaged: {error}.") from error
+
+    zipped = first.startswith(b"PK\x03\x04")
+    if zipped:
+        _check_zip(path)
+    elif not first.startswith(b"\x80"):
+        raise StoreError(
+            f"{path} begins with {first[:4]!r}: it is no checkpoint. Expected safetensors or a "
+            "torch file, not compressed."
+        )
+
+    tensors = dict(_tensors(_load(path, zipped)))
+    if not tensors:
+        raise StoreError(f"{path} holds no tensor.")
+
+    for name, tensor in tensors.items():  # one row, said to be repeated a million times
+        if tensor.layout == torch.strided and tensor.nbytes > path.stat().st_size:
+            raise StoreError(f"{path}: {name} would be larger than the file; nothing was loaded.")
+    return tensors
+
+
+def _check_zip(path: Path) -> None:
+    """Raise StoreError unless every entry is stored plainly, as torch writes it, and undamaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
+            program = any(entry.filename.endswith("/constants.pkl") for entry in entries)
+            if not plain or not fits or program:
+                raise StoreError(
+                    f"{path} is a TorchScript program, compressed, or larger inside than outside: "
+                    "expected what torch.save(model.state_dict(), FILE) writes."
+                )
+            summed = any(entry.CRC for entry in entries)  # torch can be told to write none
+            damaged = archive.testzip() if summed else None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise StoreError(f"{path} is truncated or damaged: {error}.") from error
+    if damaged:
+        raise StoreError(f"{path} is truncated or damaged: {damaged}. Fetch it again.")
+
+
+class Settings:
+    """What stands in for every class that torch does not know: an empty dict with attributes.
+
+    Nothing of the class itself is imported or called, so whatever the file asks for, none of its
+    code runs.
+    """
+
+    def __new__(cls, *arguments: object) -> OrderedDict:
+        return OrderedDict()
+
+
+def _load(path: Path, zipped: bool) -> object:
+    """Return what torch.load reads with weights_only, settings of unknown classes as dicts."""
+    known, seen = _numpy_globals(), set()
+    while True:
+        try:
+            with torch.serialization.safe_globals(known):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception as error:  # torch raises six types here; the text tells them apart
+            name = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+            if name is None or name[1] in seen or not _is_setting(name[1]):
+                raise _refusal(path, error) from error
+            seen.add(name[1])
+            whole = name[1] if "." in name[1] else f"builtins.{name[1]}"
+            known.append((Settings, whole))
+
+
+def _numpy_globals() -> list:
+    """Return what numbers and arrays of numpy are made of, by the names of numpy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    array = np.zeros(0).__reduce__()[0]
+    found = [np.dtype, np.ndarray, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+    for core in ("numpy.core", "numpy._core"):
+        found.append((scalar, f"{core}.multiarray.scalar"))
+        found.append((array, f"{core}.multiarray._reconstruct"))
+    return found
+
+
+def _is_setting(name: str) -> bool:
+    """Return whether a global in a pickle is a class of values, and not a call of something."""
+    module, _, last = name.rpartition(".")
+    root = module.partition(".")[0]
+    if root in ("", "builtins"):
+        return isinstance(getattr(builtins, last, None), type)
+    if root in sys.stdlib_module_names:
+        return root in SETTINGS
+    return last[:1].isupper()
+
+
+def _refusal(path: Path, error: Exception) -> StoreError:
+    text = str(error)
+    called = re.search(r"(?:unsupported GLOBAL|global: GLOBAL) ([\w.]+)", text)
+    if called:
+        return StoreError(
+            f"{path} asks for {called[1]}, which is no value but code to run: refused. Where you "
+            "trust it, save its weights alone, in the environment that wrote it: "
+            "torch.save(model.state_dict(), NEW)."
+        )
+    lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    reason = lines[0][:150] if lines else type(error).__name__
+    return StoreError(f"{path} is no whole torch file: {reason}. Fetch it again.")
+
+
+def _tensors(
+    tree: object, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (dotted path, tensor) of everything in nested dicts, also in the attributes of one."""
+    seen = set() if seen is None else seen
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "fiu":
+        tree = torch.from_numpy(tree)
+    if isinstance(tree, Tensor):
+        yield path, tree.detach()
+    if not isinstance(tree, Mapping) or id(tree) in seen:  # settings may point to their parents
+        return
+    seen.add(id(tree))
+    for name, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
+        hidden = name in ("_modules", "_parameters", "_buffers")  # of a module saved whole
+        below = path if hidden else f"{path}.{name}" if path else str(name)
+        yield from _tensors(value, below, seen)
+
+
+# -- a network's weights in it --------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """Where the weights of a network are in a file."""
+
+    prefix: str
+    tensors: dict[str, Tensor]  # by the network's own names
+    copies: list[str]  # prefixes of further copies of the same network
+    rest: dict[str, Tensor]  # all that belongs to no copy, by its path in the file
+
+
+class Misfit(StoreError):
+    """The weights are those of another network: `problems` in words, `advice` what to type next."""
+
+    def __init__(self, problems: list[str], advice: str = "") -> None:
+        shown = "; ".join(problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        super().__init__(shown + more)
+        self.advice = advice
+
+
+def find(
+    flat: dict[str, Tensor],
+    network: nn.Module,
+    prefix: str = "",
+    convert: Callable | None = None,
+) -> Found:
+    """Return the weights of `network` in a file: every tensor, with its shape, under one prefix.
+
+    Of several copies the averaged one is taken (EMA, teacher), or the first whose prefix contains
+    `prefix`. `convert(tensors, network)` renames the original authors' tensors (timm has such
+    functions); it is asked where the names do not fit.
+    """
+    wanted = {n: t for n, t in network.state_dict().items() if "num_batches_tracked" not in n}
+    children = [name for name, _ in network.named_children()]
+    plain = {name: name for name in wanted}
+    numbered = {_numbered(name, children): name for name in wanted}
+    names = max(plain, numbered, key=lambda each: max(_prefixes(flat, each).values(), default=0))
+
+    counts = _prefixes(flat, names)
+    problems = {where: _problems(flat, where, names, wanted) for where in counts}
+    whole = [where for where in counts if not problems[where]]
+    chosen = [where for where in whole or counts if prefix in where]
+    if not chosen:
+        where = f"under a prefix with {prefix!r}" if prefix else "in the file"
+        known = ", ".join(whole) or f"it begins with {', '.join([*flat][:4])}"
+        raise Misfit([f"the network's tensors are not {where}: {known}"])
+
+    # of equal rank the first in the file
+    best = max(chosen, key=lambda where: (counts[where], AVERAGED.search(where) is not None))
+    if not problems[best]:
+        copies = [where for where in whole if where != best]
+        taken = {where + stored for where in whole for stored in names}
+        rest = {p: t for p, t in flat.items() if p not in taken and "num_batches" not in p}
+        return Found(best, {names[n]: flat[best + n] for n in names}, copies, rest)
+
+    renamed = _converted(flat, best, network, convert)
+    if renamed is None:
+        raise Misfit(problems[best])
+    return find(renamed, network, best)
+
+
+def _prefixes(flat: dict[str, Tensor], names: dict[str, str]) -> dict[str, int]:
+    """Return {prefix: how many of `names` are under it}, in the order of the file."""
+    counts: dict[str, int] = {}
+    for path in flat:
+        parts = path.split(".")
+        for cut in range(len(parts)):
+            if ".".join(parts[cut:]) in names:
+                prefix = "".join(f"{part}." for part in parts[:cut])
+                counts[prefix] = counts.get(prefix, 0) + 1
+    return counts
+
+
+def _numbered(name: str, children: list[str]) -> str:
+    """Return a tensor's name in nn.Sequential(*network.children()): layer1.0.… is 4.0.…"""
+    first, _, tail = name.partition(".")
+    return f"{children.index(first)}.{tail}" if first in children else name
+
+
+def _problems(flat: dict, prefix: str, names: dict, wanted: dict) -> list[str]:
+    missing, shapes = [], []
+    for stored, name in names.items():
+        tensor = flat.get(prefix + stored)
+        if tensor is None:
+            missing.append(f"{name} is missing")
+        elif tensor.shape != wanted[name].shape:
+            expected = tuple(wanted[name].shape)
+            shapes.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+    return shapes + missing
+
+
+def _converted(
+    flat: dict[str, Tensor], prefix: str, network: nn.Module, convert: Callable | None
+) -> dict[str, Tensor] | None:
+    """Return a file's tensors with those under `prefix` renamed by `convert`.
+
+    None if it cannot rename them, or would also resize them.
+    """
+    near = {path[len(prefix) :]: t for path, t in flat.items() if path.startswith(prefix)}
+    try:
+        renamed = convert(dict(near), network)
+    except Exception:  # the converter was written for other files: it may fail in any way
+        return None
+    for name in near.keys() & renamed.keys():
+        tokens = 8 * renamed[name].shape[-1:].numel()  # class and register tokens are split off
+        if abs(near[name].numel() - renamed[name].numel()) > tokens:
+            return None
+    outside = {path: t for path, t in flat.items() if not path.startswith(prefix)}
+    return {prefix + name: tensor for name, tensor in renamed.items()} | outside
+
+
+def unexplained(found: Found, network: nn.Module, classifier: tuple, unused: str) -> list[str]:
+    """Return the tensors left over that a forward pass may use: then the network is another one.
+
+    Those are tensors inside a part that the network has, single parameters and normalisations
+    beside its parts; not the `classifier`, and nothing that UNUSED or the caller's `unused` names.
+    """
+    parts = {name.partition(".")[0] for name in network.state_dict() if "." in name}
+    inside = {
+        path.removeprefix(found.prefix): tensor
+        for path, tensor in found.rest.items()
+        if path.startswith(found.prefix) and tensor.ndim and tensor.is_floating_point()
+    }
+    flat_parts = {name.partition(".")[0] for name, t in inside.items() if t.ndim > 1}
+    suspects = []
+    for name in inside:
+        first, _, tail = name.partition(".")
+        known = UNUSED.search(name) or name.startswith(classifier)
+        if known or unused and re.search(unused, name):
+            continue
+        if first in parts or not tail or first not in flat_parts:
+            suspects.append(name)
+    return suspects
+
+
+def copy_into(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy `tensors` into a network, strictly; StoreError unless they are plain and finite."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+            raise StoreError(f"{name} is {tensor.layout}, {tensor.dtype}: expected plain numbers.")
+        if not tensor.isfinite().all():
+            raise StoreError(
+                f"{name} holds NaN or infinity: the training diverged; take an earlier checkpoint."
+            )
+
+    counters = {n: t for n, t in network.state_dict().items() if "num_batches_tracked" in n}
+    network.load_state_dict(counters | tensors, strict=True)
+
+
+# -- the MLP on top -------------------------------------------------------------------------------
+
+
+@dataclass
+class Head:
+    """A projection head: Linear, BatchNorm, activation blocks with their weights."""
+
+    prefix: str
+    blocks: nn.ModuleList
+    paths: list[str]  # of its tensors in the file
+
+
+def projector(found: Found, width: int) -> Head | None:
+    """Return the MLP on the representation (n, width), rebuilt from its tensors; None without one.
+
+    It is a group of Linear and BatchNorm layers whose widths chain. Of several, that of the same
+    copy (student, teacher, …) and nearest to the trunk in the file. Between its layers stands an
+    activation: GELU where weight-normed prototypes follow (DINO's heads), else ReLU.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in found.rest:
+        if not UNUSED.search(path):
+            groups.setdefault(_group(path), []).append(path)
+
+    branch = BRANCH.findall(found.prefix)
+    ranks = {}
+    for prefix, paths in groups.items():
+        own = BRANCH.findall(prefix)
+        if own in (branch, []) and _chain(paths, found.rest, width):
+            near = os.path.commonprefix([prefix, found.prefix])
+            ranks[prefix] = (own == branch, len(near))
+    if not ranks:
+        return None
+
+    prefix = max(ranks, key=ranks.__getitem__)
+    layers = _chain(groups[prefix], found.rest, width)
+    prototypes = r"(last_layer|prototypes\d*)\.(weight_g|parametrizations)"
+    gelu = any(re.search(prototypes, path) for path in found.rest)
+    activation = nn.GELU if gelu else nn.ReLU
+    return Head(prefix, _blocks(layers, found.rest, activation), groups[prefix])
+
+
+def _group(path: str) -> str:
+    """Return the part of a path before its first number, or before the layer's name."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    cut = numbers[0] if numbers else max(0, len(parts) - 2)
+    return "".join(f"{part}." for part in parts[:cut])
+
+
+def _chain(paths: list[str], tensors: dict[str, Tensor], width: int) -> list[str]:
+    """Return the layers' paths in order, if they are an MLP that takes `width` numbers, else []."""
+    layers = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
+    layers.sort(key=lambda path: [int(number) for number in re.findall(r"(?<=\.)\d+", "." + path)])
+
+    linear = 0
+    for layer in layers:
+        weight, mean = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.running_mean")
+        if weight is not None and weight.ndim == 2 and weight.shape[1] == width:
+            width = weight.shape[0]
+            linear += 1
+        elif mean is None or linear == 0 or mean.shape != (width,):
+            return []
+    # a single layer without a number is a classifier rather than a head
+    return layers if linear > 1 or linear and re.search(r"\.\d+$", "." + layers[0]) else []
+
+
+def _blocks(
+    layers: list[str], tensors: dict[str, Tensor], activation: type[nn.Module]
+) -> nn.ModuleList:
+    """Return the layers as blocks: Linear, BatchNorm if there is one, and an activation between."""
+    blocks: list[list[nn.Module]] = []
+    for layer in layers:
+        own = {p.rpartition(".")[2]: t for p, t in tensors.items() if p.rpartition(".")[0] == layer}
+        if "running_mean" in own:
+            module = nn.BatchNorm1d(len(own["running_mean"]), affine="weight" in own)
+            blocks[-1].append(module)
+        else:
+            if blocks:
+                blocks[-1].append(activation())
+            wide, into = own["weight"].shape
+            module = nn.Linear(into, wide, bias="bias" in own)
+            blocks.append([module])
+        copy_into(module, own)
+    return nn.ModuleList(nn.Sequential(*block) for block in blocks)
