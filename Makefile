@@ -1,6 +1,6 @@
 # The front door. Plain `make` lists what it can do.
 .DEFAULT_GOAL := help
-.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench lock clean
+.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench sitting lock clean
 SHELL := /bin/sh
 
 PROFILE ?= laptop
@@ -73,6 +73,11 @@ reference: .venv/.installed  ## real photographs in pieces of some minutes, on a
 
 bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sampling, each beside its limit
 	@$(PYTHON) tests/bench/bench.py
+
+# A machine with a GPU may have its own torch and no network: its python3 does where there is no .venv.
+sitting:  ## a sitting at a GPU, to a clock: OUT=folder MINUTES=9 [PART=check|evidence] (results/sitting.py)
+	@test -n "$(OUT)" || { echo "make sitting OUT=folder MINUTES=9 [PART=check|evidence]" >&2; exit 1; }
+	@$(or $(wildcard $(PYTHON)),python3) results/sitting.py run "$(OUT)" --minutes $(or $(MINUTES),9) --part "$(PART)"
 
 lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock
 	@$(UV) lock

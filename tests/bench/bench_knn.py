@@ -20,6 +20,7 @@ import time
 from statistics import median
 
 import bench_common
+from torch.overrides import TorchFunctionMode
 
 OURS, LIMIT, CHECKED = "ours (exact, proven)", "matrix product alone", 8
 NAMES = {"highest": "float32", "high": "tf32", "medium": "bfloat16"}
@@ -273,3 +274,62 @@ def _memory(name: str, q, x, sizes: dict) -> dict:
         if measured
         else {}
     )
+
+
+class _InBf16(TorchFunctionMode):
+    """Multiplies in bfloat16 what is multiplied in float32, and adds in float32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        import torch
+
+        if func is not torch.mm or args[0].dtype != torch.float32:
+            return func(*args, **kwargs or {})
+        left, right = args[0].bfloat16(), args[1].bfloat16()
+        out = (kwargs or {}).get("out")
+        if not left.is_cuda:  # the CPU has no such product: the same values, in float32
+            return func(left.float(), right.float(), out=out)
+        found = torch.mm(left, right, out_dtype=torch.float32)
+        return found if out is None else out.copy_(found)
+
+
+@contextlib.contextmanager
+def coarsely(precision: str):
+    """Let `knn.search` propose candidates by a product in "tf32", as on a GPU, or in "bf16".
+
+    Its bounds are those of the precision, so float64 still ranks and proves; what bfloat16 cannot
+    prove is searched again in float32.
+    """
+    from dejavu_utils.attack import knn
+
+    original = knn.candidates
+
+    def rounded(queries, bank, keep, dtype, engine, tile):
+        import torch
+
+        if dtype != torch.float32 or engine != "high":
+            return original(queries, bank, keep, dtype, engine, tile)
+        with _InBf16():
+            return original(queries, bank, keep, dtype, "medium", tile)
+
+    if precision == "bf16":
+        knn.candidates = rounded
+    try:
+        yield
+    finally:
+        knn.candidates = original
+
+
+def product_bf16(q, x):
+    """Return a function that multiplies all queries with all of the bank in bfloat16, converted
+    beforehand.
+    """
+    import torch
+
+    left, right = q.bfloat16(), x.bfloat16()
+
+    def work():
+        for some in left.split(16384):
+            for part in right.split(16384):
+                torch.mm(some, part.T)
+
+    return work

@@ -100,3 +100,17 @@ def test_sizes_are_those_that_the_recipes_know(load, device, monkeypatch):
         pairs.recipe(criterion, sizes["recipe"])
     with pytest.raises(SystemExit, match="bench has no size stepps; there are: steps"):
         bench.rows({"stepps": 1})
+
+
+def test_a_coarse_product_in_bf16_bounds_every_distance_from_below(load):
+    bench = load("bench_knn")
+    q, x = bench.points((10, 600, 64), "cpu")
+    keep = 40
+    with bench.coarsely("bf16"):
+        columns, bounds = knn.candidates(q, x, keep, torch.float32, "high", None)
+    distances = torch.cdist(q.double(), x.double()).square()
+    assert (bounds <= distances.gather(1, columns)).all()
+    left = distances.scatter(1, columns, torch.inf)
+    assert (bounds[:, -1:] <= left).all()  # the last one holds for every other row
+    _, exact = knn.candidates(q, x, keep, torch.float32, "highest", None)
+    assert (exact - bounds).mean() > 1e-3 * exact.mean()  # it is the coarser one
