@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from dejavu_utils import store
-from dejavu_utils.attack import crops, inference, knn, probe
+from dejavu_utils.attack import crops, inference, knn, probe, view_embeddings
 from dejavu_utils.data import scenes
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.encoders import Encoder, embed
@@ -195,7 +195,13 @@ def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
 
 @cached("probe")
 def probes(
-    pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"
+    pair: Pair,
+    epoch: int,
+    layer: str = "backbone",
+    method: str = "lbfgs",
+    augment: bool = False,
+    views: int = 10,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps,
     at one epoch.
@@ -206,23 +212,42 @@ def probes(
     on the encoder's own images and on the other half, so that the probe itself has seen neither.
     `knn`: k-NN accuracy. `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no
     seed (see probe.linear_probe).
+
+    With `augment` the probes train on `views` augmented views of each image, the training's second
+    view as in the authors' code (crop, flip, jitter, grey, solarise, no blur), and are judged on
+    the images as they are. The second probe has more images, and so as many fewer views of each.
     """
-    encoders, rows = {model: pair.encoder(model, epoch) for model in ("A", "B")}, []
-    held, t = held_out(pair, encoders, (layer,), device)
+    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    embed_here = functools.partial(embed_images, size=pair.size(), layers=(layer,), device=device)
+    embed_augmented = functools.partial(_augmented, pair, encoders, layer, device)
     fit = functools.partial(
         probe.linear_probe,
         classes=len(pair.parts["probe"].classes),
         method=method,
         seed=pair.setting["seed"],
     )
+
+    held, t = held_out(pair, encoders, (layer,), device)
     first = np.arange(len(t)) % 2 == 0
+    fewer = max(1, round(views * len(pair.parts["a"]) / first.sum()))
+    held_views = _held_out_views(pair, embed_augmented, min(views, fewer)) if augment else None
+
+    rows = []
     for model, encoder in encoders.items():
-        own = pair.parts[model.lower()]
-        x = embed_images({model: encoder}, own, pair.size(), (layer,), device=device)[layer][model]
-        y, z = own.labels, held[layer][model]
-        paper = fit(x, y, z, t)
-        folds = [fit(z[a], t[a], z[~a], t[~a], extra=(x, y)) for a in (first, ~first)]
-        member, fresh = (np.mean([fold[name] for fold in folds]) for name in ("extra", "test"))
+        side = model.lower()
+        own = pair.parts[side]
+        x, y = embed_here({model: encoder}, own)[layer][model], own.labels
+        z = held[layer][model]
+        seen = embed_augmented(own, views, f"probe {side}", (model,))[model] if augment else None
+        paper = fit(x, y, z, t, views=seen)
+
+        folds = []
+        for half in (first, ~first):
+            seen = held_views[model][:, half] if augment else None
+            folds.append(fit(z[half], t[half], z[~half], t[~half], extra=(x, y), views=seen))
+        member = np.mean([fold["extra"] for fold in folds])
+        non_member = np.mean([fold["test"] for fold in folds])
+
         rows.append(
             {
                 "model": model,
@@ -230,14 +255,50 @@ def probes(
                 "held_out": paper["test"],
                 "gap": paper["gap"],
                 "member": member,
-                "non_member": fresh,
-                "fresh_gap": member - fresh,
+                "non_member": non_member,
+                "fresh_gap": member - non_member,
                 "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)),
                 "n_train": len(y),
                 "n_held_out": len(t),
             }
         )
     return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
+
+
+def _augmented(
+    pair: Pair,
+    encoders: dict[str, Encoder],
+    layer: str,
+    device: str,
+    images: Images,
+    views: int,
+    purpose: str,
+    models: Sequence[str] = ("A", "B"),
+) -> dict[str, torch.Tensor]:
+    """Return {model: (views, n, d)}: augmented views of images under these models, which all see
+    the same views.
+    """
+    drawn = view_embeddings.draws(pair, images, views, purpose)
+    found: dict[str, list[torch.Tensor]] = {model: [] for model in models}
+    for rows, pixels in view_embeddings.sources(pair, images):
+        part = [each.part(rows) for each in drawn]
+        for model in models:
+            seen = view_embeddings.embed_views(
+                encoders[model], pixels, part, pair.size(), (layer,), device
+            )
+            found[model].append(seen[layer])
+    return {model: torch.cat(parts, 1) for model, parts in found.items()}
+
+
+def _held_out_views(
+    pair: Pair, embed_augmented: Callable[..., dict[str, torch.Tensor]], views: int
+) -> dict[str, torch.Tensor]:
+    """Return {model: (views, n, d)} of the images that no encoder saw, in the order of
+    `held_out`.
+    """
+    sets = [part for part in ("probe", "control") if len(pair.parts[part])]
+    found = [embed_augmented(pair.parts[part], views, f"probe {part}") for part in sets]
+    return {model: torch.cat([each[model] for each in found], 1) for model in ("A", "B")}
 
 
 def bayes(pair: Pair) -> float:
