@@ -41,9 +41,9 @@ def cached(name: str) -> Callable[[Make], Make]:
     """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and
     then reads it.
 
-    A table is told by the pair's encoders and images, by all arguments but the device, by the crop
-    (the pair's, if none is given) and by the code that the function's module depends on. It is on
-    disk as <name>-<epoch>-<key>.
+    A table is told by the pair's encoders, images and rules, by all arguments but the device, by
+    the crop (the pair's, if none is given) and by the code that the function's module depends on.
+    It is on disk as <name>-<epoch>-<key>.
     """
 
     def decorate(make: Make) -> Make:
@@ -54,6 +54,7 @@ def cached(name: str) -> Callable[[Make], Make]:
             given = dict(bound.arguments)
             pair, _ = given.pop("pair"), given.pop("device")
             given["crop"] = given.get("crop") or pair.crop
+            given["rules"] = inference.Rules(**pair.rules)
             return cached_table(
                 pair,
                 f"{name}-{given['epoch']:04d}",
@@ -88,11 +89,13 @@ def two_model(
     scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
     layers = layers or ("projector", "backbone", *scored)
     targets, found, public = {}, {}, pair.parts["public"]
+    rules = inference.Rules(**pair.rules)
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    how = {"size": pair.size(), "layers": layers, "device": device, "keep": rules.keep}
     for side, images in attacked_sets(pair, attacked).items():
         targets[side], rects = cropped(images, crop or pair.crop)
-        found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
-    found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
+        found[side] = embed_images(encoders, targets[side], rects=rects, **how)
+    found["public"] = embed_images(encoders, public, **how)
     ids, labels = (
         {side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels")
     )
@@ -109,7 +112,7 @@ def two_model(
         }
         known = None if layer == "logits" else at["public"]
         table = inference.label_inference(
-            at, known, public.labels, ids, labels, k, len(public.classes)
+            at, known, public.labels, ids, labels, k, len(public.classes), rules
         )
         tables.append(
             table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked)
@@ -147,9 +150,10 @@ def embed_images(
     rects: np.ndarray | None = None,
     device: str = "cpu",
     chunk: int = 4096,
+    keep: float = 1.0,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every
-    encoder.
+    encoder; of each the centre square, or with `keep` that share of its side.
 
     Pictures are decoded once for all encoders and `chunk` at a time, so that a public set need not
     fit into memory.
@@ -157,7 +161,7 @@ def embed_images(
     found: dict = {layer: {model: [] for model in encoders} for layer in layers}
     for start in range(0, len(images), chunk):
         rows = np.arange(start, min(start + chunk, len(images)))
-        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows])
+        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows], keep)
         for model, encoder in encoders.items():
             for layer, values in embed(encoder, pixels, layers, device=device).items():
                 found[layer][model].append(values)
@@ -174,7 +178,9 @@ def held_out(
     and control set.
     """
     sets = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
-    found = [embed_images(encoders, images, pair.size(), layers, device=device) for images in sets]
+    keep = inference.Rules(**pair.rules).keep
+    how = {"size": pair.size(), "layers": layers, "device": device, "keep": keep}
+    found = [embed_images(encoders, images, **how) for images in sets]
     joined = {
         layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
         for layer in layers
@@ -218,7 +224,10 @@ def probes(
     the images as they are. The second probe has more images, and so as many fewer views of each.
     """
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    embed_here = functools.partial(embed_images, size=pair.size(), layers=(layer,), device=device)
+    keep = inference.Rules(**pair.rules).keep
+    embed_here = functools.partial(
+        embed_images, size=pair.size(), layers=(layer,), device=device, keep=keep
+    )
     embed_augmented = functools.partial(_augmented, pair, encoders, layer, device)
     fit = functools.partial(
         probe.linear_probe,
@@ -338,7 +347,8 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
     """
     public, size = pair.parts["public"], pair.size()
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    known = public.squares(size)
+    keep = inference.Rules(**pair.rules).keep
+    known = public.squares(size, keep=keep)
     bank = {
         model: embed(encoder, known, ("projector",))["projector"]
         for model, encoder in encoders.items()
@@ -347,7 +357,7 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
     for name in ids:
         side = "a" if name in pair.parts["a"].ids else "b"
         one = pair.parts[side].subset(np.flatnonzero(pair.parts[side].ids == name))
-        crop = one.squares(size, crops.background(one, pair.crop)[0])
+        crop = one.squares(size, crops.background(one, pair.crop)[0], keep)
         row = {"crop": crop[0], "image": one.squares(size)[0], "name": one.classes[one.labels[0]]}
         for role, model in (
             ("target", side.upper()),

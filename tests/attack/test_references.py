@@ -304,3 +304,12 @@ def test_views_that_are_the_images_themselves_give_the_plain_probe(pairs, monkey
     found = references.probes.__wrapped__(pairs[0], 2, augment=True, views=2)
     numbers = ["train", "held_out", "gap", "member", "non_member", "fresh_gap"]
     np.testing.assert_allclose(found[numbers], plain[numbers], atol=0.03)
+
+
+def test_a_pair_is_attacked_by_its_rules(pairs):
+    papers = {"ties": "lowest class", "confidence": "logit", "keep": 0.5, "rounding": "down"}
+    ours = references.two_model(pairs[0], 2, 5)
+    found = references.two_model(dataclasses.replace(pairs[0], rules=papers), 2, 5)
+    assert (found["id"] == ours["id"]).all() and (found["confidence"] != ours["confidence"]).any()
+    same = references.two_model(dataclasses.replace(pairs[0], rules={"keep": 1.0}), 2, 5)
+    pd.testing.assert_frame_equal(same, ours)
