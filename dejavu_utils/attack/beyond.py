@@ -68,7 +68,13 @@ def _embedded(
         kept[name], values[name] = images.subset(known), values[name][known]
         rects = rects if rects is None else rects[known]
         found[name] = references.embed_images(
-            encoders, kept[name], pair.size(), (layer,), rects, device
+            encoders,
+            kept[name],
+            pair.size(),
+            (layer,),
+            rects,
+            device,
+            keep=inference.Rules(**pair.rules).keep,
         )[layer]
     return found, kept, values
 

@@ -8,13 +8,41 @@ are a *stratum*: its images are ranked and resampled by themselves, and strata w
 score is the mean over directions (paper section 4, symmetrised).
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import torch
 
-from dejavu_utils.attack import knn
+from dejavu_utils.attack import knn, scoring
 
 TARGETS = {"a": "A", "b": "B"}  # attacked set -> the model trained with it
+CONFIDENCES = ("entropy", "logit")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Where the attack may be done in two ways: the defaults are ours, the paper's code has the
+    other. Notebooks have them as the parameter `rules`.
+    """
+
+    ties: str = "nearest"  # of votes: to the nearer class; the paper's: "lowest class" (knn.vote)
+    confidence: str = "entropy"  # in class scores: minus their entropy; the paper's: "logit"
+    keep: float = 1.0  # share of the shorter side that is embedded; the paper's: .875 (224 of 256)
+    rounding: str = "up"  # of how many images the top p % are; the paper's: "down"
+
+    def __post_init__(self) -> None:
+        known = {"ties": knn.TIES, "confidence": CONFIDENCES, "rounding": scoring.ROUNDINGS}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"rules: {name} = {getattr(self, name)!r}; expected one of {values}."
+                )
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"rules: keep = {self.keep}; expected 0 < keep <= 1.")
+
+
+OURS = Rules()
 
 
 def infer(
@@ -23,14 +51,15 @@ def infer(
     bank_labels: np.ndarray | torch.Tensor,
     k: int,
     classes: int,
+    ties: str = "nearest",
 ) -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k),
     distances (q, k).
 
     `queries` (q, d) and `bank` (n, d) are embeddings, `bank_labels` (n,) ints; `neighbours` are
     rows of `bank`. The bank is searched in the order of its labels, so a tie at the k-th neighbour
-    goes to the lower class whatever the order of the public set. Paper section 4: k-NN label
-    inference.
+    goes to the lower class whatever the order of the public set; `ties` of votes: see `knn.vote`.
+    Paper section 4: k-NN label inference.
     """
     labels = torch.as_tensor(bank_labels).long().cpu()
     if len(labels) != len(bank):
@@ -44,7 +73,7 @@ def infer(
     distances, columns = knn.search(queries, bank if in_order else bank[order.to(bank.device)], k)
     columns = order.to(columns.device)[columns]
     blocks = zip(labels.to(columns.device)[columns].split(8192), distances.split(8192), strict=True)
-    votes = [knn.vote(*block, classes) for block in blocks]
+    votes = [knn.vote(*block, classes, ties) for block in blocks]
     ranking, confidence = (
         torch.cat([getattr(vote, name) for vote in votes]) for name in ("ranking", "confidence")
     )
@@ -58,22 +87,21 @@ def infer(
     return {name: values.cpu().numpy() for name, values in found.items()}
 
 
-def infer_scores(scores: torch.Tensor) -> dict[str, np.ndarray]:
+def infer_scores(scores: torch.Tensor, confidence: str = "entropy") -> dict[str, np.ndarray]:
     """Return prediction (q,), top5 (q, 5) and confidence (q,) nats of class scores (q, classes),
     without neighbours.
 
     The attack on the supervised baseline's logits (paper §2.3): the largest score is the guess,
-    ties go to the lower class; the confidence is minus the entropy of their softmax, comparable
-    with that of votes.
+    ties go to the lower class. The confidence is minus the entropy of their softmax, comparable
+    with that of votes, or the largest score itself ("logit", as in the paper's code).
     """
     logs = torch.log_softmax(torch.as_tensor(scores).double(), 1)
     best = logs.argsort(dim=1, descending=True, stable=True)[:, :5]
     ranking = torch.nn.functional.pad(best, (0, 5 - best.shape[1]), value=-1)
-    found = {
-        "prediction": ranking[:, 0],
-        "top5": ranking,
-        "confidence": (logs.exp() * logs).nan_to_num().sum(1),
-    }
+    certain = (logs.exp() * logs).nan_to_num().sum(1)
+    if confidence == "logit":
+        certain = torch.as_tensor(scores).double().amax(1)
+    found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": certain}
     return {name: values.cpu().numpy() for name, values in found.items()}
 
 
@@ -85,6 +113,7 @@ def label_inference(
     labels: dict[str, np.ndarray],
     k: int,
     classes: int,
+    rules: Rules = OURS,
 ) -> pd.DataFrame:
     """Return the table of all four (model, attacked set) pairs, in the order of direction, role and
     id.
@@ -92,6 +121,7 @@ def label_inference(
     `crops[set][model]` (n, d): embeddings of the background crops of set "a" or "b" under model "A"
     or "B"; `public[model]` (m, d) embeddings of X, or None where `crops` holds class scores (n,
     classes) that answer directly; `ids[set]`, `labels[set]` (n,). Target of "a" is A, of "b" is B.
+    Of `rules`, ties and confidence count here.
     ValueError when lengths differ, an id appears twice, or a label is outside 0 .. classes - 1.
     """
     seen = np.concatenate([np.asarray(ids[name]) for name in TARGETS])
@@ -118,9 +148,9 @@ def label_inference(
                     f"from 0 to {classes - 1}."
                 )
             found = (
-                infer(queries, public[model], public_labels, k, classes)
+                infer(queries, public[model], public_labels, k, classes, rules.ties)
                 if public
-                else infer_scores(queries)
+                else infer_scores(queries, rules.confidence)
             )
             rows = {
                 "id": name,

@@ -24,6 +24,7 @@ BITS = {
     "high": 11,
     "medium": 8,
 }  # of factors, by engine: float32, float32, TF32, bfloat16
+TIES = ("nearest", "lowest class")  # who wins of classes with equally many votes
 FOLD, AGAIN, PAIRS = (
     8,
     4,
@@ -341,14 +342,17 @@ def _negative_entropy(counts: Tensor, k: int) -> Tensor:
     return tree_sum(terms.to(counts.device)[largest])[:, 0]
 
 
-def vote(labels: Tensor, distances: Tensor, classes: int) -> Votes:
+def vote(labels: Tensor, distances: Tensor, classes: int, ties: str = "nearest") -> Votes:
     """Return the votes of k neighbours: counts (q, classes), top 5 classes (q, 5), confidence (q,)
     = -entropy in nats.
 
     `labels` (q, k) int, `distances` (q, k) ascending. A class with more votes comes first; ties go
-    to the lower mean distance, then to the lower class index. -1 fills `ranking` where fewer than 5
-    classes have a vote.
+    to the lower mean distance, then to the lower class index, or with `ties="lowest class"` to the
+    lower class index at once (the paper's code leaves them to the order of its classes). -1 fills
+    `ranking` where fewer than 5 classes have a vote.
     """
+    if ties not in TIES:
+        raise ValueError(f"knn.vote: ties {ties!r}; expected one of {TIES}.")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"knn.vote: labels {int(labels.min())} to {int(labels.max())}; expected 0 to "
@@ -361,6 +365,8 @@ def vote(labels: Tensor, distances: Tensor, classes: int) -> Votes:
         counts.scatter_add_(1, labels[:, i : i + 1], torch.ones_like(labels[:, :1]))
         sums.scatter_add_(1, labels[:, i : i + 1], distances[:, i : i + 1].double())
     left, mean = counts.clone(), sums / counts.clamp(min=1)
+    if ties == "lowest class":
+        mean = torch.zeros_like(mean)  # all equally near: argmin takes the first
     ranking = torch.full((rows, 5), -1, dtype=torch.int64, device=labels.device)
     for i in range(min(5, classes)):
         most = left.amax(1, keepdim=True)

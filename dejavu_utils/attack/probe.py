@@ -4,6 +4,7 @@ what it remembers.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,7 @@ def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
 
 
 def fit_sgd(
-    x: Tensor,
+    views: Tensor,
     y: Tensor,
     classes: int,
     seed: int,
@@ -92,29 +93,41 @@ def fit_sgd(
     """Return weight (classes, d) and bias after the paper's recipe: SGD, momentum 0.9, no decay,
     batches of 64.
 
+    `views` (v, n, d): each epoch takes the next view of every image, and after the last the first.
     The rate falls linearly from `rates[0]` to `rates[1]` over all steps, set anew every 50 steps.
-    Starts from nn.Linear's own initialisation and draws the batches from `seed`; the last, smaller
-    batch is used too.
+    Such rates suit features of length 1 only: each feature is standardised and divided by the
+    square root of d (the answer is for the features as they are). Starts from nn.Linear's own
+    initialisation and draws the batches from `seed`; the last, smaller batch is used too.
     """
-    source = torch.Generator().manual_seed(seed)
-    bound = x.shape[1] ** -0.5
-    start = (torch.rand(classes, x.shape[1] + 1, generator=source) * 2 - 1) * bound
-    weight, bias = (
-        part.clone().to(x.device).requires_grad_() for part in (start[:, :-1], start[:, -1])
-    )
-    solver = torch.optim.SGD([weight, bias], lr=rates[0], momentum=0.9)
-    steps, done = epochs * -(-len(x) // batch), 0
+    count, n, width = views.shape
+    mean = views.mean((0, 1))
+    spread = views.std((0, 1), correction=0)
+    scale = torch.where(spread > 0, spread, torch.ones_like(spread)) * width**0.5
+
+    generator = torch.Generator().manual_seed(seed)
+    start = (torch.rand(classes, width + 1, generator=generator) * 2 - 1) * width**-0.5
+    weight = start[:, :-1].clone().to(views.device).requires_grad_()
+    bias = start[:, -1].clone().to(views.device).requires_grad_()
+    optimizer = torch.optim.SGD([weight, bias], lr=rates[0], momentum=0.9)
+
+    steps = epochs * math.ceil(n / batch)
+    done = 0
     with torch.enable_grad():
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x), generator=source).to(x.device).split(batch):
-                solver.param_groups[0]["lr"] = (
-                    rates[0] + (rates[1] - rates[0]) * (done - done % 50) / steps
-                )
-                solver.zero_grad()
-                torch.nn.functional.cross_entropy(x[rows] @ weight.T + bias, y[rows]).backward()
-                solver.step()
+        for epoch in range(epochs):
+            x = (views[epoch % count] - mean) / scale  # (n, d), rows of length about 1
+            for rows in torch.randperm(n, generator=generator).to(views.device).split(batch):
+                share = (done - done % 50) / steps
+                optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * share
+
+                optimizer.zero_grad()
+                logits = x[rows] @ weight.T + bias  # (b, classes)
+                torch.nn.functional.cross_entropy(logits, y[rows]).backward()
+                optimizer.step()
                 done += 1
-    return weight.detach().double(), bias.detach().double()
+
+    weight = weight.detach().double() / scale.double()
+    bias = bias.detach().double() - weight @ mean.double()
+    return weight, bias
 
 
 def _accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
@@ -134,6 +147,7 @@ def linear_probe(
     method: str = "lbfgs",
     seed: int = 0,
     *,
+    views: Tensor | np.ndarray | None = None,
     extra: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
     penalty: float = 1e-3,
     steps: int = 1000,
@@ -143,11 +157,14 @@ def linear_probe(
 ) -> dict[str, float]:
     """Return accuracies of a linear classifier on frozen features: train, test, gap = train - test.
 
-    Features (n, d), labels (n,) ints below `classes`. `extra` = (x, y) adds the accuracy "extra" on
-    a third set. "lbfgs": standardised logistic regression, L2 `penalty` on the mean loss, at most
-    `steps` iterations; needs no seed. "sgd": the paper's recipe on the features as they are (the
-    paper feeds augmented views anew in every epoch; pass features of views to come closer). The
-    paper's baseline is the gap between its training images and held-out ones.
+    Features (n, d), labels (n,) ints below `classes`. `views` (v, n, d), of augmented views of the
+    training images, are trained on in place of `train_x`, as the paper's probe is; accuracies are
+    of the images themselves. `extra` = (x, y) adds the accuracy "extra" on a third set.
+
+    "lbfgs": standardised logistic regression on all views together, L2 `penalty` on the mean loss,
+    at most `steps` iterations; needs no seed. "sgd": the paper's recipe, another view in every
+    epoch (see `fit_sgd`). The paper's baseline is the gap between training images and held-out
+    ones.
     """
     if method not in METHODS:
         raise ValueError(f"probe.linear_probe: method {method!r}; expected one of {METHODS}.")
@@ -155,21 +172,38 @@ def linear_probe(
     sets = {"train": (x, y), "test": _pair(test_x, test_y, classes, "test", x.device)}
     if extra is not None:
         sets["extra"] = _pair(*extra, classes, "extra", x.device)
-    widths = {name: part[0].shape[1] for name, part in sets.items()}
+
+    seen = x[None] if views is None else _views(views, x)  # (v, n, d)
+    widths = {name: part[0].shape[1] for name, part in sets.items()} | {"views": seen.shape[2]}
     if len(set(widths.values())) > 1:
         raise ValueError(
             f"probe.linear_probe: feature widths {widths}; expected the same layer for every set."
         )
+
     if method == "lbfgs":
-        model = fit_lbfgs(x, y, penalty, steps)
+        model = fit_lbfgs(seen.flatten(0, 1), y.repeat(len(seen)), penalty, steps)
         found = {
             name: float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
             for name, (z, t) in sets.items()
         }
     else:
-        fitted = fit_sgd(x, y, classes, seed, epochs, rates, batch)
+        fitted = fit_sgd(seen, y, classes, seed, epochs, rates, batch)
         found = {name: _accuracy(*part, *fitted) for name, part in sets.items()}
     return {**found, "gap": found["train"] - found["test"]}
+
+
+def _views(views: Tensor | np.ndarray, x: Tensor) -> Tensor:
+    """Return views as float32 (v, n, d) beside the features (n, d) of the same images; ValueError
+    unless they fit.
+    """
+    found = torch.as_tensor(views).detach().float().to(x.device)
+    fits = found.ndim == 3 and len(found) > 0 and found.shape[1] == len(x)
+    if not fits or not torch.isfinite(found).all():
+        raise ValueError(
+            f"probe: views {tuple(found.shape)} of {len(x)} images; expected finite (v, n, d), "
+            "v >= 1."
+        )
+    return found
 
 
 def knn_accuracy(

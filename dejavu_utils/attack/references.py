@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from dejavu_utils import store
-from dejavu_utils.attack import crops, inference, knn, probe
+from dejavu_utils.attack import crops, inference, knn, probe, view_embeddings
 from dejavu_utils.data import scenes
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.encoders import Encoder, embed
@@ -41,9 +41,9 @@ def cached(name: str) -> Callable[[Make], Make]:
     """Return a decorator of functions (pair, epoch, …) -> table, which makes each table once and
     then reads it.
 
-    A table is told by the pair's encoders and images, by all arguments but the device, by the crop
-    (the pair's, if none is given) and by the code that the function's module depends on. It is on
-    disk as <name>-<epoch>-<key>.
+    A table is told by the pair's encoders, images and rules, by all arguments but the device, by
+    the crop (the pair's, if none is given) and by the code that the function's module depends on.
+    It is on disk as <name>-<epoch>-<key>.
     """
 
     def decorate(make: Make) -> Make:
@@ -54,6 +54,7 @@ def cached(name: str) -> Callable[[Make], Make]:
             given = dict(bound.arguments)
             pair, _ = given.pop("pair"), given.pop("device")
             given["crop"] = given.get("crop") or pair.crop
+            given["rules"] = inference.Rules(**pair.rules)
             return cached_table(
                 pair,
                 f"{name}-{given['epoch']:04d}",
@@ -88,11 +89,13 @@ def two_model(
     scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
     layers = layers or ("projector", "backbone", *scored)
     targets, found, public = {}, {}, pair.parts["public"]
+    rules = inference.Rules(**pair.rules)
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    how = {"size": pair.size(), "layers": layers, "device": device, "keep": rules.keep}
     for side, images in attacked_sets(pair, attacked).items():
         targets[side], rects = cropped(images, crop or pair.crop)
-        found[side] = embed_images(encoders, targets[side], pair.size(), layers, rects, device)
-    found["public"] = embed_images(encoders, public, pair.size(), layers, device=device)
+        found[side] = embed_images(encoders, targets[side], rects=rects, **how)
+    found["public"] = embed_images(encoders, public, **how)
     ids, labels = (
         {side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels")
     )
@@ -109,7 +112,7 @@ def two_model(
         }
         known = None if layer == "logits" else at["public"]
         table = inference.label_inference(
-            at, known, public.labels, ids, labels, k, len(public.classes)
+            at, known, public.labels, ids, labels, k, len(public.classes), rules
         )
         tables.append(
             table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked)
@@ -147,9 +150,10 @@ def embed_images(
     rects: np.ndarray | None = None,
     device: str = "cpu",
     chunk: int = 4096,
+    keep: float = 1.0,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every
-    encoder.
+    encoder; of each the centre square, or with `keep` that share of its side.
 
     Pictures are decoded once for all encoders and `chunk` at a time, so that a public set need not
     fit into memory.
@@ -157,7 +161,7 @@ def embed_images(
     found: dict = {layer: {model: [] for model in encoders} for layer in layers}
     for start in range(0, len(images), chunk):
         rows = np.arange(start, min(start + chunk, len(images)))
-        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows])
+        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows], keep)
         for model, encoder in encoders.items():
             for layer, values in embed(encoder, pixels, layers, device=device).items():
                 found[layer][model].append(values)
@@ -174,7 +178,9 @@ def held_out(
     and control set.
     """
     sets = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
-    found = [embed_images(encoders, images, pair.size(), layers, device=device) for images in sets]
+    keep = inference.Rules(**pair.rules).keep
+    how = {"size": pair.size(), "layers": layers, "device": device, "keep": keep}
+    found = [embed_images(encoders, images, **how) for images in sets]
     joined = {
         layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
         for layer in layers
@@ -195,7 +201,13 @@ def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
 
 @cached("probe")
 def probes(
-    pair: Pair, epoch: int, layer: str = "backbone", method: str = "lbfgs", device: str = "cpu"
+    pair: Pair,
+    epoch: int,
+    layer: str = "backbone",
+    method: str = "lbfgs",
+    augment: bool = False,
+    views: int = 10,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Return what the conventional test sees: a row per encoder with probe accuracies and two gaps,
     at one epoch.
@@ -206,23 +218,45 @@ def probes(
     on the encoder's own images and on the other half, so that the probe itself has seen neither.
     `knn`: k-NN accuracy. `method` "sgd" is the paper's recipe, "lbfgs" a fast one that needs no
     seed (see probe.linear_probe).
+
+    With `augment` the probes train on `views` augmented views of each image, the training's second
+    view as in the authors' code (crop, flip, jitter, grey, solarise, no blur), and are judged on
+    the images as they are. The second probe has more images, and so as many fewer views of each.
     """
-    encoders, rows = {model: pair.encoder(model, epoch) for model in ("A", "B")}, []
-    held, t = held_out(pair, encoders, (layer,), device)
+    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    keep = inference.Rules(**pair.rules).keep
+    embed_here = functools.partial(
+        embed_images, size=pair.size(), layers=(layer,), device=device, keep=keep
+    )
+    embed_augmented = functools.partial(_augmented, pair, encoders, layer, device)
     fit = functools.partial(
         probe.linear_probe,
         classes=len(pair.parts["probe"].classes),
         method=method,
         seed=pair.setting["seed"],
     )
+
+    held, t = held_out(pair, encoders, (layer,), device)
     first = np.arange(len(t)) % 2 == 0
+    fewer = max(1, round(views * len(pair.parts["a"]) / first.sum()))
+    held_views = _held_out_views(pair, embed_augmented, min(views, fewer)) if augment else None
+
+    rows = []
     for model, encoder in encoders.items():
-        own = pair.parts[model.lower()]
-        x = embed_images({model: encoder}, own, pair.size(), (layer,), device=device)[layer][model]
-        y, z = own.labels, held[layer][model]
-        paper = fit(x, y, z, t)
-        folds = [fit(z[a], t[a], z[~a], t[~a], extra=(x, y)) for a in (first, ~first)]
-        member, fresh = (np.mean([fold[name] for fold in folds]) for name in ("extra", "test"))
+        side = model.lower()
+        own = pair.parts[side]
+        x, y = embed_here({model: encoder}, own)[layer][model], own.labels
+        z = held[layer][model]
+        seen = embed_augmented(own, views, f"probe {side}", (model,))[model] if augment else None
+        paper = fit(x, y, z, t, views=seen)
+
+        folds = []
+        for half in (first, ~first):
+            seen = held_views[model][:, half] if augment else None
+            folds.append(fit(z[half], t[half], z[~half], t[~half], extra=(x, y), views=seen))
+        member = np.mean([fold["extra"] for fold in folds])
+        non_member = np.mean([fold["test"] for fold in folds])
+
         rows.append(
             {
                 "model": model,
@@ -230,14 +264,50 @@ def probes(
                 "held_out": paper["test"],
                 "gap": paper["gap"],
                 "member": member,
-                "non_member": fresh,
-                "fresh_gap": member - fresh,
+                "non_member": non_member,
+                "fresh_gap": member - non_member,
                 "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)),
                 "n_train": len(y),
                 "n_held_out": len(t),
             }
         )
     return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
+
+
+def _augmented(
+    pair: Pair,
+    encoders: dict[str, Encoder],
+    layer: str,
+    device: str,
+    images: Images,
+    views: int,
+    purpose: str,
+    models: Sequence[str] = ("A", "B"),
+) -> dict[str, torch.Tensor]:
+    """Return {model: (views, n, d)}: augmented views of images under these models, which all see
+    the same views.
+    """
+    drawn = view_embeddings.draws(pair, images, views, purpose)
+    found: dict[str, list[torch.Tensor]] = {model: [] for model in models}
+    for rows, pixels in view_embeddings.sources(pair, images):
+        part = [each.part(rows) for each in drawn]
+        for model in models:
+            seen = view_embeddings.embed_views(
+                encoders[model], pixels, part, pair.size(), (layer,), device
+            )
+            found[model].append(seen[layer])
+    return {model: torch.cat(parts, 1) for model, parts in found.items()}
+
+
+def _held_out_views(
+    pair: Pair, embed_augmented: Callable[..., dict[str, torch.Tensor]], views: int
+) -> dict[str, torch.Tensor]:
+    """Return {model: (views, n, d)} of the images that no encoder saw, in the order of
+    `held_out`.
+    """
+    sets = [part for part in ("probe", "control") if len(pair.parts[part])]
+    found = [embed_augmented(pair.parts[part], views, f"probe {part}") for part in sets]
+    return {model: torch.cat([each[model] for each in found], 1) for model in ("A", "B")}
 
 
 def bayes(pair: Pair) -> float:
@@ -277,7 +347,8 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
     """
     public, size = pair.parts["public"], pair.size()
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    known = public.squares(size)
+    keep = inference.Rules(**pair.rules).keep
+    known = public.squares(size, keep=keep)
     bank = {
         model: embed(encoder, known, ("projector",))["projector"]
         for model, encoder in encoders.items()
@@ -286,7 +357,7 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
     for name in ids:
         side = "a" if name in pair.parts["a"].ids else "b"
         one = pair.parts[side].subset(np.flatnonzero(pair.parts[side].ids == name))
-        crop = one.squares(size, crops.background(one, pair.crop)[0])
+        crop = one.squares(size, crops.background(one, pair.crop)[0], keep)
         row = {"crop": crop[0], "image": one.squares(size)[0], "name": one.classes[one.labels[0]]}
         for role, model in (
             ("target", side.upper()),

@@ -21,6 +21,7 @@ RANKINGS = ("own", "paired")
 CELLS = ("memorized", "correlated", "misrepresented", "unassociated")
 CLUSTER_FROM = 50  # from so many classes on, the bootstrap draws classes rather than images
 CHUNK = 1 << 21  # resampled weights held at a time
+ROUNDINGS = ("up", "down")
 
 
 class Stratum(NamedTuple):
@@ -95,17 +96,26 @@ def bootstrap_weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[n
         yield counts if units == n else counts[:, stratum.cluster]
 
 
-def _count(n: int | np.ndarray, p: float) -> float | np.ndarray:
-    """Return how many of n examples are the top p %: ceil(p n / 100), at least 1; ValueError unless
-    0 < p <= 100.
+def top_count(n: int | np.ndarray, p: float, rounding: str = "up") -> np.float64 | np.ndarray:
+    """Return how many of n examples are the top p %: p n / 100, rounded up, or down as in the
+    paper's code; at least 1. ValueError unless 0 < p <= 100.
     """
-    if not 0 < p <= 100:
-        raise ValueError(f"attack: p = {p}; expected a percentage: 0 < p <= 100.")
-    return np.maximum(1, np.ceil(np.asarray(n) * p / 100 - 1e-9))
+    if not 0 < p <= 100 or rounding not in ROUNDINGS:
+        raise ValueError(
+            f"attack: p = {p}, rounding = {rounding!r}; expected a percentage: 0 < p <= 100, and "
+            f"one of {ROUNDINGS}."
+        )
+    exact = np.asarray(n) * p / 100
+    whole = np.ceil(exact - 1e-9) if rounding == "up" else np.floor(exact + 1e-9)
+    return np.maximum(1, whole)
 
 
 def _ranked(
-    hits: np.ndarray, confidence: np.ndarray, weights: np.ndarray, shares: Sequence[float]
+    hits: np.ndarray,
+    confidence: np.ndarray,
+    weights: np.ndarray,
+    shares: Sequence[float],
+    rounding: str = "up",
 ) -> np.ndarray:
     """Return the accuracy (len(shares), r) on the top p % of every weighted sample (r, n),
     re-ranked in each.
@@ -121,7 +131,7 @@ def _ranked(
     before, mean = np.cumsum(sizes, 1) - sizes, right / np.maximum(sizes, 1)
     accuracies = []
     for p in shares:
-        wanted = _count(weights.sum(1), p)
+        wanted = top_count(weights.sum(1), p, rounding)
         taken = np.clip(wanted[:, None] - before, 0, sizes)
         found = right if p == 100 else taken * mean  # whole groups: counts without rounding
         accuracies.append(found.sum(1) / wanted)
@@ -129,7 +139,11 @@ def _ranked(
 
 
 def _accuracies(
-    strata: list[Stratum], shares: Sequence[float], resamples: int, seed: int
+    strata: list[Stratum],
+    shares: Sequence[float],
+    resamples: int,
+    seed: int,
+    rounding: str = "up",
 ) -> np.ndarray:
     """Return the mean over strata of target and reference accuracy (shares, 2, 1 + resamples);
     column 0 is the data.
@@ -138,7 +152,7 @@ def _accuracies(
     for stratum in strata:
         chunks = [
             [
-                _ranked(hits, confidence, weights, shares)
+                _ranked(hits, confidence, weights, shares, rounding)
                 for hits, confidence in zip(*stratum[:2], strict=True)
             ]
             for weights in bootstrap_weights(stratum, resamples, seed)
@@ -192,13 +206,14 @@ def matched(
     return sides
 
 
-def _discordant(strata: list[Stratum], p: float) -> tuple[int, int]:
+def _discordant(strata: list[Stratum], p: float, rounding: str = "up") -> tuple[int, int]:
     """Return how many of the top p % only the target, and only the reference, got right; a tied
     group comes whole.
     """
     signs = []
     for hits, confidence, *_ in strata:
-        last = np.sort(confidence[0])[::-1][int(_count(len(confidence[0]), p)) - 1]
+        count = int(top_count(len(confidence[0]), p, rounding))
+        last = np.sort(confidence[0])[::-1][count - 1]
         signs.append((hits[0] - hits[1])[(confidence[0] >= last) | (p == 100)])
     sign = np.concatenate(signs)
     return int((sign > 0).sum()), int((sign < 0).sum())
@@ -212,13 +227,14 @@ def curve(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    rounding: str = "up",
 ) -> list[dict]:
     """Return one `score` row per percentage in `shares`, all from the same resamples (list of
     dicts).
     """
     strata, rows, shares = stratify(table, top, ranking), [], list(shares)
     for p, (target, reference) in zip(
-        shares, _accuracies(strata, shares, resamples, seed), strict=True
+        shares, _accuracies(strata, shares, resamples, seed, rounding), strict=True
     ):
         row = {
             "p": p,
@@ -232,7 +248,10 @@ def curve(
         row |= bounds(target, "target", level=level) | bounds(reference, "reference", level=level)
         one_subset = ranking == "paired" or p == 100
         rows.append(
-            {**row, "mcnemar": mcnemar(*_discordant(strata, p)) if one_subset else math.nan}
+            {
+                **row,
+                "mcnemar": mcnemar(*_discordant(strata, p, rounding)) if one_subset else math.nan,
+            }
         )
     return rows
 
@@ -245,6 +264,7 @@ def score(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    rounding: str = "up",
 ) -> dict:
     """Return the déjà vu score at p %: target accuracy - reference accuracy, with
     percentile-bootstrap intervals.
@@ -253,10 +273,10 @@ def score(
     reference_high; n (images), p, ranking, top, level, resamples, mcnemar (exact p-value; NaN where
     the two subsets differ). `ranking="own"`: each model's own most confident examples (the
     paper's); "paired": ranked by the sum of both confidences. The bootstrap is stratified and ranks
-    anew in every resample; from 50 classes it draws classes. ValueError if the table is not one row
-    per image, role, direction and seed.
+    anew in every resample; from 50 classes it draws classes. `rounding`: see `top_count`.
+    ValueError if the table is not one row per image, role, direction and seed.
     """
-    return curve(table, [p], ranking, top, resamples, seed, level)[0]
+    return curve(table, [p], ranking, top, resamples, seed, level, rounding)[0]
 
 
 def four_way(
@@ -328,6 +348,7 @@ def difference(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    rounding: str = "up",
 ) -> dict:
     """Return score(one) - score(two) with its interval, both resampled with the same images (paired
     by id).
@@ -338,7 +359,7 @@ def difference(
     """
     shares = p if isinstance(p, tuple) else (p, p)
     left, right = (
-        np.subtract(*_accuracies(strata, [share], resamples, seed)[0])
+        np.subtract(*_accuracies(strata, [share], resamples, seed, rounding)[0])
         for strata, share in zip(matched(one, two, top, ranking), shares, strict=True)
     )
     row = bounds(left - right, "difference", "", level)

@@ -34,18 +34,20 @@ def scores(
     rankings: tuple[str, ...] = ("own", "paired"),
     top: int = 1,
     resamples: int = 2000,
+    rounding: str = "up",
 ) -> pd.DataFrame:
     """Return a row per setting, p and ranking: déjà vu score, interval, target and reference
     accuracy, n; seeds pooled.
 
     `table` is what `references.two_model` returns, of as many pairs, epochs and layers as wanted.
-    `top` 5 counts a guess as right when the class is among the five with the most votes.
+    `top` 5 counts a guess as right when the class is among the five with the most votes;
+    `rounding` says how many images the top p % are (`scoring.top_count`).
     """
     rows = [
         setting | row
         for setting, group in _groups(table)
         for ranking in rankings
-        for row in scoring.curve(group, percents, ranking, top, resamples)
+        for row in scoring.curve(group, percents, ranking, top, resamples, rounding=rounding)
     ]
     return pd.DataFrame(rows)
 
@@ -102,11 +104,12 @@ def curve(
     table: pd.DataFrame,
     percents: Sequence[float] = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100),
     resamples: int = 1000,
+    rounding: str = "up",
 ) -> pd.DataFrame:
     """Return accuracies over p with their intervals and the chance level: the table of
     `plots.over_p`.
     """
-    out = scores(table, percents, rankings=("own",), resamples=resamples)
+    out = scores(table, percents, rankings=("own",), resamples=resamples, rounding=rounding)
     return out.assign(chance=1 / table["label"].nunique())
 
 
@@ -128,7 +131,7 @@ def truth(curve: pd.DataFrame, classes: int) -> pd.DataFrame:
     return known
 
 
-def differences(table: pd.DataFrame, epochs: list[int]) -> pd.DataFrame:
+def differences(table: pd.DataFrame, epochs: list[int], rounding: str = "up") -> pd.DataFrame:
     """Return a row per criterion and rho for each paired difference of déjà vu scores over all
     examples, with interval.
 
@@ -159,7 +162,7 @@ def differences(table: pd.DataFrame, epochs: list[int]) -> pd.DataFrame:
                 p = (20, 100) if other is end else 100
                 rows.append(
                     {"criterion": criterion, "rho": rho, "what": what}
-                    | scoring.difference(end, other, p=p)
+                    | scoring.difference(end, other, p=p, rounding=rounding)
                 )
     return pd.DataFrame(rows)
 

@@ -40,8 +40,9 @@ def measure(
         {},
     )
     encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    rules = inference.Rules(**pair.rules)
     embed = functools.partial(
-        references.embed_images, size=pair.size(), layers=layers, device=device
+        references.embed_images, size=pair.size(), layers=layers, device=device, keep=rules.keep
     )
     for side, images in seen.items():
         targets[side], rects = references.cropped(images, pair.crop)
@@ -71,7 +72,7 @@ def measure(
                 for side in targets
             }
             table = inference.label_inference(
-                out, out["public"], public.labels, ids, labels, k, len(public.classes)
+                out, out["public"], public.labels, ids, labels, k, len(public.classes), rules
             )
             useful = {
                 side: probe.linear_probe(

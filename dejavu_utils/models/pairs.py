@@ -5,7 +5,7 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,7 @@ class Pair:
     crop: dict  # see crops.background
     counts: dict  # how many images of the data set are attackable, and why the others are not
     folder: Path  # tables of this pair
+    rules: dict = field(default_factory=dict)  # of the attack, see attack.inference.Rules
 
     def encoder(self, model: str, epoch: int) -> Encoder:
         """Return encoder "A" or "B" as it was after `epoch` epochs."""
@@ -125,9 +126,9 @@ def one(
 ) -> Pair:
     """Return the pair of one setting; nothing is trained yet (`launch.fit_all(jobs(pairs))` does).
 
-    `params` are a notebook's parameters: dataset, sizes, recipe, epochs, crop. The folder of an
-    encoder is named by the key of all that decides its weights: its pixels, recipe, epochs, seed
-    and the code that trains.
+    `params` are a notebook's parameters: dataset, sizes, recipe, epochs, crop, rules. The folder
+    of an encoder is named by the key of all that decides its weights: its pixels, recipe, epochs,
+    seed and the code that trains.
 
     What is trained on may differ from what is attacked: `trained` images a class instead of
     `sizes.attacked`, of which the attacked ones are the first (`pool` is the largest such number of
@@ -171,7 +172,8 @@ def one(
             len(parts["public"].classes),
         )
     setting = {"criterion": criterion, "rho": rho, "seed": seed}
-    return Pair(parts, jobs, setting, params["crop"], counts, folder / "pairs")
+    rules = params.get("rules", {})
+    return Pair(parts, jobs, setting, params["crop"], counts, folder / "pairs", rules)
 
 
 def settings(params: dict) -> list[tuple[str, float, int]]:

@@ -561,3 +561,43 @@ def test_class_scores_answer_directly():
     assert (found["top5"] == np.argsort(-scores, kind="stable")[:, :5]).all()
     few = inference.infer_scores([[900.0, -900.0]])
     assert few["confidence"][0] == 0 and few["top5"].tolist() == [[0, 1, -1, -1, -1]]
+
+
+# ---- the paper's rules ----
+
+
+def test_ties_of_votes_go_to_the_nearer_or_to_the_lower_class():
+    labels, distances = torch.tensor([[2, 2, 1, 1, 0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    ours = knn.vote(labels, distances, 3).ranking
+    papers = knn.vote(labels, distances, 3, "lowest class").ranking
+    assert ours[0].tolist() == [2, 1, 0, -1, -1] and papers[0].tolist() == [1, 2, 0, -1, -1]
+    with pytest.raises(ValueError, match="expected one of"):
+        knn.vote(labels, distances, 3, "first")
+
+
+def test_confidence_in_class_scores_is_their_entropy_or_the_largest_logit():
+    scores = torch.tensor([[4.0, 3.9, 0.0], [3.0, -9.0, -9.0]])
+    ours = inference.infer_scores(scores)
+    papers = inference.infer_scores(scores, "logit")
+    assert ours["confidence"].argmax() == 1 and papers["confidence"].argmax() == 0
+    assert papers["confidence"].tolist() == [4, 3]
+    assert (ours["prediction"] == papers["prediction"]).all()
+
+
+@pytest.mark.parametrize("n, p, up, down", [(7, 20, 2, 1), (10, 20, 2, 2), (3, 20, 1, 1)])
+def test_the_top_share_is_rounded_up_or_down(n, p, up, down):
+    assert scoring.top_count(n, p) == up and scoring.top_count(n, p, "down") == down
+    table = simulate(n=n)
+    found = scoring.score(table, p, resamples=0, rounding="down")["target"]
+    sides = table[table["role"] == "target"].groupby("direction")
+    naive = [
+        naive_accuracy_at(one["correct"], one["confidence"], 100 * down / n - 1e-6)
+        for _, one in sides
+    ]
+    assert found == pytest.approx(np.mean(naive))
+
+
+def test_rules_name_what_is_wrong():
+    for wrong in ({"ties": "x"}, {"confidence": "x"}, {"rounding": "x"}, {"keep": 0.0}):
+        with pytest.raises(ValueError, match=f"rules: {next(iter(wrong))}"):
+            inference.Rules(**wrong)

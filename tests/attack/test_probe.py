@@ -73,9 +73,54 @@ def test_row_order_and_scale_do_not_matter_to_lbfgs():
 def test_same_seed_same_sgd_probe():
     x, y = clusters(100, 3, spread=2)
     first, again, other = (
-        probe.fit_sgd(x, torch.from_numpy(y), 3, seed, 3, (10, 0.1), 64)[0] for seed in (0, 0, 1)
+        probe.fit_sgd(x[None], torch.from_numpy(y), 3, seed, 3, (10, 0.1), 64)[0]
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("method", probe.METHODS)
+@pytest.mark.parametrize("count", [1, 4])
+def test_views_that_are_the_images_themselves_change_nothing(method, count):
+    x, y = clusters(150, 4, spread=2)
+    z, t = clusters(200, 4, spread=2, seed=1)
+    plain = probe.linear_probe(x, y, z, t, 4, method)
+    seen = probe.linear_probe(x, y, z, t, 4, method, views=x.expand(count, -1, -1))
+    assert seen == pytest.approx(plain, abs=0.006)
+    if count == 1:
+        assert seen == plain
+
+
+@pytest.mark.parametrize("method", probe.METHODS)
+def test_the_probe_learns_from_the_views_and_is_judged_on_the_images(method):
+    x, y = clusters(150, 4, spread=0.1)
+    mirrored = probe.linear_probe(x, y, x, y, 4, method, views=-x.expand(3, -1, -1))
+    assert mirrored["train"] == mirrored["test"] < 0.1
+    noisy = x + torch.randn(10, *x.shape, generator=torch.Generator().manual_seed(0))
+    assert probe.linear_probe(x, y, x, y, 4, method, views=noisy)["train"] > 0.9
+
+
+def test_the_paper_recipe_is_a_loop_of_gradient_steps_on_scaled_features():
+    """By hand in float64: the gradient of the cross-entropy is (softmax - one-hot) x."""
+    x, y = clusters(90, 3, d=5)
+    views = torch.stack([x, 2 * x + 1])
+    found = probe.fit_sgd(views, torch.from_numpy(y), 3, 7, 3, (10, 0.1), 64)
+
+    flat = views.double().flatten(0, 1)
+    scale = flat.std(0, correction=0) * 5**0.5
+    generator = torch.Generator().manual_seed(7)
+    line = ((torch.rand(3, 6, generator=generator) * 2 - 1) * 5**-0.5).double()
+    speed = torch.zeros_like(line)
+    for epoch in range(3):
+        scaled = (views[epoch % 2].double() - flat.mean(0)) / scale
+        z = torch.cat([scaled, torch.ones(90, 1)], 1)
+        for rows in torch.randperm(90, generator=generator).split(64):
+            share = (z[rows] @ line.T).softmax(1) - torch.eye(3)[y[rows]]
+            speed = 0.9 * speed + share.T @ z[rows] / len(rows)
+            line = line - 10 * speed  # six steps in all: the rate is set every 50
+    logits = z @ line.T
+    again = views[0].double() @ found[0].T + found[1]
+    assert torch.allclose(again, logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000])
@@ -112,6 +157,8 @@ def test_knn_accuracy():
         ({"test_y": np.full(4, 9)}, "expected 0 to 1"),
         ({"test_x": torch.full((4, 2), torch.nan)}, "test: features"),
         ({"test_x": torch.zeros(4, 3)}, "feature widths"),
+        ({"views": torch.zeros(2, 5, 2)}, "views .2, 5, 2. of 6 images"),
+        ({"views": torch.zeros(2, 6, 3)}, "feature widths"),
         ({"train_x": torch.zeros(0, 2), "train_y": np.zeros(0)}, "n >= 1"),
     ],
 )

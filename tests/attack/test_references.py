@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dejavu_utils import store
-from dejavu_utils.attack import references, scoring, summaries
-from dejavu_utils.models import launch
+from dejavu_utils.attack import references, scoring, summaries, view_embeddings
+from dejavu_utils.data.images import Images
+from dejavu_utils.models import launch, views
 from dejavu_utils.models import pairs as build
 
 PARAMS = {
@@ -124,13 +126,13 @@ def test_differences_and_truth(tables):
 
 
 def test_probes_never_use_the_public_set(pairs, monkeypatch):
-    seen, squares = set(), build.data.Images.squares
+    seen, squares = set(), Images.squares
 
     def watched(images, *arguments):
         seen.update(images.ids)
         return squares(images, *arguments)
 
-    monkeypatch.setattr(build.data.Images, "squares", watched)
+    monkeypatch.setattr(Images, "squares", watched)
     row = references.probes.__wrapped__(pairs[0], 2)
     assert seen and not seen & set(pairs[0].parts["public"].ids)
     assert (row["n_held_out"] == 4 * (10 + 12)).all()
@@ -275,3 +277,39 @@ def test_criteria_table_gains_over_seeds_and_over_images():
     assert (many["images_per_second"], many["minutes"]) == (75, pytest.approx(0.05))
     one = summaries.criteria(log, probes[probes["seed"] == 0]).iloc[0]
     assert one["gain_high"] - one["gain"] == pytest.approx(1.96 * math.sqrt((0.24 + 0.25) / 100))
+
+
+def test_augmented_probes_are_judged_on_the_images_and_see_the_same_views_every_time(pairs):
+    plain = references.probes.__wrapped__(pairs[0], 2)
+    found = references.probes.__wrapped__(pairs[0], 2, augment=True, views=3)
+    again = references.probes.__wrapped__(pairs[0], 2, augment=True, views=3)
+    pd.testing.assert_frame_equal(found, again)
+    same = ["model", "knn", "n_train", "n_held_out"]
+    pd.testing.assert_frame_equal(found[same], plain[same])
+    assert (found["train"] != plain["train"]).any() and found["train"].between(0, 1).all()
+    assert (found["gap"] == found["train"] - found["held_out"]).all()
+
+
+def test_views_that_are_the_images_themselves_give_the_plain_probe(pairs, monkeypatch):
+    """The whole picture as the only view: not cut, not mirrored, colours as they are."""
+    still = views.Views(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
+    plain = references.probes.__wrapped__(pairs[0], 2)
+
+    def whole(pair, images, count, purpose, kinds=("second",)):
+        sizes = torch.as_tensor(images.sizes)
+        drawn = views.draw("second", sizes, still, pair.size(), torch.Generator())
+        return [drawn._replace(rects=torch.cat([0 * sizes, sizes], 1).float())] * count
+
+    monkeypatch.setattr(view_embeddings, "draws", whole)
+    found = references.probes.__wrapped__(pairs[0], 2, augment=True, views=2)
+    numbers = ["train", "held_out", "gap", "member", "non_member", "fresh_gap"]
+    np.testing.assert_allclose(found[numbers], plain[numbers], atol=0.03)
+
+
+def test_a_pair_is_attacked_by_its_rules(pairs):
+    papers = {"ties": "lowest class", "confidence": "logit", "keep": 0.5, "rounding": "down"}
+    ours = references.two_model(pairs[0], 2, 5)
+    found = references.two_model(dataclasses.replace(pairs[0], rules=papers), 2, 5)
+    assert (found["id"] == ours["id"]).all() and (found["confidence"] != ours["confidence"]).any()
+    same = references.two_model(dataclasses.replace(pairs[0], rules={"keep": 1.0}), 2, 5)
+    pd.testing.assert_frame_equal(same, ours)
