@@ -128,11 +128,15 @@ def test_a_killed_sitting_keeps_what_it_had_and_goes_on(tmp_path):
     time.sleep(2)
     assert not _of(tmp_path), "a step outlived the sitting"
 
+    began = time.monotonic()
     lines, table = _run(tmp_path)
+    assert time.monotonic() - began < 210
     assert lines[0] == "tests: done" and table["tests"] == kept["tests"]
-    statuses = {name: entry["status"] for name, entry in table.items()}
-    assert "failed" not in statuses.values() or "over its limit" in str(table)
-    assert statuses["notebook"] == "done" and len(list((tmp_path / "out").iterdir())) <= 8
+    late = ("over its limit", "needs ")  # on a busy machine three minutes may not be enough
+    for name, entry in table.items():
+        assert entry["status"] == "done" or entry["reason"].startswith(late), (name, entry)
+    assert table["notebook"]["status"] == "done" and "script" not in table
+    assert len(list((tmp_path / "out").iterdir())) <= 8
 
 
 def _of(tmp_path):
