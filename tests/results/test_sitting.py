@@ -16,7 +16,7 @@ import yaml
 
 from dejavu_utils import store
 from dejavu_utils.attack import scoring
-from dejavu_utils.data import manifests
+from dejavu_utils.data import datasets, manifests
 
 ROOT = store.PACKAGE.parent
 SCRIPT = ROOT / "results" / "sitting.py"
@@ -177,8 +177,8 @@ def test_the_plan_is_the_profile_gpu_on_forty_classes(monkeypatch):
     not os.path.isfile(os.path.join(os.environ.get("DEJAVU_DATA", "."), "tiny-imagenet-50.zip")),
     reason="set DEJAVU_DATA: no tiny-imagenet-50.zip",
 )
-def test_the_subset_is_the_first_classes_of_the_whole(tmp_path):
-    target = tmp_path / "small.zip"
+def test_the_subset_is_the_first_classes_of_the_whole(tmp_path, monkeypatch):
+    target = tmp_path / "tiny-imagenet-40.zip"
     command = [sys.executable, str(SCRIPT), "subset", str(target)]
     subprocess.run(command, check=True, env=ENVIRONMENT)
     entry, whole = manifests.read("tiny_imagenet_40"), manifests.read("tiny_imagenet_50")
@@ -188,6 +188,12 @@ def test_the_subset_is_the_first_classes_of_the_whole(tmp_path):
     with zipfile.ZipFile(target) as archive:
         pictures = [name for name in archive.namelist() if name.endswith(".JPEG")]
     assert len(pictures) == 20_000
+
+    monkeypatch.setenv("DEJAVU_RUNS", str(tmp_path / "runs"))
+    larger = datasets.read("tiny_imagenet_50", classes=2)
+    monkeypatch.setenv("DEJAVU_DATA", str(tmp_path))
+    smaller = datasets.read("tiny_imagenet_40", classes=2)
+    assert smaller.digest == larger.digest and smaller.classes[0] == "goldfish"
 
 
 def test_the_readme_of_the_results_is_generated(tmp_path):
