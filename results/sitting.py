@@ -103,7 +103,7 @@ def check_steps() -> list[Step]:
     """Return the steps of the first part."""
     return [
         Step("tests", "tests", most=70, reserve=100),
-        Step("notebook", "notebook", most=80, reserve=60),
+        Step("notebook", "notebook", most=90, reserve=60),
         Step("script", "script", most=80, reserve=60, instead_of="notebook"),
         Step("pilot", "pilot", most=70, reserve=15),
         Step("pilot compiled", "pilot_compiled", most=90, least=20, reserve=15),

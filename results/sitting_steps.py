@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ FULL = {
     "decoder_batch": 128,
     "sampling": {"steps": 25, "guidance": 3.0},
     "resamples": 1000,
+    "notebook": {},  # changes to the profile smoke
 }
 TINY = FULL | {
     "batches": [16, 32],
@@ -66,6 +68,11 @@ TINY = FULL | {
     "decoder_batch": 16,
     "sampling": {"steps": 2, "guidance": 3.0},
     "resamples": 50,
+    "notebook": {
+        "criteria": ["vicreg"],
+        "rhos": [0.2],
+        "sweeps": {"layer": ["projector"], "k": [5], "min_side": [], "fraction": []},
+    },
 }
 
 
@@ -83,15 +90,21 @@ def where() -> dict:
     """Return what a result was made on: card, versions, commit."""
     from bench_common import where as card
 
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
     return {
         "card": card(DEVICE),
         "cuda": torch.version.cuda,
-        "commit": found.stdout.strip() or "unknown",
+        "commit": _commit(),
         "code": store.code_version(),
         **store.versions(),
     }
+
+
+def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
 
 
 # First part: does it work on this card?
@@ -113,7 +126,8 @@ def tests(place: Place, _: str, limit: float) -> dict:
     ]
     command += [f"--junitxml={report}", "-o", "junit_family=xunit1", "-W", "ignore"]
     command += ["-k", "crops"] if place.tiny else []
-    answer = subprocess.run(command, cwd=ROOT)
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # other people's plugins may fail
+    answer = subprocess.run(command, cwd=ROOT, env=alone)
     if answer.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with {answer.returncode}, see sitting.log")
     return read_tests(report)
@@ -145,7 +159,7 @@ def notebook(place: Place, _: str, limit: float) -> dict:
 
     began = time.monotonic()
     done = place.work / "02_attack.ipynb"
-    problem = batch.execute("02_attack", "smoke", {}, done)
+    problem = batch.execute("02_attack", "smoke", sizes(place)["notebook"], done)
     if problem:
         raise RuntimeError(problem)
     if done.stat().st_size <= LARGEST:
@@ -161,7 +175,7 @@ def script(place: Place, _: str, limit: float) -> dict:
     import reference
 
     began = time.monotonic()
-    values = batch.given("smoke", {}, only="02_attack")["02_attack"]
+    values = batch.given("smoke", sizes(place)["notebook"], only="02_attack")["02_attack"]
     text = reference.script("02_attack", values)
     exec(compile(text, "02_attack.py", "exec"), {"__name__": "__main__"})
     return _attacked("a plain script", time.monotonic() - began)

@@ -16,7 +16,7 @@ import yaml
 
 from dejavu_utils import store
 from dejavu_utils.attack import scoring
-from dejavu_utils.data import manifests
+from dejavu_utils.data import datasets, manifests
 
 ROOT = store.PACKAGE.parent
 SCRIPT = ROOT / "results" / "sitting.py"
@@ -128,11 +128,15 @@ def test_a_killed_sitting_keeps_what_it_had_and_goes_on(tmp_path):
     time.sleep(2)
     assert not _of(tmp_path), "a step outlived the sitting"
 
+    began = time.monotonic()
     lines, table = _run(tmp_path)
+    assert time.monotonic() - began < 210
     assert lines[0] == "tests: done" and table["tests"] == kept["tests"]
-    statuses = {name: entry["status"] for name, entry in table.items()}
-    assert "failed" not in statuses.values() or "over its limit" in str(table)
-    assert statuses["notebook"] == "done" and len(list((tmp_path / "out").iterdir())) <= 8
+    late = ("over its limit", "needs ")  # on a busy machine three minutes may not be enough
+    for name, entry in table.items():
+        assert entry["status"] == "done" or entry["reason"].startswith(late), (name, entry)
+    assert table["notebook"]["status"] == "done" and "script" not in table
+    assert len(list((tmp_path / "out").iterdir())) <= 8
 
 
 def _of(tmp_path):
@@ -173,8 +177,8 @@ def test_the_plan_is_the_profile_gpu_on_forty_classes(monkeypatch):
     not os.path.isfile(os.path.join(os.environ.get("DEJAVU_DATA", "."), "tiny-imagenet-50.zip")),
     reason="set DEJAVU_DATA: no tiny-imagenet-50.zip",
 )
-def test_the_subset_is_the_first_classes_of_the_whole(tmp_path):
-    target = tmp_path / "small.zip"
+def test_the_subset_is_the_first_classes_of_the_whole(tmp_path, monkeypatch):
+    target = tmp_path / "tiny-imagenet-40.zip"
     command = [sys.executable, str(SCRIPT), "subset", str(target)]
     subprocess.run(command, check=True, env=ENVIRONMENT)
     entry, whole = manifests.read("tiny_imagenet_40"), manifests.read("tiny_imagenet_50")
@@ -184,6 +188,12 @@ def test_the_subset_is_the_first_classes_of_the_whole(tmp_path):
     with zipfile.ZipFile(target) as archive:
         pictures = [name for name in archive.namelist() if name.endswith(".JPEG")]
     assert len(pictures) == 20_000
+
+    monkeypatch.setenv("DEJAVU_RUNS", str(tmp_path / "runs"))
+    larger = datasets.read("tiny_imagenet_50", classes=2)
+    monkeypatch.setenv("DEJAVU_DATA", str(tmp_path))
+    smaller = datasets.read("tiny_imagenet_40", classes=2)
+    assert smaller.digest == larger.digest and smaller.classes[0] == "goldfish"
 
 
 def test_the_readme_of_the_results_is_generated(tmp_path):
