@@ -368,7 +368,7 @@ def references(table: pd.DataFrame) -> Figure:
     """Return the déjà vu score against every reference, all examples: a group a criterion, with 95
     % intervals.
 
-    Filled: calibrated on images of neither set, where that can be done; hollow: as measured.
+    Filled: the score as measured; hollow, of one-model tests: the member - non-member difference.
     Columns: `agreement.scores`.
     """
     kinds = list(dict.fromkeys(table["criterion"]))
@@ -379,20 +379,23 @@ def references(table: pd.DataFrame) -> Figure:
         x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * (
             (i + 0.5) / len(names) - 0.5
         )
-        known = one["calibrated"].notna().to_numpy()
-        best = one[["calibrated", "calibrated_low", "calibrated_high"]].to_numpy()
-        value, low, high = np.where(known[:, None], best, one[["score", "low", "high"]]).T
         axis.errorbar(
             x,
-            value,
-            yerr=[value - low, high - value],
+            one["score"],
+            yerr=error_bars(one, "score", ""),
             fmt="o",
             ms=5,
             capsize=2,
             color=REFERENCES[name],
             label=name.replace("_", " "),
         )
-        axis.plot(x[known], one["score"][known], "o", ms=5, mfc="white", mec=REFERENCES[name])
+        hollow = {"fmt": "o", "ms": 5, "capsize": 2, "mfc": "white", "color": REFERENCES[name]}
+        axis.errorbar(
+            x + 0.25 / len(names),
+            one["member_difference"],
+            yerr=error_bars(one, "member_difference"),
+            **hollow,
+        )
     axis.axhline(0, color="grey", lw=1, ls=":")
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
     axis.set_ylabel("déjà vu score, all examples")

@@ -409,8 +409,8 @@ def neighbours(tables: Tables) -> Finding:
 def plain_one_model(tables: Tables) -> pd.DataFrame:
     """Return plain one-model − two-model scores: criterion, reference, difference, low, high.
 
-    The paired interval was not kept. The one given is the widest possible: half its width is the
-    sum of the two scores' half widths.
+    The interval is the paired one where the table has it (`paired`). Tables of older runs do not:
+    then it is the widest possible, half its width is the sum of the two scores' half widths.
     """
     table = tables["references"]
     two = table[table["reference"] == "two-model"].set_index("criterion")
@@ -419,6 +419,10 @@ def plain_one_model(tables: Tables) -> pd.DataFrame:
     rows = rows.reset_index(drop=True)
     difference = rows["score"] - other["score"]
     half = (rows["high"] - rows["low"] + other["high"] - other["low"]) / 2
+    low, high = difference - half, difference + half
+    paired = "minus_two_model" in rows
+    if paired:
+        low, high = rows["minus_two_model_low"], rows["minus_two_model_high"]
     return pd.DataFrame(
         {
             "criterion": rows["criterion"],
@@ -426,8 +430,9 @@ def plain_one_model(tables: Tables) -> pd.DataFrame:
             "one": rows["score"],
             "two": other["score"],
             "difference": difference,
-            "low": difference - half,
-            "high": difference + half,
+            "low": low,
+            "high": high,
+            "paired": paired,
             "n": rows["n"],
         }
     )
@@ -444,8 +449,9 @@ def one_model(tables: Tables) -> Finding:
         f"{row['reference'].replace('_', ' ')} {number(row, 'difference')}"
         for _, row in rows.iterrows()
     )
+    kind = "paired" if rows["paired"].all() else "widest possible"
     value = (
-        f"plain one-model score minus two-model score, which is {two:+.3f}, widest possible "
+        f"plain one-model score minus two-model score, which is {two:+.3f}, {kind} "
         f"interval over images: {text}; agreement is an interval within ±{margin:.3f}"
     )
     return Finding(value, within(rows, margin), int(rows["n"].iloc[0]))

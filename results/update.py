@@ -331,10 +331,12 @@ def one_model(name: str) -> str:
     """Return a row per criterion and classifier: the plain one-model score beside the two-model."""
     table = _read(name, "references")
     plain = claims.plain_one_model({"references": table})
-    calibrated = table.set_index(["criterion", "reference"])
+    measured = table.set_index(["criterion", "reference"])
+    # The column had another name in tables of older runs.
+    gap = "member_difference" if "member_difference" in table else "calibrated"
     rows = []
     for row in plain.to_dict("records"):
-        member = calibrated.loc[(row["criterion"], row["reference"])]
+        member = measured.loc[(row["criterion"], row["reference"])]
         rows.append(
             [
                 NAMES[row["criterion"]],
@@ -342,12 +344,13 @@ def one_model(name: str) -> str:
                 f"{row['one']:+.3f}",
                 f"{row['two']:+.3f}",
                 _number(row["difference"], row["low"], row["high"]),
-                _number(*member[["calibrated", "calibrated_low", "calibrated_high"]]),
+                _number(*member[[f"{gap}{end}" for end in ("", "_low", "_high")]]),
                 row["n"],
             ]
         )
     head = ["criterion", "classifier of crops", "plain one-model score", "two-model score"]
-    head += ["plain − two-model, widest possible", "member − non-member difference", "n"]
+    kind = "paired" if plain["paired"].all() else "widest possible"
+    head += [f"plain − two-model, {kind}", "member − non-member difference", "n"]
     return _grid(head, rows)
 
 

@@ -66,15 +66,18 @@ def attacks(
 
 
 def scores(table: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return a row per criterion and reference: the déjà vu score against it over all examples, and
-    its offset.
+    """Return a row per criterion and reference: the déjà vu score against it over all examples.
 
-    `score`, `target`, `reference_accuracy`; `offset`: the score of the control images, which is
-    there without any memory (absent without such images). `calibrated`, of one-model tests: score
-    minus offset; two encoders are alike, their offset is noise around 0. `difference`: the
-    calibrated score, or where there is none the score, minus the two-model score of the same
-    images. Intervals: low and high of the score, else `_low` and `_high`. The reference "bayes", on
-    scenes alone, is the known accuracy from the background, which no model has to reach.
+    `score`, `target`, `reference_accuracy`: as measured (of one-model tests the *plain* score).
+    `minus_two_model`: that score minus the two-model score; both are resampled with the same
+    images, so its interval is the paired one. `offset`: the score of the control images, which is
+    there without any memory (absent without such images); of two encoders, which are alike, it is
+    noise around 0. `member_difference`, of one-model tests: score minus offset, the member -
+    non-member difference. In it the classifier nearly cancels: it says what one encoder does on its
+    own images and on others, and little of what a crop reveals without memory.
+
+    Intervals: low and high of the score, else `_low` and `_high`. The reference "bayes", on scenes
+    alone, is the known accuracy from the background, which no model has to reach.
     """
     rows = []
     for (criterion, name), part in table.groupby(["criterion", "reference"], sort=False):
@@ -86,22 +89,24 @@ def scores(table: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> pd.Data
             "seeds": own["seed"].nunique(),
         }
         right, rho = scoring.accuracies(own, resamples, seed), own["rho"].iloc[0]
-        rows.append(row | _numbers(*right))
-        net = np.subtract(*right)
+        score = np.subtract(*right)  # (1 + resamples,): the data itself, then the resamples
+        found = row | _numbers(*right)
+
         if len(control):
             offset = np.subtract(*scoring.accuracies(control, resamples, seed))
-            rows[-1] |= bounds(offset, "offset")
+            found |= bounds(offset, "offset")
             if name in one_model.KINDS:
-                net = net - offset
-                rows[-1] |= bounds(net, "calibrated")
+                found |= bounds(score - offset, "member_difference")
         if name != TWO:
             two = _sets(table[(table["criterion"] == criterion) & (table["reference"] == TWO)])[0]
             two = scoring.accuracies(two[two["seed"].isin(own["seed"])], resamples, seed)
-            rows[-1] |= bounds(net - np.subtract(*two), "difference")
-        elif np.isfinite(rho):
+            found |= bounds(score - np.subtract(*two), "minus_two_model")
+        rows.append(found)
+
+        if name == TWO and np.isfinite(rho):
             known = np.full_like(right[0], scenes.bayes_accuracy(rho, own["label"].nunique()))
             rows.append(row | {"reference": "bayes"} | _numbers(right[0], known))
-    return _with(pd.DataFrame(rows), "offset", "calibrated", "difference")
+    return _with(pd.DataFrame(rows), "minus_two_model", "offset", "member_difference")
 
 
 def _with(table: pd.DataFrame, *names: str) -> pd.DataFrame:

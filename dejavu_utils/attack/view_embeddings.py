@@ -5,7 +5,6 @@ averages.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,14 +37,14 @@ def draws(
 ) -> list[augment.Draw]:
     """Return what is random about `views` views of each image, of these kinds in turn.
 
-    The augmentation is the training's, large views only. A view depends on the pair's seed, the
+    The augmentation is the training's. A view depends on the pair's seed, the
     purpose and the images, never on an encoder: all encoders of a seed see the same views.
     """
     native = pairs.equal_sized(pair.parts) and images.stacked is not None
     square = round(pair.size() * 8 / 7)
     sizes = images.sizes if native else np.full((len(images), 2), square)
 
-    augmentation = replace(augment.Views(**pair.jobs["A"].recipe.views), local=0)
+    augmentation = augment.Views(**pair.jobs["A"].recipe.views)
     generator = train.stream(pair.setting["seed"], purpose)
     return [
         augment.draw(

@@ -40,9 +40,9 @@ def chance(seed, p):
     return lambda i, role: rng.random() < p[role]
 
 
-def test_the_offset_that_images_of_neither_set_show_is_subtracted():
-    """A classifier 20 points weaker than the vote, without any memory: a score of +.2, and nothing
-    once calibrated.
+def test_the_member_difference_is_free_of_what_images_of_neither_set_show():
+    """A classifier 20 points weaker than the vote, without any memory: a plain score of +.2, which
+    the two-model score is not, and no difference of members and others.
     """
     table = pd.concat(
         [
@@ -61,12 +61,16 @@ def test_the_offset_that_images_of_neither_set_show_is_subtracted():
     )
     rows = agreement.scores(table, resamples=300).set_index("reference")
     assert rows.loc["resnet", "low"] > 0.15 and rows.loc["resnet", "offset_low"] > 0.15
-    assert rows.loc["resnet", "calibrated_low"] < 0 < rows.loc["resnet", "calibrated_high"]
-    assert rows.loc["resnet", "difference_low"] < 0 < rows.loc["resnet", "difference_high"]
-    assert np.isnan(rows.loc["two-model", "calibrated"]) and np.isnan(
-        rows.loc["two-model", "difference"]
+    assert (
+        rows.loc["resnet", "member_difference_low"]
+        < 0
+        < rows.loc["resnet", "member_difference_high"]
     )
-    assert rows.loc["resnet", "calibrated"] == pytest.approx(
+    assert rows.loc["resnet", "minus_two_model_low"] > 0.15
+    assert np.isnan(rows.loc["two-model", "member_difference"]) and np.isnan(
+        rows.loc["two-model", "minus_two_model"]
+    )
+    assert rows.loc["resnet", "member_difference"] == pytest.approx(
         rows.loc["resnet", "score"] - rows.loc["resnet", "offset"]
     )
 

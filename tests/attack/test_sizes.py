@@ -112,7 +112,7 @@ def test_references_agree_or_not(classes, n):
     scores = agreement.scores(both, resamples=20).set_index("reference")
     assert (
         scores.loc["two-model", "score"] == pytest.approx(by_hand(rows))
-        and scores.loc["start 1", "difference"] == 0
+        and scores.loc["start 1", "minus_two_model"] == 0
     )
     found = agreement.labels(both, resamples=20)
     assert (found["n"] == 2 * n).all() and (found["kappa"].dropna() == 1).all()

@@ -333,9 +333,23 @@ def test_claims_about_references_flip_with_their_tables(value, p14, rest):
     tables = {name: pd.DataFrame(rows) for name, rows in tables.items()}
     found = {key: claims.CLAIMS[key].judge(tables) for key in ("P14", "P15", "P16", "P17")}
     assert [one.verdict for one in found.values()] == [p14, rest, rest, rest]
+
     assert "which is +0.100" in found["P14"].value and f"{2.0**sign:.2f}" in found["P15"].value
     missing = {name: pd.DataFrame() for name in tables}
     assert {claims.CLAIMS[key].judge(missing)[1] for key in found} == {"not tested"}
+
+
+def test_the_paired_interval_of_the_plain_one_model_score_is_taken_where_it_is():
+    two = {"criterion": "vicreg", "reference": "two-model", "score": 0.1, "low": 0.0, "high": 0.2}
+    ends = {"minus_two_model_low": -0.02, "minus_two_model_high": 0.02}
+    paired = {"minus_two_model": 0.0} | ends
+    one = two | {"reference": "resnet"} | paired
+    rows = pd.DataFrame([two, one, one | {"reference": "naive_bayes"}]).assign(n=9)
+    found = claims.one_model({"references": rows})
+    assert found.verdict == "supported" and "paired" in found.value
+    older = rows.drop(columns=list(paired))
+    found = claims.one_model({"references": older})
+    assert found.verdict == "undecided" and "widest possible" in found.value
 
 
 def test_what_other_images_show_as_well_does_not_support_p15():
