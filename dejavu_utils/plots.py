@@ -359,7 +359,10 @@ def layers(scores: pd.DataFrame) -> Figure:
         )
     axis.axhline(0, color="grey", lw=1)
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
-    axis.set(ylabel="déjà vu score, all examples", ylim=(None, 1.3 * float(scores["high"].max())))
+    axis.set(
+        ylabel="déjà vu score, all examples",
+        ylim=(None, 1.3 * float(scores[["score", "high"]].max(axis=None))),
+    )
     axis.legend(loc="upper right", ncols=2, fontsize=8)
     return figure
 

@@ -238,9 +238,17 @@ def probe(tables: Tables) -> Finding:
     value = (
         f"gap, over seeds, {number(first, 'mean')} → {number(last, 'mean')} from the first trained "
         f"checkpoint to the last; correlation with the score over {len(gap)} checkpoints "
-        f"{together:+.2f}; the probe was trained without augmentation, unlike the authors'"
+        f"{together:+.2f}; the probe was trained {_trained_on(table)}"
     )
     return Finding(value, found, n)
+
+
+def _trained_on(table: pd.DataFrame) -> str:
+    """Return what the probe was trained on; tables of older runs do not say: on the images."""
+    views = int(table["views"].iloc[0]) if "views" in table else 0
+    if views:
+        return f"on {views} augmented views of each image, as the authors' is on views"
+    return "without augmentation, unlike the authors'"
 
 
 def layer(tables: Tables) -> Finding:

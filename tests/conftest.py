@@ -47,6 +47,14 @@ class Repository:
         return path
 
 
+@pytest.fixture
+def any_number(monkeypatch):
+    """Intervals of any number of images, for tests of their arithmetic on tables that a reader can
+    check.
+    """
+    monkeypatch.setattr("dejavu_utils.attack.scoring.FEWEST", 1)
+
+
 @pytest.fixture(scope="session")
 def batch():
     """The runner beside the notebooks, as a module: it is no part of the package."""

@@ -90,22 +90,23 @@ def scores(table: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> pd.Data
         }
         right, rho = scoring.accuracies(own, resamples, seed), own["rho"].iloc[0]
         score = np.subtract(*right)  # (1 + resamples,): the data itself, then the resamples
-        found = row | _numbers(*right)
+        found = row | _numbers(*right, row["n"])
 
         if len(control):
             offset = np.subtract(*scoring.accuracies(control, resamples, seed))
-            found |= bounds(offset, "offset")
+            fewer = min(row["n"], len(control) // 2)
+            found |= bounds(offset, "offset", n=len(control) // 2)
             if name in one_model.KINDS:
-                found |= bounds(score - offset, "member_difference")
+                found |= bounds(score - offset, "member_difference", n=fewer)
         if name != TWO:
             two = _sets(table[(table["criterion"] == criterion) & (table["reference"] == TWO)])[0]
             two = scoring.accuracies(two[two["seed"].isin(own["seed"])], resamples, seed)
-            found |= bounds(score - np.subtract(*two), "minus_two_model")
+            found |= bounds(score - np.subtract(*two), "minus_two_model", n=row["n"])
         rows.append(found)
 
         if name == TWO and np.isfinite(rho):
             known = np.full_like(right[0], scenes.bayes_accuracy(rho, own["label"].nunique()))
-            rows.append(row | {"reference": "bayes"} | _numbers(right[0], known))
+            rows.append(row | {"reference": "bayes"} | _numbers(right[0], known, row["n"]))
     return _with(pd.DataFrame(rows), "minus_two_model", "offset", "member_difference")
 
 
@@ -117,11 +118,11 @@ def _with(table: pd.DataFrame, *names: str) -> pd.DataFrame:
     return table.reindex(columns=[*table, *(name for name in wanted if name not in table)])
 
 
-def _numbers(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+def _numbers(target: np.ndarray, reference: np.ndarray, n: int) -> dict[str, float]:
     """Return score with low and high, target and reference accuracy, of accuracies (1 +
     resamples,).
     """
-    return bounds(target - reference, "score", "") | {
+    return bounds(target - reference, "score", "", n=n) | {
         "target": target[0],
         "reference_accuracy": reference[0],
     }
@@ -161,7 +162,9 @@ def labels(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Data
             rows.append(row | _agreement(cells))
             if control:
                 there = _odds(control[what])
-                rows[-1] |= bounds(there, "control_odds") | bounds(_odds(cells) / there, "net")
+                n = int(min(cells[:, 0].sum(), control[what][:, 0].sum()))
+                rows[-1] |= bounds(there, "control_odds", n=n)
+                rows[-1] |= bounds(_odds(cells) / there, "net", n=n)
     return _with(pd.DataFrame(rows), "control_odds", "net")
 
 
@@ -199,13 +202,14 @@ def _agreement(cells: np.ndarray) -> dict[str, float]:
         kappa = (both + neither - chance) / (1 - chance)
         spread = np.sqrt((both + one) * (both + two) * (two + neither) * (one + neither))
         correlation = (both * neither - one * two) / spread
+    n = int(total[0])
     return {
-        **bounds(kappa, "kappa"),
-        **bounds(correlation, "correlation"),
-        **bounds(_odds(cells), "odds"),
+        **bounds(kappa, "kappa", n=n),
+        **bounds(correlation, "correlation", n=n),
+        **bounds(_odds(cells), "odds", n=n),
         "one": (both + one)[0],
         "two": (both + two)[0],
-        "n": int(total[0]),
+        "n": n,
     }
 
 

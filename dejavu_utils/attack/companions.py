@@ -161,7 +161,7 @@ def summary(
         {
             "statistic": name,
             "encoders": 1 + (name in GAPS),
-            **scoring.bounds(values, "auc", ""),
+            **scoring.bounds(values, "auc", "", n=len(table) // 2),
             "n": len(table) // 2,
             "seeds": seeds,
         }
@@ -195,7 +195,12 @@ def correlations(
     """
     found = _bootstrap(table, list(columns), _spearman, resamples, seed)
     rows = [
-        {"one": one, "two": two, **scoring.bounds(values, "correlation", ""), "n": len(table) // 2}
+        {
+            "one": one,
+            "two": two,
+            **scoring.bounds(values, "correlation", "", n=len(table) // 2),
+            "n": len(table) // 2,
+        }
         for (one, two), values in zip(combinations(columns, 2), found, strict=True)
     ]
     return pd.DataFrame(rows).assign(seeds=table["seed"].nunique())
@@ -219,14 +224,14 @@ def atypical(
     difference, low, high, top, bottom, n (at each end). `dejavu_table` is `references.two_model`'s.
     """
     top, bottom, n = _ends(table, dejavu_table, share, resamples, seed)
-    row = scoring.bounds(top - bottom, "difference", "") | {
+    row = scoring.bounds(top - bottom, "difference", "", n=n) | {
         "top": float(top[0]),
         "bottom": float(bottom[0]),
         "n": n,
     }
     if control is not None:
-        high, low, _ = _ends(*control, share, resamples, seed)
-        row |= scoring.bounds((top - bottom) - (high - low), "net")
+        high, low, fewer = _ends(*control, share, resamples, seed)
+        row |= scoring.bounds((top - bottom) - (high - low), "net", n=min(n, fewer))
     return row
 
 

@@ -205,7 +205,7 @@ def probes(
     epoch: int,
     layer: str = "backbone",
     method: str = "lbfgs",
-    augment: bool = False,
+    augment: bool = True,
     views: int = 10,
     device: str = "cpu",
 ) -> pd.DataFrame:
@@ -271,7 +271,8 @@ def probes(
                 "n_held_out": len(t),
             }
         )
-    return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, layer=layer)
+    about = {"layer": layer, "method": method, "views": views if augment else 0}
+    return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, **about)
 
 
 def _augmented(

@@ -10,7 +10,7 @@ score is the mean over directions (paper section 4, symmetrised).
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,11 @@ CELLS = ("memorized", "correlated", "misrepresented", "unassociated")
 CLUSTER_FROM = 50  # from so many classes on, the bootstrap draws classes rather than images
 CHUNK = 1 << 21  # resampled weights held at a time
 ROUNDINGS = ("up", "down")
+# Below so many images no interval is given. In simulations (4,000 tables a case; 5 to 30 % of the
+# images tell target and reference apart, in ten cases equally often or not) the 95 % bootstrap
+# misses the true score in up to 45 % of tables of 16 images, 19 % at 34, 13 % at 40, and from 50 on
+# in 4 to 9 %. Two untrained encoders are a case of 5 %, for any number.
+FEWEST = 50
 
 
 class Stratum(NamedTuple):
@@ -162,20 +167,39 @@ def _accuracies(
 
 
 def bounds(
-    values: np.ndarray, name: str, ends: str | None = None, level: float = 0.95
+    values: np.ndarray,
+    name: str,
+    ends: str | None = None,
+    level: float = 0.95,
+    n: float = math.inf,
 ) -> dict[str, float]:
     """Return {name: the value of the data itself, values[0]} and the percentile interval of the
     resamples, values[1:].
 
-    Its keys are <ends>low and <ends>high, "<name>_" if `ends` is not given; NaN without resamples.
+    Its keys are <ends>low and <ends>high, "<name>_" if `ends` is not given. They are NaN without
+    resamples, and where the value is over `n` < FEWEST images: too few for an interval.
     """
     ends = f"{name}_" if ends is None else ends
-    low, high = (
-        np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
-        if len(values) > 1
-        else (math.nan, math.nan)
-    )
+    low = high = math.nan
+    if len(values) > 1 and n >= FEWEST:
+        low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
     return {name: float(values[0]), f"{ends}low": float(low), f"{ends}high": float(high)}
+
+
+def interval_text(row: Mapping, value: str = "score", ends: str = "", form: str = "+.3f") -> str:
+    """Return "+0.062 [+0.041, +0.083]" of a row with `value`, <ends>low, <ends>high and n, or
+    "+0.062, too few (n = 33)" where there is no interval. Of the top p % that are scored n counts.
+    """
+    low, high = row[f"{ends}low"], row[f"{ends}high"]
+    if math.isfinite(low) and math.isfinite(high):
+        return f"{row[value]:{form}} [{low:{form}}, {high:{form}}]"
+    n = int(row.get("scored", top_count(row["n"], row.get("p", 100))))
+    return f"{row[value]:{form}}, " + (f"too few (n = {n})" if n < FEWEST else "no interval")
+
+
+def scored(strata: list[Stratum], p: float, rounding: str = "up") -> int:
+    """Return how many images the top p % of all strata are."""
+    return sum(int(top_count(len(stratum.cluster), p, rounding)) for stratum in strata)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -244,8 +268,10 @@ def curve(
             "level": level,
             "resamples": resamples,
         }
-        row |= bounds(target - reference, "score", "", level)
-        row |= bounds(target, "target", level=level) | bounds(reference, "reference", level=level)
+        n = scored(strata, p, rounding)
+        row |= bounds(target - reference, "score", "", level, n)
+        row |= bounds(target, "target", level=level, n=n)
+        row |= bounds(reference, "reference", level=level, n=n)
         one_subset = ranking == "paired" or p == 100
         rows.append(
             {
@@ -313,16 +339,15 @@ def four_way(
         shares += found / found.sum(0) / len(strata)
     row = {"n": len(table) // 2, "top": top, "level": level, "resamples": resamples}
     for name, values in zip(CELLS, shares, strict=True):
-        row |= bounds(values, name, level=level)
+        row |= bounds(values, name, level=level, n=row["n"])
     row["memorized_count"], row["misrepresented_count"] = pair = (
         int(counts[0, 0]),
         int(counts[2, 0]),
     )
     row["ratio"], row["ratio_low"], row["ratio_high"] = odds(*pair, level)
     if table["label"].nunique() >= CLUSTER_FROM:
-        row |= bounds((counts[0] + 0.5) / (counts[2] + 0.5), "ratio", level=level) | {
-            "ratio": row["ratio"]
-        }
+        ratios = (counts[0] + 0.5) / (counts[2] + 0.5)
+        row |= bounds(ratios, "ratio", level=level, n=row["n"]) | {"ratio": row["ratio"]}
     return row
 
 
@@ -354,16 +379,18 @@ def difference(
     by id).
 
     For example projector - backbone, or last epoch - first. `p` may be two percentages, one for
-    each table: `difference(table, table, p=(20, 100))`. Keys: difference, low, high, one, two, n.
-    ValueError if the ids differ.
+    each table: `difference(table, table, p=(20, 100))`. Keys: difference, low, high, one, two, n,
+    and `scored`, how many images the smaller p is of. ValueError if the ids differ.
     """
     shares = p if isinstance(p, tuple) else (p, p)
     left, right = (
         np.subtract(*_accuracies(strata, [share], resamples, seed, rounding)[0])
         for strata, share in zip(matched(one, two, top, ranking), shares, strict=True)
     )
-    row = bounds(left - right, "difference", "", level)
-    return row | {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
+    n = scored(stratify(one, top, ranking), min(shares), rounding)
+    row = bounds(left - right, "difference", "", level, n)
+    row |= {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
+    return row | {"scored": n}
 
 
 def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict:

@@ -52,6 +52,15 @@ def scores(
     return pd.DataFrame(rows)
 
 
+def readable(table: pd.DataFrame, value: str = "score", ends: str = "") -> pd.DataFrame:
+    """Return a table to look at: `value` and its interval as one text (or "too few"), other numbers
+    rounded.
+    """
+    texts = [scoring.interval_text(row, value, ends) for row in table.to_dict("records")]
+    shown = table.assign(**{value: texts}).drop(columns=[f"{ends}low", f"{ends}high"])
+    return shown.round(3)
+
+
 def shares(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     """Return a row per setting: the four-way split with intervals, and the ratio memorized /
     misrepresented.
@@ -69,7 +78,7 @@ def probe_rows(table: pd.DataFrame) -> pd.DataFrame:
     interval.
 
     From two seeds on the interval is the t-interval over seeds; with one it is the binomial one of
-    the images judged.
+    the images judged. `views`: augmented views of each image that the probe trained on, 0 none.
     """
     rows = []
     for (criterion, rho, epoch), group in table.groupby(
@@ -81,6 +90,7 @@ def probe_rows(table: pd.DataFrame) -> pd.DataFrame:
             variance = sum((group[p] * (1 - group[p])).mean() / group[n].mean() for p, n in shares)
             row = {"criterion": criterion, "rho": rho, "epoch": epoch, "quantity": text}
             row |= interval(by_seed[name].to_numpy(), variance, "mean", "")
+            row |= {"views": group["views"].iloc[0]} if "views" in group else {}
             rows.append(row | {"seeds": len(by_seed), "n_held_out": judged})
     return pd.DataFrame(rows)
 
@@ -173,8 +183,9 @@ def criteria(log: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
 
     `log` is `pairs.losses`, `probes` is `references.probes` of the same pairs at all epochs.
     `held_out` accuracy at the end, `untrained` before, `gain` their difference with its 95 %
-    interval (over seeds; with one seed, of the images judged); the loss of the first and last
-    epoch, `images_per_second` of one encoder (median over epochs) and `minutes` for one encoder.
+    interval (over seeds; with one seed, of the images judged); at the end `gap` and `fresh_gap`, of
+    the probe that saw neither side; the loss of the first and last epoch, `images_per_second` of
+    one encoder (median over epochs) and `minutes` for one encoder.
     """
     rows = []
     for criterion, judged in probes.groupby("criterion", sort=False):
@@ -192,6 +203,7 @@ def criteria(log: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
                 "held_out": after.mean(),
                 "untrained": before.mean(),
                 **interval((after - before).to_numpy(), variance, "gain"),
+                **judged[judged["epoch"] == judged["epoch"].max()][["gap", "fresh_gap"]].mean(),
                 "n": n,
                 "seeds": len(by_seed),
                 "first_loss": loss.iloc[0],

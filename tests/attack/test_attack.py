@@ -13,6 +13,8 @@ import torch
 
 from dejavu_utils.attack import inference, knn, scoring
 
+pytestmark = pytest.mark.usefixtures("any_number")
+
 
 def naive_accuracy_at(correct, confidence, p):
     """Return the accuracy on the top p %, as expected when ties are broken at random."""

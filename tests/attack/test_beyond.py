@@ -17,6 +17,8 @@ from dejavu_utils.data.images import Images
 from dejavu_utils.models import pairs
 from dejavu_utils.models.encoders import Encoder
 
+pytestmark = pytest.mark.usefixtures("any_number")
+
 PARAMS = {
     "dataset": "scenes",
     "epochs": [0],

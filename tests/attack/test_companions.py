@@ -16,6 +16,8 @@ from dejavu_utils.models import pairs, train
 from dejavu_utils.models import views as augment
 from dejavu_utils.models.encoders import Encoder, embed
 
+pytestmark = pytest.mark.usefixtures("any_number")
+
 PARAMS = {
     "dataset": "scenes",
     "epochs": [0],

@@ -9,6 +9,8 @@ import torch
 
 from dejavu_utils.attack import agreement, inference, knn, scoring, summaries, sweeps
 
+pytestmark = pytest.mark.usefixtures("any_number")
+
 SETTING = {
     "criterion": "vicreg",
     "rho": 0.2,

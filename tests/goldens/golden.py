@@ -112,7 +112,8 @@ def small(folder: Path) -> dict[str, Mapping[str, str] | str]:
             found[f"encoder {model}, epoch {epoch}"] = weights(job.checkpoint(epoch))
     found["attack"] = columns(references.two_model(pair, 2, 5))
     found["control"] = columns(references.two_model(pair, 2, 5, attacked="control"))
-    found["probe"] = columns(references.probes(pair, 2))
+    found["probe"] = columns(references.probes(pair, 2, augment=False))
+    found["probe, augmented"] = columns(references.probes(pair, 2))
     return found
 
 

@@ -38,7 +38,7 @@ def test_measure_is_the_attack_and_the_probe(pair):
             table[table["layer"] == layer].reset_index(drop=True) for table in (found, alone)
         )
         pd.testing.assert_frame_equal(mine[other.columns], other)
-    judged = references.probes(pair, 2).set_index("model")["held_out"]
+    judged = references.probes(pair, 2, augment=False).set_index("model")["held_out"]
     backbone = found[found["layer"] == "backbone"]
     for side, model in (("a", "A"), ("b", "B")):
         assert set(backbone[backbone["direction"] == side]["held_out"]) == {judged[model]}
