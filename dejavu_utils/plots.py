@@ -399,10 +399,11 @@ def references(table: pd.DataFrame) -> Figure:
             yerr=error_bars(one, "member_difference"),
             **hollow,
         )
+    axis.plot([], [], "o", ms=5, mfc="white", color="grey", label="member − non-member difference")
     axis.axhline(0, color="grey", lw=1, ls=":")
     axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
     axis.set_ylabel("déjà vu score, all examples")
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(names) + 1, fontsize=8)
     return figure
 
 
