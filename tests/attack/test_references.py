@@ -104,7 +104,7 @@ def test_score_is_memorized_minus_misrepresented(tables):
     assert np.abs(scores["score"] - (shares["memorized"] - shares["misrepresented"])).max() < 1e-12
 
 
-def test_control_set_covers_zero(pairs):
+def test_control_set_covers_zero(pairs, any_number):
     table = references.two_model(pairs[0], 2, 5, attacked="control").query("layer == 'projector'")
     row = scoring.score(table, level=0.999)
     assert row["low"] <= 0 <= row["high"] and row["n"] == 48
@@ -263,7 +263,7 @@ def test_criteria_table_gains_over_seeds_and_over_images():
             "images": [100, 100],
         }
     )
-    row = {"criterion": "byol", "rho": 0.2, "n_held_out": 100}
+    row = {"criterion": "byol", "rho": 0.2, "n_held_out": 100, "gap": 0.3, "fresh_gap": 0.01}
     probes = pd.DataFrame(
         [
             row | {"seed": s, "epoch": e, "held_out": 0.5 + (0.1 + 0.01 * s) * e}
@@ -272,6 +272,7 @@ def test_criteria_table_gains_over_seeds_and_over_images():
         ]
     )
     many = summaries.criteria(log, probes).iloc[0]
+    assert (many["gap"], many["fresh_gap"]) == (pytest.approx(0.3), pytest.approx(0.01))
     assert (many["gain"], many["n"], many["seeds"]) == (pytest.approx(0.11), 300, 3)
     assert many["gain_high"] - many["gain"] == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-3)
     assert (many["images_per_second"], many["minutes"]) == (75, pytest.approx(0.05))
