@@ -53,7 +53,7 @@ SIZES = {
     "k": 3,
 }
 DRAWN = (
-    "recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.judge_epochs=1 "
+    "recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.classifier_epochs=1 "
     "decoder.timesteps=20 "
     "decoder.channels=[8,16] decoder.layers=1 decoder.attention=[]"
 )
