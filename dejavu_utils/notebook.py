@@ -20,7 +20,7 @@ from dejavu_utils import store
 OPEN = {
     "constants",
     "trained",
-}  # dicts whose names belong to somebody else (a criterion, `knobs`), who checks them
+}  # dicts whose names belong to somebody else (a criterion, `mitigation`), who checks them
 
 
 class ParameterError(ValueError):

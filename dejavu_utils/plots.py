@@ -57,6 +57,37 @@ SWEEPS = {
 }
 
 
+SETTINGS = {
+    "default": "default",
+    "constants.invariance": "invariance λ",
+    "constants.temperature": "temperature τ",
+    "views.scale_min": "smallest crop of the views",
+    "weight_decay": "weight decay",
+    "encoder": "trunk",
+    "projector": "projector",
+    "trained": "images a class, fixed epochs",
+    "trained_steps": "images a class, fixed steps",
+    "sizes.attacked": "images a class, the paper's design",
+    "distinct": "near-duplicates removed above",
+    "finetune": "epochs of fine-tuning on X",
+    "layer": "layer released",
+    "epoch": "stopped at epoch",
+    "noise": "noise on the release",
+    "bits": "bits a number (0: all)",
+}
+# What a gallery shows beside crop and image: the head and the colour of each list of pictures.
+NEAREST = {
+    "target": ("nearest public images: target", TARGET),
+    "reference": ("nearest public images: reference", REFERENCE),
+}
+SAMPLED = {
+    "target": ("sampled from the crop: target", TARGET),
+    "reference": ("sampled from the crop: reference", REFERENCE),
+    "nearest target": ("nearest", TARGET),
+    "nearest reference": ("nearest", REFERENCE),
+}
+
+
 def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
     """Return (3, h, w) uint8 pixels as a PNG, `side` px wide (0: as they are), with the pixels left
     as squares.
@@ -68,6 +99,14 @@ def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
     return file.getvalue()
 
 
+def _set_style() -> None:
+    import seaborn as sns
+
+    # A class may be called $10_$20: no text of a figure is a formula.
+    rc = {"legend.frameon": False, "text.parse_math": False}
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc=rc)
+
+
 def subplots(
     columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options: Any
 ) -> tuple[Figure, np.ndarray]:
@@ -75,9 +114,7 @@ def subplots(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    # A class may be called $10_$20: no text of a figure is a formula.
-    rc = {"legend.frameon": False, "text.parse_math": False}
-    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc=rc)
+    _set_style()
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -440,36 +477,109 @@ def sweeps(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def show_picture(
-    axis: Axes, picture: torch.Tensor | np.ndarray, name: str, frame: str, right: bool
+def settings(rows: pd.DataFrame) -> Figure:
+    """Return what settings do: the déjà vu score (top) and the held-out accuracy (bottom) over the
+    values of each, a column a setting; values stand in the order of the table, at equal distances.
+
+    `rows` are of `mitigation.changes`.
+    """
+    turned = rows[rows["setting"] != "default"]
+    groups = list(turned.groupby(["criterion", "setting"], sort=False))
+    figure, columns = subplot_columns(len(groups), 4, 2, 3.0, 2.3)
+    for (top, bottom), ((criterion, setting), part) in zip(columns, groups, strict=True):
+        _values(top, part, "score", TARGET, "all images")
+        _values(top, part, "score_20", "#CC79A7", "the 20 % most confident")
+        _values(bottom, part, "held_out", BAYES, "linear probe")
+        top.axhline(0, color="grey", lw=1, ls=":")
+        top.set_title(f"{NAMES.get(criterion, criterion)}:\n{SETTINGS.get(setting, setting)}")
+        longest = part["value"].str.len().max()
+        for axis in (top, bottom):
+            axis.set_xticks(range(len(part)), part["value"], rotation=30 if longest > 5 else 0)
+    tops, bottoms = zip(*columns, strict=True)
+    same_scale(tops)
+    same_scale(bottoms)
+    label_left(tops, "déjà vu score")
+    label_left(bottoms, "held-out accuracy")
+    lines, labels = tops[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _values(axis: Axes, part: pd.DataFrame, name: str, colour: str, label: str) -> None:
+    """Draw a column of values with its interval as bars, at 0, 1, 2, …"""
+    axis.errorbar(
+        range(len(part)),
+        part[name],
+        yerr=error_bars(part, name),
+        color=colour,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        lw=1.2,
+        label=label,
+    )
+    axis.margins(x=0.12)
+
+
+def grid(lines: list[list[tuple]], head: str = "") -> Figure:
+    """Return pictures in rows: `lines` are lists of (picture, text above it), as long as each
+    other.
+    """
+    return _blocks([(head, "black", lines)], [""] * len(lines))
+
+
+def gallery(
+    rows: list[dict], count: int = 4, kinds: dict[str, tuple[str, str]] = NEAREST
+) -> Figure:
+    """Return a picture table, a row an image: crop and image, then under a head each the pictures
+    that `kinds` {name: (head, colour)} names.
+
+    `rows` is a list of dicts: crop, image, name, title (if the crop is to be called otherwise), and
+    under each name in `kinds` a list of (picture, text), of which `count` are shown. A text that is
+    the image's own name is green and bold.
+    """
+    first = []
+    for row in rows:
+        first.append([(row["crop"], row.get("title", "crop")), (row["image"], row["name"])])
+    blocks = [("", "black", first)]
+    for key, (head, colour) in kinds.items():
+        blocks.append((head, colour, [row[key][:count] for row in rows]))
+    return _blocks(blocks, [row["name"] for row in rows])
+
+
+def _blocks(blocks: list[tuple[str, str, list[list[tuple]]]], names: list[str]) -> Figure:
+    """Return blocks (head, colour, lines of (picture, text)) of pictures side by side; where they
+    have a colour, a text that is the line's name is marked.
+    """
+    import matplotlib.pyplot as plt
+
+    _set_style()
+    heads = [head for head, _, _ in blocks]
+    widths = [len(lines[0]) for _, _, lines in blocks]
+    size = (1.05 * sum(widths), 0.4 + 1.25 * len(names))
+    figure = plt.figure(figsize=size, layout="constrained")
+    parts = figure.subfigures(1, len(blocks), width_ratios=widths, squeeze=False)
+    for part, (head, colour, lines) in zip(parts[0], blocks, strict=True):
+        if any(heads):
+            part.suptitle(head or " ", color=colour, fontsize=9.5)  # a blank one keeps rows level
+        axes = part.subplots(len(names), len(lines[0]), squeeze=False)
+        for line, cells, name in zip(axes, lines, names, strict=True):
+            for axis, (picture, text) in zip(line, cells, strict=True):
+                _show(axis, picture, text, colour, text == name and colour != "black")
+    plt.close(figure)
+    return figure
+
+
+def _show(
+    axis: Axes, picture: torch.Tensor | np.ndarray, text: str, frame: str, right: bool
 ) -> None:
-    """Show a picture in a frame of a colour, under its name, which is green and bold where it is
-    the right one.
+    """Show a picture in a frame of a colour, under its text, which is green and bold where it is
+    right.
     """
     axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
     style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
-    axis.set_title(name if len(name) < 13 else name[:11] + "…", fontsize=7.5, pad=2, **style)
+    short = text if len(text) < 13 else text[:11] + "…"
+    axis.set_title(short, fontsize=9, pad=2, **style)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=True, color=frame, linewidth=1.5)
-
-
-def gallery(rows: list[dict], neighbours: int = 4) -> Figure:
-    """Return a picture table: crop, true image, then the nearest public images under target and
-    reference, with labels.
-
-    `rows` is a list of dicts: crop, image, name, target (list of (picture, name)), reference (the
-    same), and title if the crop is to be called otherwise.
-    """
-    figure, axes = subplots(2 + 2 * neighbours, len(rows), 1.0, 1.18)
-    for line, row in zip(axes, rows, strict=True):
-        show_picture(line[0], row["crop"], row.get("title", "crop"), "black", False)
-        show_picture(line[1], row["image"], row["name"], "black", False)
-        cells = [
-            (*near, colour)
-            for role, colour in (("target", TARGET), ("reference", REFERENCE))
-            for near in row[role][:neighbours]
-        ]
-        for axis, (picture, name, frame) in zip(line[2:], cells, strict=True):
-            show_picture(axis, picture, name, frame, name == row["name"])
-    return figure

@@ -17,9 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import batch
 
-from dejavu_utils import store
+from dejavu_utils import mitigation, store
 from dejavu_utils.attack import many_model
-from dejavu_utils.mitigation import knobs
 from dejavu_utils.models import pairs
 from dejavu_utils.notebook import declared
 
@@ -34,12 +33,12 @@ def jobs(profile: str, overrides: dict) -> dict[str, dict]:
         if not {"criteria", "recipe", "epochs"} <= params.keys():
             continue  # this notebook trains nothing
         made = pairs.make(params, folder, "auto")
-        turned = params.get("trained", {})
-        made += [pair for *_, pair in knobs.trained(params, folder, turned, "auto")]
-        if others := [name for name in turned if name not in params["criteria"]]:  # their defaults
-            made += pairs.make(
-                params | {"criteria": others, "rhos": params["rhos"][:1]}, folder, "auto"
-            )
+        settings = params.get("trained", {})
+        made += [pair for *_, pair in mitigation.trained(params, folder, settings, "auto")]
+        others = [name for name in settings if name not in params["criteria"]]
+        if others:  # each setting needs its criterion's default
+            defaults = params | {"criteria": others, "rhos": params["rhos"][:1]}
+            made += pairs.make(defaults, folder, "auto")
         made += _more(made, params)
         found |= {job.folder: job for job in pairs.jobs(made) if not job.done()}
     return {path: dataclasses.asdict(job) for path, job in found.items()}

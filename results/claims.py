@@ -35,7 +35,7 @@ LATER = (
     "mitigation_seeds",
     "trained",
     "reconstruction",
-    "judge",
+    "classifier",
 )  # a folder of an older run may lack them
 
 # Two scores agree if they differ by at most this share of the two-model score. Chosen after the
@@ -83,7 +83,8 @@ def read(name: str) -> Tables:
     for key in LATER:
         path = folder / f"{key}.csv"
         empty = not path.exists() or path.stat().st_size < 5
-        tables[key] = pd.DataFrame() if empty else pd.read_csv(path, dtype={"value": str})
+        table = pd.DataFrame() if empty else pd.read_csv(path, dtype={"value": str})
+        tables[key] = table.rename(columns={"knob": "setting"})  # its name in older tables
 
     rho = tables["scores"]["rho"].iloc[0]
     for key in ("scores", "shares", "differences"):
@@ -304,7 +305,7 @@ def setting(tables: Tables, name: str, criterion: str, table: str = "mitigation"
     rows = tables[table]
     if rows.empty:
         return rows
-    rows = rows[(rows["criterion"] == criterion) & (rows["knob"] == name)]
+    rows = rows[(rows["criterion"] == criterion) & (rows["setting"] == name)]
     return rows.assign(low=rows["score_change_low"], high=rows["score_change_high"])
 
 
@@ -346,7 +347,7 @@ def temperature(tables: Tables) -> Finding:
     if rows.empty or rows["seeds"].iloc[0] < 2:
         return NOT_RUN
     single = tables["mitigation_seeds"]
-    single = single.query("criterion == 'simclr' and knob == 'constants.temperature'")
+    single = single.query("criterion == 'simclr' and setting == 'constants.temperature'")
     scores = single.pivot(index="seed", columns="value", values="score")  # (seeds, values)
 
     found = np.ptp(scores.to_numpy().mean(0))
@@ -360,9 +361,9 @@ def temperature(tables: Tables) -> Finding:
     return Finding(value, judged, int(rows["n"].iloc[0]), SEEDS)
 
 
-def size(tables: Tables, knob: str = "trained", fixed: str = "epochs") -> Finding:
+def size(tables: Tables, name: str = "trained", fixed: str = "epochs") -> Finding:
     """P10, at as many epochs (the paper's way: more steps) or as many steps."""
-    rows = setting(tables, knob, "vicreg", "trained")
+    rows = setting(tables, name, "vicreg", "trained")
     if rows.empty:
         return NOT_RUN
     first, last = rows.iloc[0], rows.iloc[-1]
@@ -546,7 +547,7 @@ def reconstructed(tables: Tables) -> Finding:
             f"and {ceiling.iloc[1]:.3f}, chance .5"
         )
     n = int(attacked.loc["attribute", "n"])
-    trained = len(tables["judge"]) // 2  # a classifier of class and of attribute for each seed
+    trained = len(tables["classifier"]) // 2  # a classifier of class and of attribute for each seed
     return Finding(value, verdict(attacked.loc[["attribute"]]), n, seeds=trained)
 
 
@@ -596,7 +597,7 @@ CLAIMS = {
     "P10b": Claim(
         "the same at fixed steps, so that each image is seen less often",
         "ours",
-        functools.partial(size, knob="trained_steps", fixed="steps"),
+        functools.partial(size, name="trained_steps", fixed="steps"),
     ),
     "P11": Claim("corner crops show it too (VICReg)", "code; direction recalled", corner),
     "P12": Claim("larger models score higher (VICReg)", "ours; no direction known", width),

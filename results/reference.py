@@ -83,20 +83,22 @@ def pieces() -> dict[str, tuple[list[str], dict]]:
         for name in others
     }
     sweeps = [
-        (criterion, knob, values)
+        (criterion, setting, values)
         for criterion, wanted in _trained().items()
-        for knob, values in wanted.items()
+        for setting, values in wanted.items()
     ]
-    for criterion, knob, values in sorted(sweeps, key=lambda sweep: sweep[1].startswith("trained")):
+    for criterion, setting, values in sorted(
+        sweeps, key=lambda sweep: sweep[1].startswith("trained")
+    ):
         own = {
             "criteria": [criterion],
-            "trained": {criterion: {knob: values}},
+            "trained": {criterion: {setting: values}},
             "free": NOTHING_FREE,
         }
-        if knob.startswith("trained"):  # the smallest training set is the one that is attacked
+        if setting.startswith("trained"):  # the smallest training set is the one that is attacked
             own["sizes"] = {"attacked": min(values)}
         found |= {
-            f"{knob.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]})
+            f"{setting.split('.')[-1]}-{seed}": (["04_mitigation"], own | {"seeds": [seed]})
             for seed in SEEDS
         }
     found |= {
@@ -287,8 +289,8 @@ def _read(name: str):
     for i, table in enumerate(
         found
     ):  # a sweep of set sizes attacks fewer images: its default is not the others'
-        if "knob" in table and table["knob"].str.startswith("trained").any():
-            found[i] = table[table["knob"].str.startswith("trained")]
+        if "setting" in table and table["setting"].str.startswith("trained").any():
+            found[i] = table[table["setting"].str.startswith("trained")]
     found = [table for table in found if (name.strip("-") in table) != name.startswith("-")]
     return pd.concat(found, ignore_index=True) if found else None
 
@@ -319,11 +321,11 @@ def merge() -> None:
     """
     import pandas as pd
 
-    from dejavu_utils.mitigation import tradeoff
+    from dejavu_utils import mitigation
 
     made, one = {}, ["criterion", "seed", "epoch", "layer", "direction", "role", "id"]
     if (
-        table := _read("-knob")
+        table := _read("-setting")
     ) is not None:  # the many-model piece has attacked an encoder that is there already
         table = table.drop_duplicates([*one, "attacked"], keep="last")
         parts = [
@@ -332,9 +334,11 @@ def merge() -> None:
         made |= {
             name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]
         }
-    if (turned := _read("knob")) is not None:
-        turned = turned[turned["layer"] == "projector"].drop_duplicates([*one, "knob", "value"])
-        made["mitigation"] = tradeoff.rows(turned)
+    changed = _read("setting")
+    if changed is not None:
+        changed = changed[changed["layer"] == "projector"]
+        changed = changed.drop_duplicates([*one, "setting", "value"])
+        made["mitigation"] = mitigation.changes(changed)
     if (OUT / "bench.zip").exists():
         store.verify(OUT / "bench.zip")
         with zipfile.ZipFile(OUT / "bench.zip") as archive:

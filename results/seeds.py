@@ -50,9 +50,10 @@ def single(name: str, folder: Path = HERE) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=["criterion", "quantity", "seed", "value"])
     table = pd.read_csv(path, dtype={"value": str})
+    table = table.rename(columns={"knob": "setting"})  # its name in older tables
     key = ["criterion", "seed"]
 
-    end = table[table["knob"] == "default"].set_index(key)["score"]
+    end = table[table["setting"] == "default"].set_index(key)["score"]
     baseline = end.xs("supervised") if "supervised" in end.index.levels[0] else None
     parts = [_long(end, "score")]
     if baseline is not None:
@@ -60,16 +61,16 @@ def single(name: str, folder: Path = HERE) -> pd.DataFrame:
         gap = others - baseline.loc[others.index.get_level_values("seed")].to_numpy()
         parts.append(_long(gap, "- supervised (projector)"))
 
-    settings = table[table["knob"] != "default"]
-    for (knob, value), rows in settings.groupby(["knob", "value"], sort=False):
+    settings = table[table["setting"] != "default"]
+    for (name, value), rows in settings.groupby(["setting", "value"], sort=False):
         scores = rows.set_index(key)["score"]
         change = scores - end.loc[scores.index]
         if change.abs().max() > 0:  # else the value is the default
-            parts.append(_long(change, f"{knob} = {value}"))
+            parts.append(_long(change, f"{name} = {value}"))
 
     # Two of these settings are differences that the claims are about.
     found = pd.concat(parts, ignore_index=True)
-    first = min(settings.loc[settings["knob"] == "epoch", "value"], key=float, default="")
+    first = min(settings.loc[settings["setting"] == "epoch", "value"], key=float, default="")
     for quantity, setting in (
         ("last - first trained", f"epoch = {first}"),
         ("projector - backbone", "layer = backbone"),
@@ -119,8 +120,9 @@ def _image_intervals(name: str, folder: Path) -> pd.DataFrame:
     steps = steps[steps["rho"] == rho].rename(columns={"what": "quantity"})
 
     changes = pd.read_csv(folder / name / "mitigation.csv", dtype={"value": str})
+    changes = changes.rename(columns={"knob": "setting"})
     changes = changes[(changes["over"] == "images") & (changes["score_change"] != 0)]
-    changes = changes.assign(quantity=changes["knob"] + " = " + changes["value"])
+    changes = changes.assign(quantity=changes["setting"] + " = " + changes["value"])
     names = {"score_change_low": "low", "score_change_high": "high"}
     changes = changes[["criterion", "quantity", *names]].rename(columns=names)
 

@@ -41,13 +41,11 @@ LATER = [
     "mitigation",  # if there
     "mitigation_backbone",
     "mitigation_seeds",
-    "mitigation_directions",
     "reconstruction",
-    "judge",
+    "classifier",
 ]
 sys.path.insert(0, str(HERE.parent))
-from dejavu_utils import knobs  # noqa: E402  the path comes first
-from dejavu_utils.plots import NAMES  # noqa: E402
+from dejavu_utils.plots import NAMES, SETTINGS  # noqa: E402  the path comes first
 from results import claims, seeds  # noqa: E402
 
 
@@ -141,7 +139,8 @@ def _grid(head: list[str], rows: list[list]) -> str:
 
 
 def _read(name: str, table: str) -> pd.DataFrame:
-    return pd.read_csv(HERE / name / f"{table}.csv", dtype={"value": str})
+    found = pd.read_csv(HERE / name / f"{table}.csv", dtype={"value": str})
+    return found.rename(columns={"knob": "setting"})  # its name in older tables
 
 
 def _first(table: pd.DataFrame, rho: float) -> pd.DataFrame:
@@ -303,18 +302,17 @@ def truths(name: str) -> str:
 
 def settings(name: str) -> str:
     """Return a row per setting of 04_mitigation: what its farthest value does to score and use."""
-    raw = {label: setting for setting, label in knobs.NAMES.items()}
     single = _by_seed(name).set_index(["criterion", "quantity"])
     rows = []
-    for row in _read(name, "mitigation_directions").to_dict("records"):
-        over_seeds = single.loc[(row["criterion"], f"{raw[row['knob']]} = {row['value']}")]
+    for row in _farthest(_read(name, "mitigation")):
+        over_seeds = single.loc[(row["criterion"], f"{row['setting']} = {row['value']}")]
         images = "trained anew"
         if row["over"] == "images":
             images = _number(row["score_change"], row["score_change_low"], row["score_change_high"])
         useful = [row[f"held_out_change{end}"] for end in ("", "_low", "_high")]
         rows.append(
             [
-                row["knob"],
+                SETTINGS[row["setting"]],
                 NAMES[row["criterion"]],
                 row["value"],
                 _bold(*over_seeds[["mean", "low", "high"]]),
@@ -325,6 +323,19 @@ def settings(name: str) -> str:
         )
     head = ["setting", "criterion", "value", "score, change, over seeds", "the same, over images"]
     return _grid([*head, "held-out accuracy, change, over seeds", "n"], rows)
+
+
+def _farthest(table: pd.DataFrame) -> list[dict]:
+    """Return each setting's row at the value farthest from the default: the last one, or the first
+    where the last is the default (early stopping).
+    """
+    rows = []
+    changed = table[table["setting"] != "default"]
+    for _, part in changed.groupby(["criterion", "setting"], sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        is_default = last["score_change"] == 0 and last["held_out_change"] == 0
+        rows.append((first if is_default else last).to_dict())
+    return rows
 
 
 def one_model(name: str) -> str:

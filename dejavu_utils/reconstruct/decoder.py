@@ -1,9 +1,9 @@
-"""Decoders: a diffusion U-Net draws pictures that have a given representation (RCDM, Bordes et al.
-2022; paper §5).
+"""Decoders: a diffusion U-Net that samples pictures with a given representation (RCDM, Bordes et
+al. 2022; paper §5).
 
 The representation enters where the time does: standardised, through one linear layer, it is added
 to the embedding of the time. U-Net, noise schedules, samplers and the moving average are
-diffusers'; the loop, the own_format and exact resume are those of `train`.
+diffusers'; the loop, the format on disk and exact resume are those of `train`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dejavu_utils import store
 from dejavu_utils.models import own_format, train
 
+# The representations that each condition is made of.
 PARTS = {"projector": ("projector",), "backbone": ("backbone",), "both": ("projector", "backbone")}
 # The constants of a decoder's recipe, for two CPU cores; the profile `imagenet` has the paper's.
 NET = {
@@ -38,8 +39,10 @@ NET = {
     "predicts": "v_prediction",  # or "epsilon", the noise
     "average": 0.995,  # decay of the moving average of the weights, which is what is kept
     "conditions": ["projector", "backbone", "both"],  # that it learns, each as often, see PARTS
-    "unconditional": 0.1,
-}  # share of the pictures that are learned without any, for guidance
+    "unconditional": 0.1,  # share of the pictures that are learned without any, for guidance
+}
+
+Representations = dict[str, Tensor]  # {"projector": (n, d), "backbone": (n, d)}, or one of them
 
 
 def _unet(
@@ -67,84 +70,101 @@ def _unet(
 
 
 class Decoder(nn.Module):
-    """A U-Net told what to draw: `widths` {"projector": d, "backbone": d} are the representations
-    it can be given.
+    """A U-Net and the layers that let representations in: `widths` {"projector": d, "backbone": d}.
 
-    The buffers `mean` and `std` of each hold the public set's statistics; a representation that is
-    not given adds nothing to the time embedding.
+    The buffers `mean_<name>` and `std_<name>` hold the public set's statistics; a representation
+    that is not given adds nothing to the embedding of the time.
     """
 
     def __init__(self, widths: dict[str, int], size: int, constants: dict) -> None:
         super().__init__()
-        known = NET | constants
-        if unknown := set(constants) - set(NET):
-            raise ValueError(
-                f"decoder: {', '.join(sorted(unknown))} is no constant of it; it has "
-                f"{', '.join(NET)}."
-            )
-        if not known["conditions"] or (unknown := set(known["conditions"]) - set(PARTS)):
-            raise ValueError(
-                f"decoder: conditions {known['conditions']}; expected some of {', '.join(PARTS)}."
-            )
-        self.size, self.constants = size, known
+        self.size = size
+        self.constants = _checked(constants)
         self.net = _unet(
-            size, *(known[name] for name in ("channels", "layers", "attention", "patch"))
+            size,
+            self.constants["channels"],
+            self.constants["layers"],
+            self.constants["attention"],
+            self.constants["patch"],
         )
-        inner = self.net.time_embedding.linear_2.out_features
-        widths = dict(
-            sorted(widths.items())
-        )  # one order, whoever asks: equal seeds make equal weights
-        self.parts = nn.ModuleDict(
-            {name: nn.Linear(width, inner) for name, width in widths.items()}
-        )
-        for name, width in widths.items():
-            self.register_buffer(f"mean_{name}", torch.zeros(width))
-            self.register_buffer(f"std_{name}", torch.ones(width))
+        self.inner = self.net.time_embedding.linear_2.out_features
+        self.parts = nn.ModuleDict()
+        for name in sorted(widths):  # one order, whoever asks: equal seeds make equal weights
+            self.parts[name] = nn.Linear(widths[name], self.inner)
+            self.register_buffer(f"mean_{name}", torch.zeros(widths[name]))
+            self.register_buffer(f"std_{name}", torch.ones(widths[name]))
 
-    def standardise(self, representations: dict[str, Tensor]) -> None:
-        """Take mean and deviation of each representation (n, d), of the public set's pictures."""
+    def standardise(self, representations: Representations) -> None:
+        """Take mean and standard deviation of each representation, of the public set's pictures."""
         for name, values in representations.items():
             getattr(self, f"mean_{name}").copy_(values.mean(0))
             getattr(self, f"std_{name}").copy_(values.std(0).clamp(min=1e-6))
 
-    def forward(
-        self, noisy: Tensor, time: Tensor, given: dict[str, Tensor], weight: dict[str, Tensor]
+    def condition(
+        self, representations: Representations, weights: dict[str, Tensor], like: Tensor
     ) -> Tensor:
-        """Return the prediction (n, 3, s, s) for noisy pictures at `time` (n,), given
-        representations (n, d).
+        """Return what is added to the embedding of the time (n, inner), on the device of `like`.
 
-        `weight` (n,) of each representation is 1 where it counts, 0 where the picture is drawn
+        `weights` (n,) of each representation is 1 where it counts, 0 where the picture is sampled
         without.
         """
-        told = sum(
-            weight[name][:, None]
-            * layer((given[name] - getattr(self, f"mean_{name}")) / getattr(self, f"std_{name}"))
-            for name, layer in self.parts.items()
-            if name in given
-        )
-        if isinstance(told, int):
-            told = noisy.new_zeros(len(noisy), self.net.time_embedding.linear_2.out_features)
-        patch = self.constants["patch"]
-        layout = (
-            torch.channels_last if noisy.is_cuda else torch.contiguous_format
-        )  # the faster one for group norms
-        folded = F.pixel_unshuffle(noisy, patch).contiguous(memory_format=layout)
-        return F.pixel_shuffle(self.net(folded, time, told).sample, patch).float()
+        total = like.new_zeros(len(like), self.inner)
+        for name, layer in self.parts.items():
+            if name in representations:
+                mean, std = getattr(self, f"mean_{name}"), getattr(self, f"std_{name}")
+                standard = (representations[name] - mean) / std  # (n, d)
+                total = total + weights[name][:, None] * layer(standard)
+        return total
 
-    def scheduler(self, solver: str = "ddpm") -> DDPMScheduler | DPMSolverMultistepScheduler:
-        """Return diffusers' "ddpm" (its noise in training, and 1,000 steps of sampling) or few-step
-        "dpm++" sampler.
-        """
-        common = {
+    def forward(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        representations: Representations,
+        weights: dict[str, Tensor],
+    ) -> Tensor:
+        """Return the prediction (n, 3, s, s) for noisy pictures at `time` (n,), see `condition`."""
+        added = self.condition(representations, weights, noisy)  # (n, inner)
+        layout = torch.contiguous_format
+        if noisy.is_cuda:
+            layout = torch.channels_last  # the faster one for group norms
+        patch = self.constants["patch"]
+        folded = F.pixel_unshuffle(noisy, patch).contiguous(memory_format=layout)
+        predicted = self.net(folded, time, added).sample  # (n, 3 patch², s / patch, s / patch)
+        return F.pixel_shuffle(predicted, patch).float()
+
+    def noise_schedule(self) -> DDPMScheduler:
+        """Return how noise is added in training."""
+        return DDPMScheduler(**self._schedule())
+
+    def sampler(self, steps: int, device: str = "cpu") -> DPMSolverMultistepScheduler:
+        """Return DPM-Solver++, which samples in few steps."""
+        sampler = DPMSolverMultistepScheduler(
+            **self._schedule(), lambda_min_clipped=-5.1, timestep_spacing="trailing"
+        )
+        sampler.set_timesteps(steps, device=device)
+        return sampler
+
+    def _schedule(self) -> dict:
+        return {
             "num_train_timesteps": self.constants["timesteps"],
             "beta_schedule": self.constants["schedule"],
             "prediction_type": self.constants["predicts"],
         }
-        if solver == "ddpm":
-            return DDPMScheduler(**common)
-        return DPMSolverMultistepScheduler(
-            **common, lambda_min_clipped=-5.1, timestep_spacing="trailing"
+
+
+def _checked(constants: dict) -> dict:
+    """Return the constants with the defaults of those not given; ValueError names what is wrong."""
+    if unknown := set(constants) - set(NET):
+        raise ValueError(
+            f"decoder: {', '.join(sorted(unknown))} is no constant of it; it has {', '.join(NET)}."
         )
+    known = NET | constants
+    if not known["conditions"] or set(known["conditions"]) - set(PARTS):
+        raise ValueError(
+            f"decoder: conditions {known['conditions']}; expected some of {', '.join(PARTS)}."
+        )
+    return known
 
 
 class Denoiser(nn.Module):
@@ -154,77 +174,86 @@ class Denoiser(nn.Module):
 
     def __init__(self, decoder: Decoder, bf16: bool) -> None:
         super().__init__()
-        self.decoder, self.bf16, self.noise = decoder, bf16, decoder.scheduler()
+        self.decoder = decoder
+        self.bf16 = bf16
+        self.noise = decoder.noise_schedule()
         self.average = EMAModel(
             decoder.parameters(), decay=decoder.constants["average"], foreach=True
         )
 
-    def forward(self, views: list[Tensor], told: tuple, share: float) -> Tensor:
-        """Return the mean squared error: `views` are pictures in [-1, 1] and noise, `told` (time,
-        given, weight).
+    def forward(self, views: list[Tensor], given: tuple, share: float) -> Tensor:
+        """Return the mean squared error: `views` are pictures in [-1, 1] and noise, `given` (time,
+        representations, weights).
         """
-        (pictures, noise), (time, given, weight) = views, told
+        pictures, noise = views  # (n, 3, s, s) each
+        time, representations, weights = given
         noisy = self.noise.add_noise(pictures, noise, time)
         target = noise
         if self.decoder.constants["predicts"] == "v_prediction":
             target = self.noise.get_velocity(pictures, noise, time)
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16):
-            found = self.decoder(noisy, time, given, weight)
-        return F.mse_loss(found, target)
+            predicted = self.decoder(noisy, time, representations, weights)
+        return F.mse_loss(predicted, target)
 
     def after_step(self, share: float) -> None:
         self.average.step(self.decoder.parameters())
 
 
 class Batches:
-    """Feeds pictures with noise, a time and a condition each, all drawn from one stream an
+    """Feeds pictures with noise, a time and a condition each, all drawn from one generator an
     epoch.
     """
 
     def __init__(
         self, tensors: dict[str, Tensor], recipe: train.Recipe, constants: dict, device: str
     ) -> None:
-        self.pixels, self.batch, self.device, self.constants = (
-            tensors["pixels"],
-            recipe.batch,
-            device,
-            constants,
-        )
-        self.given = {name: values for name, values in tensors.items() if name != "pixels"}
+        self.pixels = tensors["pixels"]
+        self.representations = _representations(tensors)
+        self.batch = recipe.batch
+        self.constants = constants
+        self.device = device
         self.steps = len(self.pixels) // recipe.batch
         if not self.steps:
             raise ValueError(
                 f"decoder: {len(self.pixels)} public pictures for batches of {recipe.batch}. "
                 "Lower batch."
             )
-        kinds = [
-            [float(name in PARTS[kind]) for kind in constants["conditions"]] + [0.0]
-            for name in self.given
-        ]
-        self.kinds = dict(zip(self.given, torch.tensor(kinds, device=device), strict=True))
+        # The weight of each representation under each condition; the last one is "without".
+        self.weights = {}
+        for name in self.representations:
+            weight = [float(name in PARTS[kind]) for kind in constants["conditions"]]
+            self.weights[name] = torch.tensor([*weight, 0.0], device=device)
 
     def epoch(
         self, rng: torch.Generator
-    ) -> Iterator[tuple[list[Tensor], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]]:
-        """Yield ([pictures, noise], (time, given, weight)) of each step."""
-        draw = {"generator": rng, "device": rng.device}
-        learned = len(self.constants["conditions"])
-        for rows in torch.randperm(len(self.pixels), **draw).split(self.batch)[: self.steps]:
-            n, rows = len(rows), rows.to(self.pixels.device)
-            pictures = self.pixels[rows].to(self.device).float() / 127.5 - 1
-            noise, time = (
-                torch.randn(pictures.shape, **draw),
-                torch.randint(self.constants["timesteps"], (n,), **draw),
-            )
-            kind = torch.randint(learned, (n,), **draw)
-            kind = torch.where(
-                torch.rand(n, **draw) < self.constants["unconditional"], learned, kind
-            )
-            given = {name: values[rows].to(self.device) for name, values in self.given.items()}
-            yield (
-                [pictures, noise],
-                (time, given, {name: chosen[kind] for name, chosen in self.kinds.items()}),
-            )
+    ) -> Iterator[tuple[list[Tensor], tuple[Tensor, Representations, dict[str, Tensor]]]]:
+        """Yield ([pictures, noise], (time, representations, weights)) of each step."""
+        order = torch.randperm(len(self.pixels), generator=rng, device=rng.device)
+        for rows in order.split(self.batch)[: self.steps]:
+            n = len(rows)
+            rows = rows.to(self.pixels.device)
+            pictures = self.pixels[rows].to(self.device).float() / 127.5 - 1  # in [-1, 1]
+            noise = torch.randn(pictures.shape, generator=rng, device=rng.device)
+            time = self._integers(rng, self.constants["timesteps"], n)
+
+            without = len(self.constants["conditions"])
+            kind = self._integers(rng, without, n)
+            chance = torch.rand(n, generator=rng, device=rng.device)
+            kind = torch.where(chance < self.constants["unconditional"], without, kind)
+            weights = {name: weight[kind] for name, weight in self.weights.items()}
+
+            given = {
+                name: values[rows].to(self.device) for name, values in self.representations.items()
+            }
+            yield [pictures, noise], (time, given, weights)
+
+    def _integers(self, rng: torch.Generator, below: int, n: int) -> Tensor:
+        return torch.randint(below, (n,), generator=rng, device=rng.device)
+
+
+def _representations(tensors: dict[str, Tensor]) -> Representations:
+    """Return what a public set's tensors hold besides the pixels."""
+    return {name: values for name, values in tensors.items() if name != "pixels"}
 
 
 class Training(train.Training):
@@ -240,27 +269,25 @@ class Training(train.Training):
         seed: int | str,
         device: str = "cpu",
     ) -> None:
-        self.recipe, self.epochs, self.seed, self.epoch, self.device = (
-            recipe,
-            epochs,
-            seed,
-            0,
-            device,
-        )
+        self.recipe = recipe
+        self.epochs = epochs
+        self.seed = seed
+        self.epoch = 0
+        self.device = device
         self.dtype = train.precision(recipe.precision, device)
-        given = {name: values for name, values in tensors.items() if name != "pixels"}
+
+        representations = _representations(tensors)
+        widths = {name: values.shape[1] for name, values in representations.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(train.stream(seed, "weights").initial_seed())
-            decoder = Decoder(
-                {name: values.shape[1] for name, values in given.items()},
-                recipe.size,
-                recipe.constants,
-            )
-        decoder.standardise(given)
+            decoder = Decoder(widths, recipe.size, recipe.constants)
+        decoder.standardise(representations)
         if device.startswith("cuda"):
             decoder = decoder.to(device, memory_format=torch.channels_last)
+
         self.feed = Batches(tensors, recipe, decoder.constants, device)
-        self.method = self.model = Denoiser(decoder, self.dtype == torch.bfloat16).train()
+        self.method = Denoiser(decoder, self.dtype == torch.bfloat16).train()
+        self.model = self.method
         if recipe.compile:
             decoder.net.compile()
         self.optimizer = train.make_optimizer(self.method, recipe)
@@ -276,17 +303,15 @@ class Training(train.Training):
         """Return all that a resumed run needs: the method's, the optimiser's and the moving
         average.
         """
-        return super().tensors() | {
-            f"average.{i}": p for i, p in enumerate(self.method.average.shadow_params)
-        }
+        found = super().tensors()
+        for i, weights in enumerate(self.method.average.shadow_params):
+            found[f"average.{i}"] = weights
+        return found
 
     def restore(self, tensors: dict[str, Tensor], epoch: int, where: str | Path) -> None:
         """Continue from what `tensors()` returned at the end of `epoch`."""
-        super().restore(
-            {name: t for name, t in tensors.items() if not name.startswith("average.")},
-            epoch,
-            where,
-        )
+        others = {n: values for n, values in tensors.items() if not n.startswith("average.")}
+        super().restore(others, epoch, where)
         for i, weights in enumerate(self.method.average.shadow_params):
             weights.copy_(tensors[f"average.{i}"])
         self.method.average.optimization_step = epoch * self.feed.steps
@@ -322,11 +347,10 @@ def load(job: train.Job) -> Decoder:
     """
     path = job.checkpoint(max(job.epochs))
     tensors, meta = store.read_tensors(path)
-    widths = {
-        name.removeprefix("mean_"): len(values)
-        for name, values in tensors.items()
-        if name.startswith("mean_")
-    }
+    widths = {}
+    for name, values in tensors.items():
+        if name.startswith("mean_"):
+            widths[name.removeprefix("mean_")] = len(values)
     decoder = Decoder(widths, meta["recipe"]["size"], meta["recipe"]["constants"])
     own_format.fill(decoder, tensors, path, "this decoder", "Check the decoder's constants.")
     return decoder.eval()
@@ -335,56 +359,59 @@ def load(job: train.Job) -> Decoder:
 @torch.inference_mode()
 def sample(
     decoder: Decoder,
-    given: dict[str, Tensor],
+    representations: Representations,
     samples: int = 1,
     steps: int = 15,
     guidance: float = 1.0,
     seed: int | str = 0,
     device: str = "cpu",
     batch: int = 128,
-    solver: str = "dpm++",
     precision: str = "auto",
 ) -> Tensor:
-    """Return pictures with the given representations {part: (n, d)}: uint8 (n, samples, 3, s, s).
+    """Return pictures with the given representations: uint8 (n, samples, 3, s, s).
 
     Equal `seed` and `batch` start from equal noise, whatever the decoder; `precision` is a
     recipe's. `guidance` g above 1 moves each step from the unconditional prediction u to u + g (c -
     u). ValueError on representations that the decoder was not trained with.
     """
-    if not any(set(given) == set(PARTS[kind]) for kind in decoder.constants["conditions"]):
+    known = [set(PARTS[kind]) for kind in decoder.constants["conditions"]]
+    if set(representations) not in known:
         raise ValueError(
-            f"decoder.sample: given {', '.join(given) or 'nothing'}; this decoder was trained "
-            "with the "
-            f"conditions {', '.join(decoder.constants['conditions'])}."
+            f"decoder.sample: given {', '.join(representations) or 'nothing'}; this decoder was "
+            f"trained with the conditions {', '.join(decoder.constants['conditions'])}."
         )
-    decoder, rng, found = decoder.to(device), train.stream(seed, "sample"), []
+    decoder = decoder.to(device)
+    rng = train.stream(seed, "sample")
     bf16 = train.precision(precision, device) == torch.bfloat16
-    rows = torch.arange(len(next(iter(given.values())))).repeat_interleave(samples)
-    for part in rows.split(batch):
-        told = {name: values[part].to(device) for name, values in given.items()}
-        x = torch.randn(len(part), 3, decoder.size, decoder.size, generator=rng).to(device)
-        sampler = decoder.scheduler(solver)
-        sampler.set_timesteps(steps, device=device)
+
+    n = len(next(iter(representations.values())))
+    found = []
+    for rows in torch.arange(n).repeat_interleave(samples).split(batch):
+        given = {name: values[rows].to(device) for name, values in representations.items()}
+        x = torch.randn(len(rows), 3, decoder.size, decoder.size, generator=rng).to(device)
+        sampler = decoder.sampler(steps, device)
         for time in sampler.timesteps:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                predicted = _guided(decoder, x, time.expand(len(x)), told, guidance)
-            x = sampler.step(
-                predicted, time, x, **({"generator": rng} if solver == "ddpm" else {})
-            ).prev_sample
-        found.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+                predicted = guided(decoder, x, time, given, guidance)
+            x = sampler.step(predicted, time, x).prev_sample
+        found.append(to_pixels(x).cpu())
     return torch.cat(found).unflatten(0, (-1, samples))
 
 
-def _guided(
-    decoder: Decoder, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float
+def guided(
+    decoder: Decoder, x: Tensor, time: Tensor, representations: Representations, guidance: float
 ) -> Tensor:
     """Return the prediction u + g (c - u); with g = 1 that is c, the conditional one, alone."""
-    one, none = (
-        {name: torch.full((len(x),), value, device=x.device) for name in told}
-        for value in (1.0, 0.0)
-    )
-    conditional = decoder(x, time, told, one)
+    ones = torch.ones(len(x), device=x.device)
+    times = time.expand(len(x))
+    conditional = decoder(x, times, representations, dict.fromkeys(representations, ones))
     if guidance == 1:
         return conditional
-    free = decoder(x, time, told, none)
-    return free + guidance * (conditional - free)
+    without = dict.fromkeys(representations, torch.zeros_like(ones))
+    unconditional = decoder(x, times, representations, without)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Return pictures in [-1, 1] as uint8."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

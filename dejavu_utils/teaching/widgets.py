@@ -14,7 +14,6 @@ from dejavu_utils.teaching.game import Game
 
 if TYPE_CHECKING:
     import ipywidgets
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -37,18 +36,6 @@ class View:
         return (self.widget._repr_mimebundle_(**options) or {}) | {
             "image/png": base64.b64encode(self.still).decode()
         }
-
-
-class Html:
-    """Text that a notebook shows as HTML; unlike IPython's own it needs no IPython, which a plain
-    script may lack.
-    """
-
-    def __init__(self, data: str) -> None:
-        self.data = data
-
-    def _repr_html_(self) -> str:
-        return self.data
 
 
 def _png(figure: Figure) -> bytes:
@@ -125,31 +112,3 @@ def play(game: Game) -> View:
     )
     choices = ipywidgets.HBox([*names, more], layout=ipywidgets.Layout(flex_flow="row wrap"))
     return View(ipywidgets.VBox([text, picture, choices]), _png(figure))
-
-
-def hover(figure: Figure, spots: list[tuple[Axes, float, float, str]], label: str) -> Html:
-    """Return a matplotlib figure as SVG in HTML whose spots say something under the mouse.
-
-    A spot is (axis, x, y, text); it is found within a few points of its place, and says the texts
-    of all spots there. `label` describes the figure in words.
-    """
-    import re
-    from html import escape
-
-    places: dict[tuple, list[str]] = {}
-    for *place, text in spots:
-        places.setdefault(tuple(place), []).append(text)
-    for i, (axis, x, y) in enumerate(
-        places
-    ):  # nothing to see, but there for the mouse, above all else
-        axis.plot(x, y, "o", ms=11, alpha=0, zorder=10, gid=f"spot-{i}")
-    texts = {f"spot-{i}": "\n\n".join(each) for i, each in enumerate(places.values())}
-    file = io.StringIO()
-    figure.savefig(file, format="svg")
-    svg = file.getvalue()
-    svg = re.sub(
-        r'<g id="(spot-\d+)">',
-        lambda found: f"{found[0]}<title>{escape(texts[found[1]])}</title>",
-        svg[svg.index("<svg") :],
-    )
-    return Html(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

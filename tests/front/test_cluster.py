@@ -40,7 +40,7 @@ def test_every_notebooks_encoders_once(cluster):
     found = cluster.jobs("smoke", CHANGES | more).values()
     assert (
         len(found) == 2 + 2 + 8 + 2 + 2
-    )  # default, second start, halves, the knob, and the default of its criterion
+    )  # default, second start, halves, the setting, and the default of its criterion
     assert {job["device"] for job in found} == {"auto"}
 
 

@@ -123,7 +123,7 @@ def lint_lesson(path):
         cell
         for cell in cells
         if cell["cell_type"] == "code"
-        and re.search(r"dv\.(plots|planes|widgets)\.\w+\(|sns\.\w*plot\(", source[cell["id"]])
+        and re.search(r"dv\.(plots|widgets)\.\w+\(|sns\.\w*plot\(", source[cell["id"]])
     ]
     return wrong + [
         f"{cell['id']} draws, but its metadata has no `alt`"

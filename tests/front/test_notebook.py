@@ -488,7 +488,9 @@ def test_keys_of_an_unchanged_batch_need_no_torch(light):
 
 
 def test_an_open_dict_is_replaced_and_another_is_overridden_by_key(repository, batch):
-    parameters = 'trained = {"vicreg": {"a.b": [1]}}  # knobs\nsizes = {"a": 1, "b": 2}  # images\n'
+    parameters = (
+        'trained = {"vicreg": {"a.b": [1]}}  # settings\nsizes = {"a": 1, "b": 2}  # images\n'
+    )
     repository.add("02_attack", parameters=parameters)
     repository.profile(
         "long", "02_attack: {trained: {vicreg: {x.y: [1]}, simclr: {z: [2]}}, sizes: {a: 5}}"

@@ -121,7 +121,7 @@ def test_gallery_marks_right_neighbours_and_shortens_names():
     picture = np.zeros((3, 8, 8), np.uint8)
     near = [(picture, "German shepherd"), (picture, "cat")]
     row = {"crop": picture, "image": picture, "name": "cat", "target": near, "reference": near}
-    figure = plots.gallery([row], neighbours=2)
+    figure = plots.gallery([row], count=2)
     titles = [axis.title for axis in figure.axes]
     assert [title.get_text() for title in titles] == [
         "crop",
@@ -132,3 +132,5 @@ def test_gallery_marks_right_neighbours_and_shortens_names():
         "cat",
     ]
     assert [title.get_color() for title in titles[2:4]] == ["black", plots.BAYES]
+    heads = [part.get_suptitle() for part in figure.subfigs]
+    assert heads[1:] == ["nearest public images: target", "nearest public images: reference"]

@@ -53,7 +53,7 @@ SIZES = {
     "k": 3,
 }
 DRAWN = (
-    "recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.judge_epochs=1 "
+    "recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.classifier_epochs=1 "
     "decoder.timesteps=20 "
     "decoder.channels=[8,16] decoder.layers=1 decoder.attention=[]"
 )
@@ -143,15 +143,17 @@ def test_every_kind_of_piece_runs_and_merges(tmp_path, reference):
     assert {path.stem for path in (tmp_path / "out").glob("*.zip")} == set(names)
     reference.merge()
     merged = store.read_table(tmp_path / "out" / "mitigation.csv")
-    knobs = set(merged["knob"])
+    settings = set(merged["setting"])
     assert {
         "default",
         "constants.invariance",
         "trained",
-    } <= knobs and "constants.temperature" not in knobs
+    } <= settings and "constants.temperature" not in settings
     assert set(store.read_table(tmp_path / "out" / "scores.csv")["seeds"]) == {1}
-    whole = merged[merged["knob"] != "trained"]["n"]
-    assert whole.nunique() == 1 and merged[merged["knob"] == "trained"]["n"].max() <= whole.iloc[0]
+    whole = merged[merged["setting"] != "trained"]["n"]
+    assert (
+        whole.nunique() == 1 and merged[merged["setting"] == "trained"]["n"].max() <= whole.iloc[0]
+    )
 
 
 def test_bench_runs_on_a_bare_machine_and_leaves_its_table(tmp_path, reference):
@@ -363,10 +365,10 @@ def test_merge_without_archives_says_what_to_run(reference):
         reference.merge()
 
 
-def test_knob_pieces_hold_the_default_and_merge_by_seed(reference, tmp_path):
+def test_pieces_of_a_setting_hold_the_default_and_merge_by_seed(reference, tmp_path):
     rows = []
     for seed in (100, 101):
-        for knob, value, right in (("default", "default", 0.5), ("weight_decay", "0.1", 0.2)):
+        for setting, value, right in (("default", "default", 0.5), ("weight_decay", "0.1", 0.2)):
             for side in "ab":
                 for role in ("target", "reference"):
                     share = right if role == "target" else 0.1
@@ -384,7 +386,7 @@ def test_knob_pieces_hold_the_default_and_merge_by_seed(reference, tmp_path):
                             "seed": seed,
                             "epoch": 1,
                             "layer": "projector",
-                            "knob": knob,
+                            "setting": setting,
                             "value": value,
                             "held_out": 0.6,
                             "n_held_out": 50,
@@ -398,7 +400,7 @@ def test_knob_pieces_hold_the_default_and_merge_by_seed(reference, tmp_path):
         with store.artifact(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             archive.writestr("guesses.parquet", part.to_parquet(index=False))
     reference.merge()
-    merged = store.read_table(reference.OUT / "mitigation.csv").set_index("knob")
+    merged = store.read_table(reference.OUT / "mitigation.csv").set_index("setting")
     assert merged.loc["weight_decay", "score_change"] == pytest.approx(-0.3)
     assert merged.loc["weight_decay", "over"] == "seeds" and merged.loc["default", "seeds"] == 2
     assert (

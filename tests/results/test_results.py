@@ -367,17 +367,17 @@ def test_what_other_images_show_as_well_does_not_support_p15():
         (0.0, 0.0, 0.0, -0.2, 0.0, ("undecided", "undecided", "contradicted", "undecided")),
     ],
 )
-def test_claims_about_knobs_flip_with_their_tables(lam, probe, tau, size, width, found):
+def test_claims_about_settings_flip_with_their_tables(lam, probe, tau, size, width, found):
     """P8, P9, P10 and P12 from made-up changes of score and probe, each with an interval of
     +-0.01.
     """
     row = {"criterion": "vicreg", "score": 0.1, "seeds": 3, "n": 900}
     turned = [
         row
-        | {"knob": knob, "value": value}
+        | {"setting": name, "value": value}
         | _bounds("score_change", change)
         | _bounds("held_out_change", probe)
-        for knob, value, change in (
+        for name, value, change in (
             ("constants.invariance", "25.0", 0.0),
             ("constants.invariance", "100.0", lam),
             ("encoder", "small16", width),
@@ -386,23 +386,23 @@ def test_claims_about_knobs_flip_with_their_tables(lam, probe, tau, size, width,
     ]
     turned += [
         row
-        | {"criterion": "simclr", "knob": "constants.temperature", "value": value}
+        | {"criterion": "simclr", "setting": "constants.temperature", "value": value}
         | _bounds("score_change", 0.0)
         | _bounds("held_out_change", 0.0)
         for value in ("0.05", "0.2", "0.5")
     ]
     sizes = [
         row
-        | {"knob": knob, "value": value}
+        | {"setting": name, "value": value}
         | _bounds("score_change", change)
         | _bounds("held_out_change", 0.0)
-        for knob, change in (("trained", size), ("trained_steps", -0.3))
+        for name, change in (("trained", size), ("trained_steps", -0.3))
         for value, change in (("30", 0.0), ("120", change))
     ]
     seeds = [
         {
             "criterion": "simclr",
-            "knob": "constants.temperature",
+            "setting": "constants.temperature",
             "value": value,
             "seed": seed,
             "score": 0.1 + tau * place + (0.0 if tau else 0.03) * ((seed + place) % 3),

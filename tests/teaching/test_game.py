@@ -13,7 +13,6 @@ from PIL import Image
 
 from dejavu_utils import plots
 from dejavu_utils.attack import references
-from dejavu_utils.mitigation import planes
 from dejavu_utils.teaching import game, widgets
 
 CLASSES = ("anchor", "star", "sun")
@@ -174,46 +173,3 @@ def test_a_menu_draws_a_figure_when_it_is_chosen_and_once():
     assert drawn == ["a", "a much longer name"] and picture.value != first
     menu.value = "a"
     assert len(drawn) == 2 and picture.value == first
-
-
-def test_a_point_of_the_plane_says_its_setting_and_numbers_under_the_mouse():
-    from bs4 import BeautifulSoup
-
-    ends = {
-        f"{name}{end}": value
-        for name, values in {
-            "score": (0.03, 0.01, 0.05),
-            "score_20": (0.1, 0.0, 0.2),
-            "held_out": (0.5, 0.4, 0.6),
-        }.items()
-        for end, value in zip(("", "_low", "_high"), values, strict=True)
-    }
-    setting = {"criterion": "vicreg", "front": False, "n": 600} | ends
-    moved = setting | {"held_out": 0.45}
-    rows = pd.DataFrame(
-        [
-            setting | {"knob": "default", "value": "default", "front": True},
-            moved | {"knob": "a <b>", "value": "25"},
-            moved | {"knob": "b", "value": "7"},
-        ]
-    )
-    figure = planes.plane(rows)
-    before = [axis.axis() for axis in figure.axes]
-    svg = BeautifulSoup(
-        widgets.hover(figure, planes.spots(figure, rows), 'the "plane"').data, "html.parser"
-    ).svg
-    assert svg["role"] == "img" and svg["aria-label"] == 'the "plane"'
-    titles = svg.find_all("title")
-    assert [title.parent["id"] for title in titles] == ["spot-0", "spot-1", "spot-2", "spot-3"]
-    assert all(title.parent.find("use") for title in titles)  # a place in the figure
-    numbers = (
-        "déjà vu score +0.030 [+0.010, +0.050], n = 600\nheld-out accuracy 0.450 [0.400, 0.600]"
-    )
-    assert (
-        titles[1].text == f"VICReg: a <b>: 25\n{numbers}\n\nVICReg: b: 7\n{numbers}"
-    )  # both are there
-    assert (
-        titles[0].text.endswith("\non the Pareto front")
-        and "score +0.100 [+0.000, +0.200]" in titles[3].text
-    )
-    assert [axis.axis() for axis in figure.axes] == before  # the drawing is the same

@@ -1,4 +1,4 @@
-"""Knobs: default values share encoders, sizes nest, duplicates go, fine-tuning starts right,
+"""Settings: default values share encoders, sizes nest, duplicates go, fine-tuning starts right,
 releases are exact.
 """
 
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dejavu_utils import store
+from dejavu_utils import mitigation, store
 from dejavu_utils.data import scenes, split
-from dejavu_utils.mitigation import knobs
 from dejavu_utils.models import launch, views
 from dejavu_utils.models import pairs as build
 
@@ -36,12 +35,14 @@ def test_the_defaults_value_is_the_default_pair(tmp_path):
         "distinct": [1.0],
     }
     found = {
-        (knob, value): pair
-        for knob, value, pair in knobs.trained(PARAMS, tmp_path, {"vicreg": wanted})
+        (setting, value): pair
+        for setting, value, pair in mitigation.trained(PARAMS, tmp_path, {"vicreg": wanted})
     }
-    for (knob, value), pair in found.items():
-        assert (pair.jobs["A"].folder == default.jobs["A"].folder) == (value == wanted[knob][0]), (
-            knob,
+    for (setting, value), pair in found.items():
+        assert (pair.jobs["A"].folder == default.jobs["A"].folder) == (
+            value == wanted[setting][0]
+        ), (
+            setting,
             value,
         )
         assert [pair.parts[side].digest for side in "ab"] == [
@@ -59,11 +60,11 @@ def test_the_defaults_value_is_the_default_pair(tmp_path):
     }
 
 
-def test_a_knob_of_one_criterion_keeps_that_criterions_own_recipe(tmp_path):
+def test_a_setting_of_one_criterion_keeps_that_criterions_own_recipe(tmp_path):
     params = PARAMS | {
         "recipe": PARAMS["recipe"] | {"simclr": {"lr": 0.02, "constants": {"temperature": 0.3}}}
     }
-    made = knobs.trained(
+    made = mitigation.trained(
         params, tmp_path, {"simclr": {"constants.temperature": [0.3, 0.5], "lr": [0.04]}}
     )
     recipes = [pair.jobs["A"].recipe for *_, pair in made]
@@ -82,7 +83,7 @@ def _pixels(pair, model):
 
 
 def test_sizes_nest_and_attack_the_same_images(tmp_path):
-    made = knobs.trained(
+    made = mitigation.trained(
         PARAMS, tmp_path, {"vicreg": {"trained": [6, 12], "trained_steps": [6, 12]}}
     )
     (_, _, small), (_, _, large), (_, _, same), (_, _, steps) = made
@@ -103,7 +104,7 @@ def test_sizes_nest_and_attack_the_same_images(tmp_path):
 
 
 def test_the_papers_design_attacks_all(tmp_path):
-    made = knobs.trained(PARAMS, tmp_path, {"vicreg": {"sizes.attacked": [6, 12]}})
+    made = mitigation.trained(PARAMS, tmp_path, {"vicreg": {"sizes.attacked": [6, 12]}})
     assert [len(pair.parts["a"]) for *_, pair in made] == [24, 48]
 
 
@@ -111,13 +112,13 @@ def test_fewer_trained_than_attacked_is_an_error(tmp_path):
     with pytest.raises(
         ValueError, match=r"16 of the attacked images would not be trained on.*sizes\.attacked"
     ):
-        knobs.trained(PARAMS, tmp_path, {"vicreg": {"trained": [4, 6]}})
+        mitigation.trained(PARAMS, tmp_path, {"vicreg": {"trained": [4, 6]}})
 
 
 @pytest.mark.parametrize("name", ["invariance", "constants", "sizes.many", "views.", "recipe.lr"])
-def test_unknown_knob_names_what_there_is(tmp_path, name):
+def test_unknown_setting_names_what_there_is(tmp_path, name):
     with pytest.raises(ValueError, match="is not known"):
-        pair = knobs.trained(PARAMS, tmp_path, {"vicreg": {name: [1]}})[0][2]
+        pair = mitigation.trained(PARAMS, tmp_path, {"vicreg": {name: [1]}})[0][2]
         launch.fit_all(list(pair.jobs.values()), workers=1)
 
 
@@ -131,7 +132,7 @@ def test_near_duplicates_are_removed(tmp_path):
     assert np.flatnonzero(~split.distinct(copies, 0.99)).tolist() == [7, 20]
     assert split.distinct(images.subset([]), 0.99).shape == (0,)
     assert split.distinct(copies, 0.6)[:2].tolist() == [True, bool(_likeness(copies, 0, 1) <= 0.6)]
-    pair = knobs.trained(PARAMS, tmp_path, {"vicreg": {"distinct": [0.2]}})[0][2]
+    pair = mitigation.trained(PARAMS, tmp_path, {"vicreg": {"distinct": [0.2]}})[0][2]
     assert (
         0 < len(_pixels(pair, "A")) < 24 == len(pair.parts["a"])
     )  # fewer trained on, all attacked
@@ -153,34 +154,34 @@ def test_fine_tuning_starts_from_the_encoder_and_sees_x_alone(tmp_path):
             for model, job in pair.jobs.items()
         },
     )
-    before, after = pair.encoder("A", 2), knobs.finetuned(frozen, 2, 1).encoder("A", 1)
+    before, after = pair.encoder("A", 2), mitigation.finetuned(frozen, 2, 1).encoder("A", 1)
     for (
         name,
         weight,
     ) in before.trunk.named_parameters():  # without a rate only the running statistics move
         assert torch.equal(weight, after.trunk.get_parameter(name))
-    tuned = knobs.finetuned(pair, 2, 1)
+    tuned = mitigation.finetuned(pair, 2, 1)
     image = views.normalize(pair.parts["public"].squares(32))
     assert not torch.equal(tuned.encoder("A", 1)(image), before(image))
-    assert knobs.finetuned(pair, 2, 0) is pair
-    again = knobs.finetuned(pair, 2, 1)
+    assert mitigation.finetuned(pair, 2, 0) is pair
+    again = mitigation.finetuned(pair, 2, 1)
     assert again.jobs["A"].folder == tuned.jobs["A"].folder and again.jobs["A"].done()
 
 
 def test_release_rounds_to_the_levels_and_adds_the_noise_asked_for():
     like = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
-    assert torch.equal(knobs.release(like, like), like)
+    assert torch.equal(mitigation.release(like, like), like)
     for bits in (1, 2, 8):
-        out = knobs.release(like, like, bits=bits)
+        out = mitigation.release(like, like, bits=bits)
         assert all(len(column.unique()) <= 2**bits for column in out.T)
         inside = (like > torch.quantile(like, 0.02, 0)) & (like < torch.quantile(like, 0.98, 0))
         step = (torch.quantile(like, 0.99, 0) - torch.quantile(like, 0.01, 0)) / (2**bits - 1)
         assert ((out - like).abs() <= 0.5001 * step)[inside].all()
-    noisy = knobs.release(like, like, noise=0.5, seed=1)
+    noisy = mitigation.release(like, like, noise=0.5, seed=1)
     assert torch.allclose((noisy - like).std(0) / like.std(0), torch.full((8,), 0.5), atol=0.03)
-    assert torch.equal(noisy, knobs.release(like, like, noise=0.5, seed=1))
-    assert not torch.equal(noisy, knobs.release(like, like, noise=0.5, seed=2))
+    assert torch.equal(noisy, mitigation.release(like, like, noise=0.5, seed=1))
+    assert not torch.equal(noisy, mitigation.release(like, like, noise=0.5, seed=2))
     constant = torch.ones(5, 3)
-    assert torch.isfinite(knobs.release(constant, constant, bits=1, noise=0.1)).all()
+    assert torch.isfinite(mitigation.release(constant, constant, bits=1, noise=0.1)).all()
     with pytest.raises(ValueError, match="noise -1, bits 0"):
-        knobs.release(like, like, noise=-1)
+        mitigation.release(like, like, noise=-1)

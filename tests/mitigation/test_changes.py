@@ -1,13 +1,13 @@
-"""Privacy against utility: measurements equal attack and probe done alone; changes, front and
-advice are right.
+"""What settings change: measurements equal attack and probe done alone, changes are matched by
+seed and have the right interval.
 """
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from dejavu_utils import mitigation, plots
 from dejavu_utils.attack import references, scoring
-from dejavu_utils.mitigation import planes, tradeoff
 from dejavu_utils.models import launch
 from dejavu_utils.models import pairs as build
 
@@ -31,7 +31,7 @@ def pair(tmp_path_factory):
 
 
 def test_measure_is_the_attack_and_the_probe(pair):
-    found = tradeoff.measure(pair, 2, 5)
+    found = mitigation.measure(pair, 2, 5)
     alone = references.two_model(pair, 2, 5)
     for layer in ("projector", "backbone"):
         mine, other = (
@@ -46,7 +46,7 @@ def test_measure_is_the_attack_and_the_probe(pair):
 
 
 def test_each_release_is_applied_to_everything(pair):
-    found = tradeoff.measure(
+    found = mitigation.measure(
         pair, 2, 5, ("projector",), [{}, {"noise": 0.0}, {"noise": 1e9}, {"bits": 16}]
     )
     by = {number: part.reset_index(drop=True) for number, part in found.groupby("release")}
@@ -61,20 +61,20 @@ def test_each_release_is_applied_to_everything(pair):
 
 def _table(
     seeds=(0, 1, 2),
-    knob="default",
+    setting="default",
     value="default",
     extra=0.0,
     held=0.7,
     n=200,
     layer="projector",
-    stream=0,
+    noise=0,
 ):
     """Return a made-up table: the target is right on .3 + extra, the reference on .2 of the
     images.
     """
     rows = []
     for seed in seeds:
-        rng = np.random.default_rng([seed, stream])
+        rng = np.random.default_rng([seed, noise])
         for side in "ab":
             for role, share in (("target", 0.3 + extra), ("reference", 0.2)):
                 rows.append(
@@ -94,13 +94,15 @@ def _table(
                     )
                 )
     table = pd.concat(rows, ignore_index=True)
-    return table.assign(criterion="vicreg", knob=knob, value=value, layer=layer, n_held_out=400)
+    return table.assign(
+        criterion="vicreg", setting=setting, value=value, layer=layer, n_held_out=400
+    )
 
 
 def test_changes_are_matched_by_seed():
-    base, lower = _table(), _table(knob="weight_decay", value="0.1", extra=-0.1, held=0.65)
-    free = _table(knob="noise", value="1.0", extra=-0.1, held=0.7)
-    rows = tradeoff.rows(pd.concat([base, lower, free]), resamples=200).set_index("knob")
+    base, lower = _table(), _table(setting="weight_decay", value="0.1", extra=-0.1, held=0.65)
+    free = _table(setting="noise", value="1.0", extra=-0.1, held=0.7)
+    rows = mitigation.changes(pd.concat([base, lower, free]), resamples=200).set_index("setting")
     assert rows.loc["weight_decay", "over"] == "seeds" and rows.loc["noise", "over"] == "images"
     steps = [
         scoring.score(lower[lower["seed"] == seed])["score"]
@@ -121,9 +123,9 @@ def test_changes_are_matched_by_seed():
         rows.loc["default", ["score_change", "score_change_low", "held_out_change"]].abs().max()
         < 1e-12
     )
-    one = tradeoff.rows(
+    one = mitigation.changes(
         pd.concat([t[t["seed"] == 0] for t in (base, lower)]), resamples=200
-    ).set_index("knob")
+    ).set_index("setting")
     assert (
         one.loc["weight_decay", "over"] == "images"
         and one.loc["weight_decay", "score_change_low"] < -0.05
@@ -132,12 +134,12 @@ def test_changes_are_matched_by_seed():
 
 def test_layers_are_compared_with_the_released_one_and_sizes_with_the_smallest():
     base = pd.concat([_table(), _table(layer="backbone", extra=-0.05)])
-    layer = _table(knob="layer", value="backbone", layer="backbone", extra=-0.05)
+    layer = _table(setting="layer", value="backbone", layer="backbone", extra=-0.05)
     sizes = [
-        _table(knob="trained", value=v, extra=e, stream=1) for v, e in (("30", 0.0), ("120", 0.2))
+        _table(setting="trained", value=v, extra=e, noise=1) for v, e in (("30", 0.0), ("120", 0.2))
     ]
-    rows = tradeoff.rows(pd.concat([base, layer, *sizes]), resamples=100).set_index(
-        ["knob", "value", "layer"]
+    rows = mitigation.changes(pd.concat([base, layer, *sizes]), resamples=100).set_index(
+        ["setting", "value", "layer"]
     )
     assert rows.loc[("layer", "backbone", "backbone"), "score_change"] < -0.02
     assert rows.loc[("trained", "30", "projector"), "score_change"] == 0
@@ -145,77 +147,25 @@ def test_layers_are_compared_with_the_released_one_and_sizes_with_the_smallest()
     assert rows.loc[("default", "default", "backbone"), "score_change"] == 0
 
 
-def test_a_knob_without_its_default_is_an_error():
-    turned = _table(knob="weight_decay", value="0.1")
+def test_a_setting_without_its_default_is_an_error():
+    turned = _table(setting="weight_decay", value="0.1")
     with pytest.raises(
         ValueError, match="weight_decay of vicreg: there is no default at layer projector"
     ):
-        tradeoff.rows(pd.concat([turned, _table(layer="backbone")]), resamples=10)
+        mitigation.changes(pd.concat([turned, _table(layer="backbone")]), resamples=10)
 
 
-def test_front_holds_what_nothing_beats():
-    table = pd.DataFrame(
-        {"score": [0.1, 0.05, 0.05, 0.0, 0.2], "held_out": [0.9, 0.8, 0.7, 0.5, 0.85]}
-    )
-    assert tradeoff.front(table).tolist() == [True, True, False, True, False]
-    assert tradeoff.front(pd.DataFrame({"score": [0.1, 0.1], "held_out": [0.5, 0.5]})).tolist() == [
-        True,
-        True,
-    ]
-
-
-def test_advice_takes_the_cheap_one_says_how_sure_and_can_say_no():
+def test_the_figure_shows_every_value():
     tables = [
-        _table(),
-        _table(knob="weight_decay", value="0.1", extra=-0.1, held=0.60),  # too dear
-        _table(knob="noise", value="1.0", extra=-0.08, held=0.69),
-        _table(knob="bits", value="1", extra=-0.001),
-    ]
-    rows = tradeoff.rows(pd.concat(tables), resamples=300)
-    text = tradeoff.advice(rows, 0.02)
-    assert (
-        text.startswith("noise on the release: 1.0")
-        and "its interval excludes 0" in text
-        and "(a cost)" in text
-    )
-    assert "weight decay: 0.1" in tradeoff.advice(rows, 0.2)
-    dear = rows[rows["knob"].isin(["default", "weight_decay"])]
-    assert tradeoff.advice(dear, 0.02).startswith("None of 1 settings")
-    unsure = rows[rows["knob"].isin(["default"])].assign(
-        knob="bits", value="1", score_change=-0.01, score_change_low=-0.05, score_change_high=0.03
-    )
-    assert "undecided: its interval holds 0" in tradeoff.advice(pd.concat([rows[:1], unsure]), 0.02)
-
-
-def test_directions_are_two_sided():
-    tables = [
-        _table(),
-        _table(knob="weight_decay", value="0.1", extra=-0.1, held=0.6),
-        _table(knob="noise", value="1", extra=0.3),
-    ]
-    found = tradeoff.directions(tradeoff.rows(pd.concat(tables), resamples=100)).set_index("knob")
-    assert found.loc["weight decay", ["score", "useful"]].tolist() == ["lower", "less"]
-    assert found.loc["noise on the release", ["score", "useful"]].tolist() == [
-        "higher",
-        "undecided",
-    ]
-
-
-def test_figures_show_every_setting():
-    tables = [
-        _table(knob=knob, value=str(i), extra=-0.05 * i)
-        for knob in ("noise", "bits")
+        _table(setting=setting, value=str(i), extra=-0.05 * i)
+        for setting in ("noise", "bits")
         for i in range(3)
     ]
     tables.insert(0, _table())
-    rows = tradeoff.rows(pd.concat(tables), resamples=20)
-    rows["front"] = tradeoff.front(rows)
-    figure = planes.per_knob(rows)
+    rows = mitigation.changes(pd.concat(tables), resamples=20)
+    figure = plots.settings(rows)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert titles == ["VICReg: noise on the release", "VICReg: bits a number (0: all)"]
-    drawn = {
-        tuple(map(float, (x, y)))
-        for line in planes.plane(rows).axes[0].lines
-        for x, y in line.get_xydata()
-    }
-    assert {(row.held_out, row.score) for row in rows.itertuples()} <= drawn
+    assert titles == ["VICReg:\nnoise on the release", "VICReg:\nbits a number (0: all)"]
+    drawn = {y for axis in figure.axes for line in axis.lines for y in line.get_ydata()}
+    changed = rows[rows["setting"] != "default"]
+    assert {*changed["score"], *changed["score_20"], *changed["held_out"]} <= drawn

@@ -1,1 +1,0 @@
-"""What lowers the score, and what it costs."""
