@@ -135,6 +135,7 @@ def _pair_steps(name: str, tiny: bool) -> list[Step]:
         Step(f"train {name}", "train", most=420, least=needed, reserve=after, argument=name),
         Step(f"attack {name}", "attack", most=120, least=10, reserve=after / 3, argument=name),
         Step(f"probe {name}", "probe", most=120, least=10, argument=name),
+        Step(f"views {name}", "probe_views", most=90, least=15, argument=name),
     ]
 
 
@@ -174,10 +175,10 @@ def done(step: Step, table: dict, place: Place) -> bool:
     if step.instead_of:
         return _finished(table, step.instead_of) or _finished(table, step.name)
     if step.work == "train":
-        attacked = _finished(table, f"attack {step.argument}")
-        probed = _finished(table, f"probe {step.argument}")
+        later = [f"{what} {step.argument}" for what in ("attack", "probe", "views")]
         trained = (place.work / f"{step.argument}.trained").is_file()
-        return (attacked and probed) or (_finished(table, step.name) and trained)
+        used = all(_finished(table, name) for name in later)
+        return used or (_finished(table, step.name) and trained)
     return _finished(table, step.name)
 
 

@@ -6,6 +6,7 @@ What is missing is said to be "not run". Pictures stay in OUT.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections import defaultdict
@@ -189,12 +190,12 @@ def _pairs(steps: dict) -> Iterator[str]:
 def _scores(steps: dict) -> list[str]:
     rows, ends = [], defaultdict(lambda: defaultdict(list))
     for name in _pairs(steps):
-        found = result(steps, f"attack {name}")["scores"]
+        found = [_numbers(row) for row in result(steps, f"attack {name}")["scores"]]
         last = max(row["epoch"] for row in found)
         for row in found:
             if row["p"] != 100 and not (row["epoch"] == last and row["attacked"] == "attacked"):
                 continue
-            shown = f"{row['score']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            shown = scoring.interval_text(row)
             accuracy = f"{row['target']:.3f} - {row['reference']:.3f}"
             what = "images of neither set" if row["attacked"] == "control" else "attacked"
             rows.append(
@@ -211,6 +212,11 @@ def _scores(steps: dict) -> list[str]:
         "images of neither set are controls: their scores should be 0."
     )
     return ["Primary claims, the unit is the seed:", _claims(ends), words, _table(head, rows)]
+
+
+def _numbers(row: dict) -> dict:
+    """Return a row with NaN where JSON has null."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def _values(name: str, rows: list[dict]) -> dict[str, float]:
@@ -250,31 +256,31 @@ def _claims(ends: dict) -> str:
 def _probes(steps: dict) -> list[str]:
     rows = []
     for name in _pairs(steps):
-        found = result(steps, f"probe {name}")
-        if found is None:
-            rows.append([name, "", NOT_RUN, "", "", ""])
-            continue
-        by_layer: dict = defaultdict(list)
-        for row in found["probes"]:
-            by_layer[row["epoch"], row["layer"]].append(row)
-        for (epoch, layer), both in by_layer.items():
-            means = [
-                f"{np.mean([row[key] for row in both]):.3f}"
-                for key in ("held_out", "gap", "fresh_gap")
-            ]
-            rows.append([name, epoch, layer, *means])
+        for step, what in (("probe", "as they are"), ("views", "augmented views")):
+            found = result(steps, f"{step} {name}")
+            if found is None:
+                rows.append([name, what, "", "", NOT_RUN, "", ""])
+                continue
+            by_layer: dict = defaultdict(list)
+            for row in found["probes"]:
+                by_layer[row["epoch"], row["layer"]].append(row)
+            for (epoch, layer), both in by_layer.items():
+                keys = ("held_out", "gap", "fresh_gap")
+                means = [f"{np.mean([row[key] for row in both]):.3f}" for key in keys]
+                rows.append([name, what, epoch, layer, *means])
     if not rows:
         return [f"Probes: {NOT_RUN}."]
-    head = ["pair", "epoch", "layer", "held-out accuracy", "gap", "gap of a probe that saw neither"]
+    head = ["pair", "trained on", "epoch", "layer", "held-out accuracy", "gap"]
     words = (
-        "Linear probes, mean of encoders A and B. The gap is train minus held-out of a probe that "
-        "was trained on the encoder's own images; the other one is own minus fresh images of a "
-        "probe that was trained on neither."
+        "Linear probes, mean of encoders A and B: logistic regression on the images as they are, "
+        "and SGD on augmented views, as in the authors' code. The gap is train minus held-out of a "
+        "probe that was trained on the encoder's own images; the other one is own minus fresh "
+        "images of a probe that was trained on neither."
     )
     gains = {name: _gain(steps, name) for name in _pairs(steps)}
     gained = [f"{name}: {gain:+.3f}" for name, gain in gains.items() if gain is not None]
     learned = f"What training gains on held-out images at the backbone: {', '.join(gained)}."
-    return [words, _table(head, rows), learned]
+    return [words, _table([*head, "gap of a probe that saw neither"], rows), learned]
 
 
 def _gain(steps: dict, name: str) -> float | None:

@@ -504,7 +504,7 @@ def attack(place: Place, name: str, limit: float) -> dict:
             rows.append(dict(zip(("epoch", "layer", "attacked"), at, strict=True)) | row)
     _archive(place, name, guesses, pairs.losses([pair]), best)
     end = rows[0]
-    line = f"score {end['score']:+.3f} [{end['low']:+.3f}, {end['high']:+.3f}] over images"
+    line = f"score {scoring.interval_text(end)} over images"
     return {"line": line, "scores": rows, "setting": best, "n": end["n"]}
 
 
@@ -526,7 +526,20 @@ def _archive(place: Place, name: str, guesses, losses, best: dict) -> None:
 
 
 def probe(place: Place, name: str, limit: float) -> dict:
-    """Fit both linear probes of a pair at every layer, and of the untrained backbone."""
+    """Fit the linear probe on the images as they are, at every layer, and at the untrained
+    backbone.
+    """
+    how = {"method": "lbfgs", "augment": False}
+    return _probes(place, name, planned(place)["layers"], how)
+
+
+def probe_views(place: Place, name: str, limit: float) -> dict:
+    """Fit the authors' linear probe, by SGD on augmented views, at projector and backbone."""
+    how = {"method": "sgd", "augment": True, "views": planned(place)["probe_views"]}
+    return _probes(place, name, ["projector", "backbone"], how)
+
+
+def _probes(place: Place, name: str, layers: list[str], how: dict) -> dict:
     import pandas as pd
 
     from dejavu_utils.attack import references
@@ -535,12 +548,12 @@ def probe(place: Place, name: str, limit: float) -> dict:
     pair, _ = pair_of(place, name)
     if not all(job.done() for job in pair.jobs.values()):
         raise Skipped("the encoders are not on this machine")
-    epochs = pair.jobs["A"].epochs
-    wanted = [(epochs[-1], layer) for layer in planned(place)["layers"]] + [(0, "backbone")]
-    tables = threads(lambda at: references.probes(pair, *at, device=DEVICE), wanted, 1)
+    last = pair.jobs["A"].epochs[-1]
+    wanted = [(last, layer) for layer in layers] + [(0, "backbone")]
+    tables = threads(lambda at: references.probes(pair, *at, device=DEVICE, **how), wanted, 1)
     table = pd.concat(tables, ignore_index=True)
-    at_end = table[table["epoch"] == epochs[-1]].groupby("layer")[["gap", "fresh_gap"]].mean()
-    ends = at_end.loc["backbone"]
+    at_end = table[(table["epoch"] == last) & (table["layer"] == "backbone")]
+    ends = at_end[["gap", "fresh_gap"]].mean()
     line = f"backbone: gap {ends['gap']:.3f}, of a probe that saw neither {ends['fresh_gap']:+.3f}"
     return {"line": line, "probes": table.to_dict("records")}
 
