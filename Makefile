@@ -64,7 +64,7 @@ AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT
 $(foreach name,$(AUDIT) P,$(eval override $(name) := $$(value $(name))))
 export $(AUDIT)
 
-audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder|data set PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
+audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
 	@$(PYTHON) notebooks/batch.py audit --set "$$P"
 
 reference: .venv/.installed  ## real photographs in pieces of some minutes, on a GPU: PIECES="vicreg-100 …", MINUTES=25
