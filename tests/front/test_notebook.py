@@ -331,7 +331,10 @@ def test_keys_change_with_what_matters_and_only_then(repository, monkeypatch, ba
     assert key(seed=4) != first
     manifests = repository.root / "data_manifests"
     manifests.mkdir()
-    (manifests / "toy.yaml").write_text("file: toy.zip\n")
+    manifest = (
+        "title: toy\nlayout: folder\nfile: toy.zip\nplaces: [toy.zip]\nimages: [.]\nmin_side: 8\n"
+    )
+    (manifests / "toy.yaml").write_text(manifest)
     with_manifest = key()
     assert with_manifest != first
     monkeypatch.setenv("DEJAVU_DATA", str(manifests))
