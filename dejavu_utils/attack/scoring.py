@@ -22,7 +22,7 @@ CELLS = ("memorized", "correlated", "misrepresented", "unassociated")
 CLUSTER_FROM = 50  # from so many classes on, the bootstrap draws classes rather than images
 CHUNK = 1 << 21  # resampled weights held at a time
 ROUNDINGS = ("up", "down")
-# Below so many images no interval is given. In simulations (4,000 tables a case; 5 to 30 % of the
+# Below so many images no interval is given. In simulations (4,000 tables a case; 5 to 50 % of the
 # images tell target and reference apart, in ten cases equally often or not) the 95 % bootstrap
 # misses the true score in up to 45 % of tables of 16 images, 19 % at 34, 13 % at 40, and from 50 on
 # in 4 to 9 %. Two untrained encoders are a case of 5 %, for any number.
