@@ -1,11 +1,8 @@
-"""The label-inference attack and its numbers: déjà vu score with its interval, four-way split,
-paired differences.
+"""The numbers of an attack: déjà vu score with its interval, four-way split, paired differences.
 
-A *table* is a pandas frame with one row per attacked image and role: id, label, direction ("a" or
-"b": the attacked set), role ("target": trained with the image; "reference": without), prediction,
-correct, correct5, confidence. A column `seed` may pool several runs. Direction and seed together
-are a *stratum*: its images are ranked and resampled by themselves, and strata weigh the same, so a
-score is the mean over directions (paper section 4, symmetrised).
+All take a table of guesses as `inference` makes it. A column `seed` may pool several runs.
+Direction and seed together are a *stratum*: its images are ranked and resampled by themselves, and
+strata weigh the same, so a score is the mean over directions (paper section 4, symmetrised).
 """
 
 import hashlib
