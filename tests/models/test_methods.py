@@ -3,7 +3,6 @@ every criterion.
 """
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -38,10 +37,10 @@ def _state(model, method, views, labels):
     return loss.detach(), grads, dict(method.named_buffers())
 
 
-def _two(rank, port, queue):
+def _two(rank, meeting, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
     )
     for criterion in methods.METHODS:
         method = distributed.synchronise(_method(criterion), "cpu")
@@ -64,16 +63,15 @@ def _two(rank, port, queue):
 
 
 @pytest.fixture(scope="module")
-def over_two():
+def over_two(tmp_path_factory):
     """{(rank, criterion): (loss, gradients, buffers)} of two processes with half of the batch each,
     from one spawn.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # A file to meet at: a free port may be somebody else's by the time that it is used.
+    meeting = tmp_path_factory.mktemp("two") / "meeting"
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    children = [context.Process(target=_two, args=(rank, port, queue)) for rank in range(2)]
+    children = [context.Process(target=_two, args=(rank, meeting, queue)) for rank in range(2)]
     for child in children:
         child.start()
     found = {}
