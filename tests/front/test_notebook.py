@@ -131,11 +131,15 @@ def _shell():
 
 
 @pytest.fixture
-def jupyter(repository):
+def jupyter(repository, monkeypatch):
     """Run cells one after the other, as JupyterLab does, in any order; the result of each is its
     error or None.
     """
     repository.add("02_attack")
+
+    # A shell puts its own module at __main__, and its reset empties it: a process that is spawned
+    # later looks for __main__.__spec__.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     shell = _shell()
     cells = notebook.cells("02_attack")
 
