@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import imports, store
 from dejavu_utils.data import manifests
-from dejavu_utils.notebook import OPEN, ParameterError, cells, declared, merged, stages
+from dejavu_utils.parameters import OPEN, ParameterError, cells, declared, merged, stages
 
 RATE = (
     200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16

@@ -20,7 +20,7 @@ import batch
 from dejavu_utils import mitigation, store
 from dejavu_utils.attack import many_model
 from dejavu_utils.models import pairs
-from dejavu_utils.notebook import declared
+from dejavu_utils.parameters import declared
 
 
 def jobs(profile: str, overrides: dict) -> dict[str, dict]:

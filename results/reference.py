@@ -38,7 +38,7 @@ sys.path[:0] = [
 import batch  # noqa: E402  the paths come first
 
 from dejavu_utils import store  # noqa: E402
-from dejavu_utils.notebook import OPEN, cells, declared  # noqa: E402
+from dejavu_utils.parameters import OPEN, cells, declared  # noqa: E402
 
 PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
 SEEDS = (100, 101, 102)

@@ -9,37 +9,17 @@ decode) and a batch can be split.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dejavu_utils.data.resampling import resample
+from dejavu_utils.models.recipe import Views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 SIGMA = 2.0  # px at 224 px, of the strongest blur
-
-
-@dataclass(frozen=True)
-class Views:
-    """The augmentation's parameters; the defaults are the paper's, for 224-px images."""
-
-    scale_min: float = 0.08  # smallest share of the image's area that a crop covers
-    scale_max: float = 1.0
-    flip: float = 0.5  # probabilities from here on
-    jitter: float = 0.8
-    # of the colour jitter: brightness .4, contrast .4, saturation .2, hue .1, all times this
-    strength: float = 1.0
-    grey: float = 0.2
-    blur: float = 1.0  # of a Gaussian blur of view 1, sigma .1-2 px at 224 px
-    solarize: float = 0.2  # of view 2
-    local: int = 0  # small views beside the two large ones (DINO); 0 is none
-    local_side: float = 0.43  # side of a local view, share of the large one's, rounded to 8 px
-    local_scale: float = (
-        0.4  # with local views: they cover scale_min to this, the large ones this to scale_max
-    )
 
 
 class Draw(NamedTuple):

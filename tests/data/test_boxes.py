@@ -13,7 +13,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 
-from dejavu_utils import notebook, plots, store
+from dejavu_utils import parameters, plots, store
 from dejavu_utils.audit import sources, subject
 from dejavu_utils.data import boxes, datasets, manifests, split
 from dejavu_utils.models import external
@@ -435,7 +435,7 @@ def audit(root, sets=("train", "public", "heldout")):
     """Return the subject of an audit of a random ResNet-18 on folders of pictures."""
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), root / "encoder.pt")
-    params = notebook.declared("05_audit")
+    params = parameters.declared("05_audit")
     params["reading"]["size"] = 64
     given = {
         which: boxes.folder(root / place, sources.SETS[which])

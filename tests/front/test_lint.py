@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from dejavu_utils import notebook, store
+from dejavu_utils import parameters, store
 
 NOTEBOOKS = sorted((store.PACKAGE.parent / "notebooks").glob("*.ipynb"))
 
@@ -25,7 +25,7 @@ def lint_parameters(source):
     """
     wrong = (
         []
-        if notebook.literals(source)
+        if parameters.literals(source)
         else ["the parameters cell is not `name = literal` lines only"]
     )
     bare = [line for line in _lines(source) if re.match(r"\w+\s*[:=]", line) and "#" not in line]

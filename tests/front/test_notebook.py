@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dejavu_utils import notebook, store
-from dejavu_utils.notebook import ParameterError, merged
+from dejavu_utils import notebook, parameters, store
+from dejavu_utils.parameters import ParameterError, merged
 
 DEFAULTS = {
     "seed": 0,
@@ -115,12 +115,12 @@ def test_a_recipe_is_checked_against_the_dataclass_of_training():
     ["a = f(1)", "import os", "a = b", "a += 1", "a, b = 1, 2", "a = b = 1", "print(1)", "a ="],
 )
 def test_a_cell_that_computes_is_no_parameters_cell(source):
-    assert notebook.literals(source) is None
+    assert parameters.literals(source) is None
 
 
 def test_literals_of_a_cell():
     source = "a = -1  # x\nb: dict = {'c': [1.5, None, True]}\n"
-    assert notebook.literals(source) == {"a": -1, "b": {"c": [1.5, None, True]}}
+    assert parameters.literals(source) == {"a": -1, "b": {"c": [1.5, None, True]}}
 
 
 def _shell():
@@ -141,7 +141,7 @@ def jupyter(repository, monkeypatch):
     # later looks for __main__.__spec__.
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     shell = _shell()
-    cells = notebook.cells("02_attack")
+    cells = parameters.cells("02_attack")
 
     def run(source):
         known = {

@@ -9,9 +9,14 @@ import torch
 
 from dejavu_utils.models import distributed, methods
 from dejavu_utils.models.encoders import Encoder
+from dejavu_utils.models.recipe import CRITERIA
 
 N = 8  # images of the joint batch
 CONSTANTS = {"byol": {"momentum": 0.9}, "dino": {"prototypes": 12, "momentum": 0.9}}
+
+
+def test_the_criteria_of_a_recipe_are_those_that_can_be_built():
+    assert set(CRITERIA) == set(methods.METHODS)
 
 
 def _method(criterion):
