@@ -7,6 +7,8 @@ PROFILE ?= laptop
 EXECUTOR ?=
 CORES ?= 1
 PYTHON := .venv/bin/python
+# Two processes of one thread each: files go to whichever is free.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 UV := .venv/bin/uv
 export P
 # What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
@@ -41,13 +43,13 @@ test: .venv/.installed  ## the quick tests, lint included
 	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
 	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@.venv/bin/lint-imports --no-logo > /dev/null || { .venv/bin/lint-imports --no-logo; exit 1; }
-	@$(PYTHON) -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: .venv/.installed  ## every test, also the slow ones
 	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
 	@$(PYTHON) -m ruff check dejavu_utils tests results data_manifests notebooks
 	@.venv/bin/lint-imports --no-logo > /dev/null || { .venv/bin/lint-imports --no-logo; exit 1; }
-	@$(PYTHON) -m pytest -q
+	@$(PYTEST)
 
 test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Debian: apt install slurm-wlm munge)
 	@$(PYTHON) -m pytest -q -rs tests/front/test_slurm.py

@@ -73,6 +73,7 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_profile_runs_end_to_end(tree, batch, capsys):
     sweeps = {"layer": ["block1", "backbone"], "k": [1, 3], "min_side": [30], "fraction": [0.4]}
     assert batch.execute("01_training", "imagenet", TINY) is None
