@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from dejavu_utils.data.resampling import resample
 
-if TYPE_CHECKING:
-    pass
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -41,14 +39,8 @@ class Images:
     skipped: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        columns = (
-            self.ids,
-            self.labels,
-            self.boxes,
-            self.sizes,
-            self.pixels,
-            *self.attributes.values(),
-        )
+        columns = [self.ids, self.labels, self.boxes, self.sizes, self.pixels]
+        columns += self.attributes.values()
         lengths = {len(column) for column in columns}
         if len(lengths) > 1:
             raise ValueError(
@@ -80,21 +72,19 @@ class Images:
         """The sha256 of classes, ids, labels, boxes and pixels (of lazy ones: of the files'
         checksums or sizes).
         """
-        total = hashlib.sha256("\n".join([*self.classes, "", *self.ids]).encode())
+        names = "\n".join([*self.classes, "", *self.ids])
         counts = np.array([len(boxes) for boxes in self.boxes], np.int64)
-        flat = [np.asarray(boxes, np.float32).tobytes() for boxes in self.boxes]
-        pixels = (
-            self.pixels.contiguous().numpy()
-            if isinstance(self.pixels, Tensor)
-            else self.pixels.stamps
-        )
-        for part in (
-            np.asarray(self.labels, np.int64).tobytes(),
-            counts.tobytes(),
-            b"".join(flat),
-            pixels.data,
-        ):
-            total.update(part)
+        if isinstance(self.pixels, Tensor):
+            pixels = self.pixels.contiguous().numpy()
+        else:
+            pixels = self.pixels.stamps
+
+        total = hashlib.sha256(names.encode())
+        total.update(np.asarray(self.labels, np.int64).tobytes())
+        total.update(counts.tobytes())
+        for boxes in self.boxes:
+            total.update(np.asarray(boxes, np.float32).tobytes())
+        total.update(pixels.data)
         return total.hexdigest()
 
     @property
@@ -102,8 +92,9 @@ class Images:
         """All pixels as one uint8 tensor (n, 3, h, w), or None where sizes differ."""
         if isinstance(self.pixels, Tensor):
             return self.pixels
-        same = len(self) > 0 and (self.sizes == self.sizes[0]).all()
-        return torch.stack(threads(self.pixels.__getitem__, range(len(self)))) if same else None
+        if len(self) == 0 or (self.sizes != self.sizes[0]).any():
+            return None
+        return torch.stack(threads(self.pixels.__getitem__, range(len(self))))
 
     def squares(
         self, size: int, rects: np.ndarray | Tensor | None = None, keep: float = 1.0
@@ -121,17 +112,22 @@ class Images:
                 f"Images.squares: {len(rects)} rectangles for {len(self)} pictures; expected one "
                 "each."
             )
-        half = (rects[:, 2:] - rects[:, :2]).amin(1, keepdim=True) * keep / 2
-        centre = (rects[:, :2] + rects[:, 2:]) / 2
+
+        start, stop = rects[:, :2], rects[:, 2:]
+        half = (stop - start).amin(1, keepdim=True) * keep / 2
+        centre = (start + stop) / 2
         rects = torch.cat([centre - half, centre + half], 1)
+
+        if len(self) == 0:
+            return torch.zeros(0, 3, size, size, dtype=torch.uint8)
         if isinstance(self.pixels, Tensor):
-            jobs = range(0, len(self), 256)
-            done = [_sample(self.pixels[i : i + 256], rects[i : i + 256], size) for i in jobs]
-        else:
-            done = threads(
-                lambda i: _sample(self.pixels[i][None], rects[i : i + 1], size), range(len(self))
-            )
-        return torch.cat(done) if done else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+            tiles = zip(self.pixels.split(256), rects.split(256), strict=True)
+            return torch.cat([_sample(pixels, part, size) for pixels, part in tiles])
+
+        def one(i: int) -> Tensor:
+            return _sample(self.pixels[i][None], rects[i : i + 1], size)
+
+        return torch.cat(threads(one, range(len(self))))
 
 
 def _sample(pixels: Tensor, rects: Tensor, size: int) -> Tensor:
@@ -140,13 +136,10 @@ def _sample(pixels: Tensor, rects: Tensor, size: int) -> Tensor:
     """
     x0, y0 = rects[:, :2].amin(0).floor().long().tolist()
     x1, y1 = rects[:, 2:].amax(0).ceil().long().tolist()
+    cut = pixels[..., y0:y1, x0:x1]
     shift = torch.tensor([x0, y0, x0, y0])
-    return (
-        resample(pixels[..., y0:y1, x0:x1], rects - shift, size)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-    )
+    squares = resample(cut, rects - shift, size)
+    return squares.round().clamp(0, 255).to(torch.uint8)
 
 
 def threads(work: Callable, items: Sequence, chunk: int = 8) -> list:
@@ -154,9 +147,9 @@ def threads(work: Callable, items: Sequence, chunk: int = 8) -> list:
     the interpreter.
     """
     chunks = [items[i : i + chunk] for i in range(0, len(items), chunk)]
+
+    def several(part: Sequence) -> list:
+        return [work(item) for item in part]
+
     with ThreadPoolExecutor(WORKERS) as pool:
-        return [
-            result
-            for part in pool.map(lambda part: [work(item) for item in part], chunks)
-            for result in part
-        ]
+        return [result for results in pool.map(several, chunks) for result in results]

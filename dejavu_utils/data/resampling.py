@@ -12,14 +12,24 @@ def _weights(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
     so a crop cannot see a pixel beyond its own edge: cutting and resampling in one step equals
     cutting first.
     """
-    scale = (stop - start) / size
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale[:, None]
-    pixel = torch.arange(length, device=start.device) + 0.5
-    radius = scale.clamp(min=1.0)[:, None, None]
-    weight = (1 - (pixel - centre[..., None]).abs() / radius).clamp(min=0)
-    inside = (pixel >= start[:, None, None].floor()) & (pixel <= stop[:, None, None].ceil())
-    weight = weight * inside
-    return weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+    start = start[:, None, None]  # (n, 1, 1)
+    stop = stop[:, None, None]
+    scale = (stop - start) / size  # pixels a sample
+
+    sample = torch.arange(size, device=start.device)[:, None] + 0.5  # (size, 1)
+    pixel = torch.arange(length, device=start.device) + 0.5  # (length,)
+    centre = start + sample * scale  # (n, size, 1)
+
+    radius = scale.clamp(min=1.0)
+    distance = (pixel - centre).abs()  # (n, size, length)
+    triangle = (1 - distance / radius).clamp(min=0)
+
+    from_start = pixel >= start.floor()
+    to_stop = pixel <= stop.ceil()
+    weight = triangle * (from_start & to_stop)
+
+    total = weight.sum(-1, keepdim=True).clamp(min=1e-12)
+    return weight / total
 
 
 def resample(pixels: Tensor, rects: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
@@ -31,12 +41,19 @@ def resample(pixels: Tensor, rects: Tensor, size: int, flip: Tensor | None = Non
     with no loop over images. No pixel outside a rectangle has any part in the result, bit for bit
     (pixels must be finite: 0 * infinity is not 0).
     """
-    rects = rects.to(pixels.device, torch.float32)
-    across = _weights(rects[:, 0], rects[:, 2], pixels.shape[-1], size)
-    down = _weights(rects[:, 1], rects[:, 3], pixels.shape[-2], size)
-    if flip is not None:
-        across = torch.where(flip[:, None, None].to(across.device), across.flip(1), across)
     n, channels, height, width = pixels.shape
-    wide = torch.bmm(pixels.float().reshape(n, channels * height, width), across.transpose(1, 2))
-    down = down[:, None].expand(-1, channels, -1, -1).reshape(n * channels, size, height)
-    return torch.bmm(down, wide.view(n * channels, height, size)).view(n, channels, size, size)
+    x0, y0, x1, y1 = rects.to(pixels.device, torch.float32).unbind(1)
+    across = _weights(x0, x1, width, size)  # (n, size, width)
+    down = _weights(y0, y1, height, size)  # (n, size, height)
+
+    if flip is not None:
+        mirrored = flip.to(across.device)[:, None, None]
+        across = torch.where(mirrored, across.flip(1), across)
+
+    rows = pixels.float().reshape(n, channels * height, width)
+    narrow = torch.bmm(rows, across.transpose(1, 2))  # (n, channels * height, size)
+
+    columns = narrow.view(n * channels, height, size)
+    down = down.repeat_interleave(channels, 0)  # (n * channels, size, height)
+    squares = torch.bmm(down, columns)
+    return squares.view(n, channels, size, size)

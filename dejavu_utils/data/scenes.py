@@ -76,11 +76,14 @@ def _photographs(count: int) -> list:
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
-    photos = [Image.open(folder / name).convert("RGB") for name in FAMILIES[:count]]
-    return [
-        photo.reduce(min(photo.size) // 512 + 1) if min(photo.size) > 512 else photo
-        for photo in photos
-    ]
+    photos = []
+    for name in FAMILIES[:count]:
+        photo = Image.open(folder / name).convert("RGB")
+        shorter = min(photo.size)
+        if shorter > 512:
+            photo = photo.reduce(shorter // 512 + 1)
+        photos.append(photo)
+    return photos
 
 
 @functools.cache
@@ -91,17 +94,19 @@ def _sign(glyph: str, tilt: int) -> Image.Image:
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    sign, canvas = Image.new("L", (256, 256)), Image.new("L", (256, 256))
-    ImageDraw.Draw(sign).text(
-        (128, 128), glyph, fill=255, font=ImageFont.truetype(str(path), 200), anchor="mm"
-    )
+    font = ImageFont.truetype(str(path), 200)
+    sign = Image.new("L", (256, 256))
+    ImageDraw.Draw(sign).text((128, 128), glyph, fill=255, font=font, anchor="mm")
     sign = sign.rotate(tilt, Image.Resampling.BICUBIC)
     sign = sign.crop(sign.getbbox())
+
     factor = 210 / math.hypot(*sign.size)
-    sign = sign.resize(
-        (round(sign.width * factor), round(sign.height * factor)), Image.Resampling.BICUBIC
-    )
-    canvas.paste(sign, ((256 - sign.width) // 2, (256 - sign.height) // 2))
+    width = round(sign.width * factor)
+    height = round(sign.height * factor)
+    sign = sign.resize((width, height), Image.Resampling.BICUBIC)
+
+    canvas = Image.new("L", (256, 256))
+    canvas.paste(sign, ((256 - width) // 2, (256 - height) // 2))
     return canvas
 
 
@@ -112,10 +117,12 @@ def _masks(glyph: str, side: int, tilt: int) -> tuple[np.ndarray, np.ndarray]:
     """
     disc = Image.new("L", (256, 256))
     ImageDraw.Draw(disc).ellipse((0, 0, 255, 255), fill=255)
-    small = (
-        image.resize((side, side), Image.Resampling.BOX) for image in (disc, _sign(glyph, tilt))
-    )
-    return tuple(np.asarray(image, np.float32) / 255 for image in small)
+
+    masks = []
+    for image in (disc, _sign(glyph, tilt)):
+        small = image.resize((side, side), Image.Resampling.BOX)
+        masks.append(np.asarray(small, np.float32) / 255)
+    return masks[0], masks[1]
 
 
 def _background(rng: np.random.Generator, family: int, classes: int, size: int) -> np.ndarray:
@@ -124,11 +131,18 @@ def _background(rng: np.random.Generator, family: int, classes: int, size: int) 
     """
     photo = _photographs(classes)[family]
     side = rng.uniform(0.25, 0.6) * min(photo.size)
-    x, y = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-    window = photo.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
-    pixels = np.rot90(np.asarray(window, np.float32), rng.integers(4))
-    pixels = pixels[:, ::-1] if rng.random() < 0.5 else pixels
-    return np.clip(pixels * rng.uniform(0.6, 1.3, 3), 0, 255)
+    x = rng.uniform(0, photo.width - side)
+    y = rng.uniform(0, photo.height - side)
+    box = (x, y, x + side, y + side)
+    window = photo.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+    pixels = np.asarray(window, np.float32)  # (size, size, 3)
+    pixels = np.rot90(pixels, rng.integers(4))
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+
+    tint = rng.uniform(0.6, 1.3, 3)
+    return np.clip(pixels * tint, 0, 255)
 
 
 def _object(
@@ -138,14 +152,21 @@ def _object(
     class-coded hue.
     """
     side = int(rng.integers(round(0.46 * size), round(0.58 * size) + 1))
-    disc, sign = _masks(list(PICTOGRAPHS.values())[label], side, 3 * int(rng.integers(-5, 6)))
+    tilt = 3 * int(rng.integers(-5, 6))  # degrees
+    glyph = list(PICTOGRAPHS.values())[label]
+    disc, sign = _masks(glyph, side, tilt)
+
     hue = label / classes + rng.normal(0, 0.2 / classes)
-    colour = 255 * np.array(
-        colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1.0), rng.uniform(0.65, 0.9)), np.float32
-    )
+    saturation = rng.uniform(0.75, 1.0)
+    value = rng.uniform(0.65, 0.9)
+    rgb = colorsys.hsv_to_rgb(hue % 1, saturation, value)
+    colour = 255 * np.array(rgb, np.float32)
+
     ink = rng.uniform(215, 255) if shade else rng.uniform(0, 40)
+    pixels = colour + sign[..., None] * (ink - colour)  # (side, side, 3)
+
     x, y = rng.integers(0, size - side + 1, 2)
-    return disc, colour + sign[..., None] * (ink - colour), int(x), int(y)
+    return disc, pixels, int(x), int(y)
 
 
 def _scene(
@@ -160,16 +181,14 @@ def _scene(
     shade = int(rng.integers(2))
     pixels = _background(rng, family, classes, size)
     disc, colours, x, y = _object(rng, label, classes, size, shade)
+
     side = len(disc)
     if objects:
         region = pixels[y : y + side, x : x + side]
         region += disc[..., None] * (colours - region)
-    return (
-        np.round(pixels).astype(np.uint8),
-        np.array([[x, y, x + side, y + side]], np.float32),
-        family,
-        shade,
-    )
+
+    box = np.array([[x, y, x + side, y + side]], np.float32)
+    return np.round(pixels).astype(np.uint8), box, family, shade
 
 
 def make(
@@ -193,15 +212,19 @@ def make(
             f"scenes.make: expected 1 <= classes <= {limit} and 0 <= rho <= 1, found {classes=}, "
             f"{rho=}"
         )
-    stream = int.from_bytes(hashlib.sha256(f"{seed}/scenes".encode()).digest()[:4], "little")
-    scenes = [_scene(stream, i, classes, rho, size, objects) for i in range(classes * per_class)]
+    n = classes * per_class
+    digest = hashlib.sha256(f"{seed}/scenes".encode()).digest()
+    stream = int.from_bytes(digest[:4], "little")
+    scenes = [_scene(stream, i, classes, rho, size, objects) for i in range(n)]
     pixels, boxes, family, shade = zip(*scenes, strict=True)
+
+    stacked = torch.from_numpy(np.stack(pixels))  # (n, size, size, 3)
     return Images(
-        ids=np.array([f"scene-{i:06d}" for i in range(len(scenes))]),
-        labels=np.arange(len(scenes), dtype=np.int64) % classes,
+        ids=np.array([f"scene-{i:06d}" for i in range(n)]),
+        labels=np.arange(n) % classes,
         boxes=list(boxes),
         classes=tuple(PICTOGRAPHS)[:classes],
-        sizes=np.full((len(scenes), 2), size),
+        sizes=np.full((n, 2), size),
         attributes={"family": np.array(family), "shade": np.array(shade)},
-        pixels=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+        pixels=stacked.permute(0, 3, 1, 2).contiguous(),
     )

@@ -21,9 +21,13 @@ def _unusable(boxes: np.ndarray, size: np.ndarray) -> str:
     """Return why a picture with these boxes cannot be attacked; empty if it can."""
     if len(boxes) == 0:
         return "no box"
-    if (boxes[:, 2:] <= boxes[:, :2]).any():
+
+    start, stop = boxes[:, :2], boxes[:, 2:]
+    if (stop <= start).any():
         return "zero area"
-    return "whole image" if ((boxes[:, :2] <= 0) & (boxes[:, 2:] >= size)).all(1).any() else ""
+
+    covers = (start <= 0) & (stop >= size)  # (m, 2)
+    return "whole image" if covers.all(1).any() else ""
 
 
 def attackable(images: Images) -> tuple[np.ndarray, dict[str, int]]:
@@ -33,13 +37,11 @@ def attackable(images: Images) -> tuple[np.ndarray, dict[str, int]]:
     picture: there is then no background to infer from, or no telling where it is. Paper §3; whether
     a crop is large enough is up to `crops`.
     """
-    reasons = [
-        _unusable(boxes, size) for boxes, size in zip(images.boxes, images.sizes, strict=True)
-    ]
-    good = np.array([not reason for reason in reasons], bool)
-    return good, {
-        reason: reasons.count(reason) for reason in ("no box", "zero area", "whole image")
-    }
+    pictures = zip(images.boxes, images.sizes, strict=True)
+    reasons = [_unusable(boxes, size) for boxes, size in pictures]
+    good = np.array([reason == "" for reason in reasons], bool)
+    counts = {reason: reasons.count(reason) for reason in ("no box", "zero area", "whole image")}
+    return good, counts
 
 
 def _check_sizes(images: Images, sizes: dict, rule: str) -> dict[str, int]:
@@ -47,12 +49,9 @@ def _check_sizes(images: Images, sizes: dict, rule: str) -> dict[str, int]:
     sense.
     """
     known = dict.fromkeys(("classes", "attacked", *PARTS[2:]), 0)
-    bad = [
-        name
-        for name, value in sizes.items()
-        if name not in known or type(value) is not int or value < 0
-    ]
-    if bad or rule not in RULES:
+    named = all(name in known for name in sizes)
+    counted = all(type(value) is int and value >= 0 for value in sizes.values())
+    if not named or not counted or rule not in RULES:
         raise ValueError(
             f"partition: sizes {sizes}, rule {rule!r}; expected whole numbers >= 0 for "
             f"{', '.join(known)}, and a rule of {', '.join(RULES)}."
@@ -80,32 +79,26 @@ def _disjoint(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dic
     A and B come from the front of the order, alternately, the others from its end: more attacked
     images contain the fewer, and X, probe and control stay the same while there are enough.
     """
-    n, control = sizes["attacked"], sizes["control"]
+    attacked = 2 * sizes["attacked"]
+    control = sizes["control"]
     boxed = [i for i in order if good[i]]
-    _enough(
-        len(boxed),
-        2 * n + control,
-        name,
-        "attackable images (usable box)",
-        "2 x attacked + control",
-    )
+    what = "attackable images (usable box)"
+    _enough(len(boxed), attacked + control, name, what, "2 x attacked + control")
     parts = {
-        "a": boxed[0 : 2 * n : 2],
-        "b": boxed[1 : 2 * n : 2],
+        "a": boxed[0:attacked:2],
+        "b": boxed[1:attacked:2],
         "control": boxed[len(boxed) - control :],
     }
+
     taken = set().union(*parts.values())
     rest = [i for i in reversed(order) if i not in taken]
     others = ("public", "probe", "shared")
-    _enough(
-        len(rest),
-        sum(sizes[part] for part in others),
-        name,
-        "images left",
-        "public + probe + shared",
-    )
+    needed = sum(sizes[part] for part in others)
+    _enough(len(rest), needed, name, "images left", " + ".join(others))
     left = iter(rest)
-    return parts | {part: list(itertools.islice(left, sizes[part])) for part in others}
+    for part in others:
+        parts[part] = list(itertools.islice(left, sizes[part]))
+    return parts
 
 
 def _paper(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dict[str, list[int]]:
@@ -116,26 +109,29 @@ def _paper(order: list[int], good: np.ndarray, sizes: dict, name: str) -> dict[s
     box are in both, X is the rest. `public` 0 keeps all of X, else so many. Ours: control is set
     aside first, probe is taken out of X.
     """
-    n, control = sizes["attacked"] + sizes["shared"], sizes["control"]
-    boxed, plain = [i for i in order if good[i]], [i for i in order if not good[i]]
-    _enough(
-        len(boxed), min(n, 1) * 2 + control, name, "attackable images (usable box)", "2 + control"
-    )
+    n = sizes["attacked"] + sizes["shared"]
+    control = sizes["control"]
+    boxed = [i for i in order if good[i]]
+    plain = [i for i in order if not good[i]]
+    what = "attackable images (usable box)"
+    _enough(len(boxed), min(n, 1) * 2 + control, name, what, "2 + control")
+
     end = len(boxed) - control
     h = min(end // 2, n)
-    _enough(
-        len(plain), n - h, name, "images without a usable box", f"attacked + shared - {h} boxed"
-    )
+    what = "images without a usable box"
+    _enough(len(plain), n - h, name, what, f"attacked + shared - {h} boxed")
+
     rest = sorted(boxed[2 * h : end] + plain[n - h :], key=order.index)
-    _enough(len(rest), sizes["public"] + sizes["probe"], name, "images left", "public + probe")
-    probe, rest = rest[: sizes["probe"]], rest[sizes["probe"] :]
+    probe = sizes["probe"]
+    _enough(len(rest), sizes["public"] + probe, name, "images left", "public + probe")
+    public = sizes["public"] or len(rest) - probe
     return {
         "a": boxed[:h],
         "b": boxed[h : 2 * h],
         "shared": plain[: n - h],
         "control": boxed[end:],
-        "probe": probe,
-        "public": rest[: sizes["public"] or len(rest)],
+        "probe": rest[:probe],
+        "public": rest[probe : probe + public],
     }
 
 
@@ -154,21 +150,25 @@ def partition(images: Images, sizes: dict, seed: int, rule: str = "disjoint") ->
     """
     import pandas as pd
 
-    sizes, (good, _), rows = _check_sizes(images, sizes, rule), attackable(images), []
+    sizes = _check_sizes(images, sizes, rule)
+    good, _ = attackable(images)
     rank = [hashlib.sha256(f"{seed}/partition/{name}".encode()).digest() for name in images.ids]
+
+    rows = []
     for label in range(sizes["classes"]):
-        order = sorted(np.flatnonzero(images.labels == label).tolist(), key=rank.__getitem__)
+        members = np.flatnonzero(images.labels == label).tolist()
+        order = sorted(members, key=rank.__getitem__)
         found = RULES[rule](order, good, sizes, images.classes[label])
-        rows += [(str(images.ids[i]), label, part) for part in PARTS for i in found[part]]
+        for part in PARTS:
+            rows += [(str(images.ids[i]), label, part) for i in found[part]]
     return pd.DataFrame(sorted(rows), columns=["id", "label", "part"])
 
 
 def partition_hash(frame: pd.DataFrame) -> str:
     """Return the sha256 of a partition table: of its lines "id label part", sorted."""
     rows = zip(frame["id"], frame["label"], frame["part"], strict=True)
-    return hashlib.sha256(
-        "\n".join(sorted(f"{i}\t{label}\t{part}" for i, label, part in rows)).encode()
-    ).hexdigest()
+    lines = sorted(f"{name}\t{label}\t{part}" for name, label, part in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def parts(images: Images, frame: pd.DataFrame) -> dict[str, Images]:
@@ -183,12 +183,17 @@ def parts(images: Images, frame: pd.DataFrame) -> dict[str, Images]:
             f"{missing[0]}. "
             "It was made for other images: make the partition again."
         )
-    classes = images.classes[: int(frame["label"].max()) + 1] if len(frame) else images.classes
-    rows = {part: sorted(frame["id"][frame["part"] == part]) for part in PARTS}
-    return {
-        part: replace(images.subset([place[i] for i in ids]), classes=classes)
-        for part, ids in rows.items()
-    }
+
+    classes = images.classes
+    if len(frame):
+        classes = classes[: int(frame["label"].max()) + 1]
+
+    found = {}
+    for part in PARTS:
+        ids = sorted(frame["id"][frame["part"] == part])
+        rows = [place[name] for name in ids]
+        found[part] = replace(images.subset(rows), classes=classes)
+    return found
 
 
 def distinct(images: Images, threshold: float) -> np.ndarray:
@@ -202,12 +207,16 @@ def distinct(images: Images, threshold: float) -> np.ndarray:
 
     if not len(images):
         return np.ones(0, bool)
-    small = images.squares(16).flatten(1).double()
-    small = torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
-    keep = np.ones(len(images), bool)
+
+    small = images.squares(16).flatten(1).double()  # (n, 768)
+    centred = small - small.mean(1, keepdim=True)
+    small = torch.nn.functional.normalize(centred, dim=1)
+
     search = NearestNeighbors(n_neighbors=min(10, len(images)), algorithm="brute").fit(small)
     distances, columns = search.kneighbors(small)  # (n, 10)
     correlation = 1 - distances**2 / 2  # |x - y|^2 = 2 - 2 correlation
+
+    keep = np.ones(len(images), bool)
     for row, column in np.argwhere(correlation > threshold).tolist():
         other = int(columns[row, column])
         if other < row and keep[other]:
