@@ -25,6 +25,7 @@ figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|
 	@$(if $(EXECUTOR),$(PYTHON) notebooks/cluster.py --profile "$(PROFILE)" --set "$$P",true)
 	@keys=$$($(PYTHON) notebooks/batch.py keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
 	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)" fan="$(EXECUTOR)"; }
+	@test -n "$(DRY)" || $(PYTHON) notebooks/batch.py numbers --profile "$(PROFILE)"
 	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
 
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
