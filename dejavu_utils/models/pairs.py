@@ -2,6 +2,7 @@
 §3.1).
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,9 +15,10 @@ import torch
 
 from dejavu_utils import store
 from dejavu_utils.data import datasets, manifests, split
-from dejavu_utils.models import engines, external, feed, methods, train, views
+from dejavu_utils.models import engines, external, feed, methods, views
 from dejavu_utils.models.encoders import Encoder
-from dejavu_utils.models.jobs import read_log
+from dejavu_utils.models.jobs import Job, read_log
+from dejavu_utils.models.recipe import CRITERIA, Recipe, Views
 
 # What a criterion changes of the default recipe, for scenes on a CPU; found on seeds 0 and 1.
 TUNED: dict[str, dict] = {
@@ -40,55 +42,56 @@ def _parts(dataset: str, seed: int, rho: float, sizes: str, pool: int = 0) -> tu
     cut from the same scenes.
     """
     wanted = json.loads(sizes)
+    classes = wanted["classes"]
     if dataset == "scenes":
         others = sum(wanted[part] for part in ("shared", "public", "probe", "control"))
         each = 2 * max(wanted["attacked"], pool) + others
-        images = datasets.read(
-            "scenes", classes=wanted["classes"], per_class=each, rho=rho, seed=seed
-        )
+        images = datasets.read("scenes", classes=classes, per_class=each, rho=rho, seed=seed)
     else:
-        images = datasets.read(dataset, classes=wanted["classes"])
-    rule = (manifests.read(dataset).get("split") or {}).get(
-        "rule", "disjoint"
-    )  # ImageNet has the paper's own
-    return split.parts(images, split.partition(images, wanted, seed, rule)), split.attackable(
-        images
-    )[1]
+        images = datasets.read(dataset, classes=classes)
+
+    manifest = manifests.read(dataset)
+    rule = (manifest.get("split") or {}).get("rule", "disjoint")  # ImageNet has the paper's own
+    frame = split.partition(images, wanted, seed, rule)
+    _, counts = split.attackable(images)
+    return split.parts(images, frame), counts
 
 
-def recipe(criterion: str, changes: dict) -> train.Recipe:
+def recipe(criterion: str, changes: dict) -> Recipe:
     """Return the recipe of one criterion: the defaults, then TUNED's, then `changes`.
 
     A key of `changes` that is a criterion's name holds changes for that criterion alone. Of the
     constants each criterion takes its own. ValueError names a constant or a criterion that nobody
     knows.
     """
-    common = {name: value for name, value in changes.items() if name not in methods.METHODS}
+    common = {name: value for name, value in changes.items() if name not in CRITERIA}
     own = changes.get(criterion, {})
     engine = (common | own).get("engine", "own")
-    constants = engines.load(engine).constants()
-    if criterion not in constants:
+    known = engines.load(engine).constants()  # {criterion: names of its constants}
+    if criterion not in known:
         raise ValueError(
             f'criterion "{criterion}" is not known to the engine "{engine}": expected one of '
-            f"{', '.join(constants)}"
+            f"{', '.join(known)}"
         )
-    layers = [TUNED.get(criterion, {}) if engine == "own" else {}, common, own]
-    default = train.Recipe()
-    merged = {key: dict(getattr(default, key)) for key in ("constants", "views")}
-    for layer in layers:
-        for key, value in layer.items():
-            merged[key] = merged[key] | value if key in ("constants", "views") else value
-    everyone = set().union(*constants.values())
-    if unknown := set(merged["constants"]) - everyone:
+
+    tuned = TUNED.get(criterion, {}) if engine == "own" else {}
+    fields = dataclasses.asdict(Recipe())
+    for layer in (tuned, common, own):
+        for name, value in layer.items():
+            inner = name in ("constants", "views")
+            fields[name] = fields[name] | value if inner else value
+
+    everyone = set().union(*known.values())
+    unknown = set(fields["constants"]) - everyone
+    if unknown:
         raise ValueError(
             f"recipe constants: {', '.join(sorted(unknown))} belongs to no criterion: expected "
-            "some of "
-            f"{', '.join(sorted(everyone))}"
+            f"some of {', '.join(sorted(everyone))}"
         )
-    merged["constants"] = {
-        name: value for name, value in merged["constants"].items() if name in constants[criterion]
-    }
-    return train.Recipe(**merged | {"criterion": criterion})
+
+    constants = fields["constants"].items()
+    fields["constants"] = {name: value for name, value in constants if name in known[criterion]}
+    return Recipe(**fields | {"criterion": criterion})
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Pair:
     """
 
     parts: dict  # {"a", "b", "shared", "public", "probe", "control"} -> Images
-    jobs: dict  # {"A", "B"} -> train.Job
+    jobs: dict  # {"A", "B"} -> Job
     setting: dict  # criterion, rho, seed: the columns that name this pair in every table
     crop: dict  # see crops.background
     counts: dict  # how many images of the data set are attackable, and why the others are not
@@ -135,45 +138,53 @@ def one(
     a sweep: all its sizes then share their images); without those that resemble another one more
     than `distinct` (see `data.distinct`).
     """
-    sizes = params["sizes"]
-    parts, counts = _parts(params["dataset"], seed, rho, json.dumps(sizes, sort_keys=True), pool)
-    larger = json.dumps(sizes | {"attacked": trained or sizes["attacked"]}, sort_keys=True)
-    used = _parts(params["dataset"], seed, rho, larger, pool)[0]
-    if outside := sum(len(np.setdiff1d(parts[side].ids, used[side].ids)) for side in ("a", "b")):
-        raise ValueError(
-            f"pairs: {outside} of the attacked images would not be trained on, with {trained} "
-            "images a "
-            f"class of {params['dataset']}: take at least sizes.attacked, and a data set whose "
-            "split rule "
-            'is "disjoint" (sweep sizes.attacked instead)'
-        )
+    parts, counts = _sets(params, rho, seed, 0, pool)
+    used = parts
+    if trained:
+        used, _ = _sets(params, rho, seed, trained, pool)
+        _check_trained(parts, used, trained, params["dataset"])
     if distinct < 1:
-        used = used | {
-            part: used[part].subset(split.distinct(used[part], distinct))
-            for part in ("a", "b", "shared")
-        }
+        used = dict(used)
+        for part in ("a", "b", "shared"):
+            used[part] = used[part].subset(split.distinct(used[part], distinct))
+
     how = recipe(criterion, params["recipe"])
     jobs = {}
     for model in ("A", "B"):
         source = training_set(used, model, how, folder / "pixels", seed)
         code = store.code_version(engines.ENGINES[how.engine])
+        epochs = list(params["epochs"])
         start = f"{seed}/{model}"
-        key = store.key(
-            pixels=source.stem, recipe=how, epochs=params["epochs"], seed=start, code=code
-        )
+        key = store.key(pixels=source.stem, recipe=how, epochs=epochs, seed=start, code=code)
         where = folder / "encoders" / f"{criterion}-{key}"
-        jobs[model] = train.Job(
-            str(source),
-            str(where),
-            how,
-            list(params["epochs"]),
-            start,
-            device,
-            len(parts["public"].classes),
-        )
+        classes = len(parts["public"].classes)
+        jobs[model] = Job(str(source), str(where), how, epochs, start, device, classes)
+
     setting = {"criterion": criterion, "rho": rho, "seed": seed}
     rules = params.get("rules", {})
     return Pair(parts, jobs, setting, params["crop"], counts, folder / "pairs", rules)
+
+
+def _sets(params: dict, rho: float, seed: int, trained: int, pool: int) -> tuple[dict, dict]:
+    """Return `_parts` of a notebook's data set, with `trained` images a class in A and B, if not
+    0.
+    """
+    sizes = dict(params["sizes"])
+    if trained:
+        sizes["attacked"] = trained
+    return _parts(params["dataset"], seed, rho, json.dumps(sizes, sort_keys=True), pool)
+
+
+def _check_trained(parts: dict, used: dict, trained: int, dataset: str) -> None:
+    """Raise a ValueError unless every attacked image is among those that are trained on."""
+    outside = [np.setdiff1d(parts[side].ids, used[side].ids) for side in ("a", "b")]
+    count = sum(len(ids) for ids in outside)
+    if count:
+        raise ValueError(
+            f"pairs: {count} of the attacked images would not be trained on, with {trained} images "
+            f"a class of {dataset}: take at least sizes.attacked, and a data set whose split rule "
+            'is "disjoint" (sweep sizes.attacked instead)'
+        )
 
 
 def settings(params: dict) -> list[tuple[str, float, int]]:
@@ -183,12 +194,12 @@ def settings(params: dict) -> list[tuple[str, float, int]]:
     On real pictures nobody knows rho: it is NaN, and there is one of it.
     """
     rhos = params["rhos"] if params["dataset"] == "scenes" else [float("nan")]
-    return [
-        (criterion, rho, seed)
-        for seed in params["seeds"]
-        for rho in rhos
-        for criterion in (params["criteria"] if rho is rhos[0] else params["criteria"][:1])
-    ]
+    found = []
+    for seed in params["seeds"]:
+        for i, rho in enumerate(rhos):
+            criteria = params["criteria"] if i == 0 else params["criteria"][:1]
+            found += [(criterion, rho, seed) for criterion in criteria]
+    return found
 
 
 def make(params: dict, folder: Path, device: str = "cpu") -> list[Pair]:
@@ -204,10 +215,13 @@ def plan(params: dict) -> pd.DataFrame:
     views, three times the forward pass; BYOL's target and DINO's teacher add one forward pass),
     `gib` of all checkpoints.
     """
-    rows, chosen = [], [setting[0] for setting in settings(params)]
-    images = params["sizes"]["classes"] * (params["sizes"]["attacked"] + params["sizes"]["shared"])
+    sizes = params["sizes"]
+    images = sizes["classes"] * (sizes["attacked"] + sizes["shared"])
+    chosen = [criterion for criterion, _, _ in settings(params)]
+    rows = []
     for criterion in dict.fromkeys(chosen):
-        how, encoders = recipe(criterion, params["recipe"]), 2 * chosen.count(criterion)
+        how = recipe(criterion, params["recipe"])
+        encoders = 2 * chosen.count(criterion)
         large = methods.METHODS[criterion].views if criterion in methods.METHODS else 2
         forward, weights = _cost(how, large)
         passes = 4 if criterion in ("byol", "dino") else 3
@@ -224,7 +238,7 @@ def plan(params: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cost(how: train.Recipe, large: int) -> tuple[float, int]:
+def _cost(how: Recipe, large: int) -> tuple[float, int]:
     """Return (operations of one image's views in a forward pass, number of weights) of a recipe's
     encoder.
     """
@@ -234,36 +248,34 @@ def _cost(how: train.Recipe, large: int) -> tuple[float, int]:
     with torch.device("meta"), torch.no_grad():  # shapes only: nothing is computed
         encoder = Encoder(how.encoder, how.projector, how.size).eval()
     with torch.device("meta"), torch.no_grad(), counter:
-        for side, _ in views.plan(views.Views(**how.views), how.size, large):
+        for side, _ in views.plan(Views(**how.views), how.size, large):
             encoder(torch.zeros(1, 3, side, side))
     return counter.get_total_flops(), sum(weight.numel() for weight in encoder.parameters())
 
 
-def training_set(parts: dict, model: str, how: train.Recipe, folder: Path, seed: int) -> Path:
+def training_set(parts: dict, model: str, how: Recipe, folder: Path, seed: int) -> Path:
     """Return the file of what encoder A (B) is trained on: set A (B) and the shared part, named by
     its content.
 
     Pixels and labels where they fit into the recipe's `resident` memory, else the list of the
     pictures on disk.
     """
-    both = {name: [parts[name.lower()], parts["shared"]] for name in ("A", "B")}
-    used = [images for images in both[model] if len(images)]
-    native, area = (
-        equal_sized(parts),
-        max(sum(images.sizes.prod(1).sum() for images in each) for each in both.values()),
-    )
-    side = round(
-        how.size * 8 / 7
-    )  # of the squares that pictures of mixed sizes become: a little more than the views
-    if not native:
-        area = max(sum(map(len, each)) for each in both.values()) * side**2
-    if 3 * area > how.resident * 2**30 and not isinstance(used[0].pixels, torch.Tensor):
+    native = equal_sized(parts)
+    side = round(how.size * 8 / 7)  # of squares of mixed pictures: a little more than the views
+    areas = {}
+    for name in ("a", "b"):
+        sizes = np.concatenate([parts[name].sizes, parts["shared"].sizes])
+        areas[name] = sizes.prod(1).sum() if native else len(sizes) * side**2  # px
+
+    used = [images for images in (parts[model.lower()], parts["shared"]) if len(images)]
+    fits = 3 * max(areas.values()) <= how.resident * 2**30  # decided for A and B at once
+    if not fits and not isinstance(used[0].pixels, torch.Tensor):
         return feed.write_list(folder, used, {"seed": seed})
+
     pixels = torch.cat([images.stacked if native else images.squares(side) for images in used])
     labels = torch.from_numpy(np.concatenate([images.labels for images in used]))
-    name = store.key(
-        pixels=hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), labels=labels.tolist()
-    )
+    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    name = store.key(pixels=digest, labels=labels.tolist())
     path = folder / f"{name}.safetensors"
     if not path.exists():
         store.write_tensors(path, {"pixels": pixels, "labels": labels}, {"seed": seed})
@@ -278,7 +290,7 @@ def equal_sized(parts: dict) -> bool:
     return bool((sizes == sizes[0]).all())
 
 
-def jobs(every: list[Pair]) -> list[train.Job]:
+def jobs(every: list[Pair]) -> list[Job]:
     """Return the training jobs of all pairs, encoder A and B of a pair side by side."""
     return [each.jobs[model] for each in every for model in ("A", "B")]
 
@@ -290,13 +302,12 @@ def losses(every: list[Pair]) -> pd.DataFrame:
     rows = []
     for pair in every:
         for model, job in pair.jobs.items():
-            seen = (
-                (len(pair.parts[model.lower()]) + len(pair.parts["shared"]))
-                // job.recipe.batch
-                * job.recipe.batch
-            )
-            about = pair.setting | {"name": f"{Path(job.folder).name}/{model}", "images": seen}
-            rows += [line | about for line in read_log(Path(job.folder) / "log.jsonl")]
+            images = len(pair.parts[model.lower()]) + len(pair.parts["shared"])
+            batch = job.recipe.batch
+            folder = Path(job.folder)
+            about = {"name": f"{folder.name}/{model}", "images": images // batch * batch}
+            for line in read_log(folder / "log.jsonl"):
+                rows.append(line | pair.setting | about)
     return pd.DataFrame(rows)
 
 
