@@ -256,7 +256,8 @@ def _figures(notebook: Path) -> list[str]:
     """Return the paths of the pictures that an executed notebook wrote."""
     outputs = store.verify(notebook)["outputs"]
     folder = notebook.parents[1]
-    return [os.path.relpath(folder / name) for name in outputs if name.endswith(".png")]
+    pictures = [folder / name for name in outputs if name.endswith(".png")]
+    return [os.path.relpath(path, store.root()) for path in pictures]
 
 
 def execute(
