@@ -3,7 +3,7 @@ squared distances (q, keep) as float32 has them, ascending, and their rows of th
 
 `knn.search` proves its answer from this alone: an engine works in full float32, from differences or
 as |q|^2 - 2 q.b + |b|^2, and returns no row in place of one that it finds nearer. Which of equal
-rows it returns is free. It is given float32 points on one device, none with a coordinate above 8.
+rows it returns is free. It is given finite float32 points on one device, none above 1e15 in size.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ EXTRA = 8  # candidates beyond k; a query without a proof gets MORE times as man
 MORE = 16
 BLOCK = 1 << 22  # candidates that are kept at a time
 TILE = 1 << 25  # values of the bank that an engine sees at a time
+HUGE = 1e15  # coordinates whose squares may overflow float32: every row is measured
 CACHE = 1 << 17  # values of float64 differences at a time; a GPU takes 32 times as many
 
 
@@ -53,20 +54,22 @@ def search(
         queries, bank = queries.cpu(), bank.cpu()
 
     queries = queries.float()
-    frame = _frame(queries, bank)
+    centre = _centre(bank).to(queries.device)
     tile = tile or max(1, TILE // bank.shape[1])
 
     distances = queries.new_empty(len(queries), k, dtype=torch.float64)
     rows = torch.empty_like(distances, dtype=torch.int64)
     todo = torch.arange(len(queries), device=queries.device)
     keep = k + EXTRA + bank.shape[1] // 256  # float32 errs by more in wide rows
+    if max(_largest("queries", queries), _largest("bank", bank)) > HUGE:
+        keep = len(bank)
 
     while len(todo) and keep < len(bank):
         unproven = []
 
         for some in todo.split(max(1, BLOCK // keep)):
             query = queries[some]  # (b, d)
-            candidates, bounds = _candidates(query, bank, keep, frame, propose, tile)
+            candidates, bounds = _candidates(query, bank, keep, centre, propose, tile)
             distances[some], rows[some] = _nearest(query, bank, candidates, bounds, k)
             proven = bounds[:, -1] > distances[some, -1]
             unproven.append(some[~proven])
@@ -85,26 +88,19 @@ def search(
     return distances, rows
 
 
-class Frame(NamedTuple):
-    """How float32 engines see points: (row * scale - centre); exact but for the last rounding."""
-
-    scale: float  # a power of two: coordinates of at most 4, so that no square overflows
-    centre: Tensor  # (d,) an offset that all points share would swamp their differences
-
-
-def _frame(queries: Tensor, bank: Tensor) -> Frame:
-    """Return the scale and the centre of all points."""
-    largest = max(_largest("queries", queries), _largest("bank", bank))
-    exponent = math.frexp(largest)[1]
-    scale = 2.0 ** -min(max(exponent, -126), 126)
-
+def _centre(bank: Tensor) -> Tensor:
+    """Return the point (d,) that is subtracted before float32 multiplies: near the middle of the
+    bank, or zero where an offset that all rows share is small beside their differences.
+    """
     some = bank[:: -(-len(bank) // 256)].float()  # about 256 rows
-    centre = some.median(0).values * scale  # a mean would follow outliers
-    return Frame(scale, centre.to(queries.device))
+    centre = some.median(0).values  # a mean would follow outliers
+    spread = (some - centre).square().sum(1).median()
+    offset = centre.square().sum()
+    return centre if offset > 4 * spread else torch.zeros_like(centre)
 
 
 def _candidates(
-    queries: Tensor, bank: Tensor, keep: int, frame: Frame, propose: engines.Engine, tile: int
+    queries: Tensor, bank: Tensor, keep: int, centre: Tensor, propose: engines.Engine, tile: int
 ) -> tuple[Tensor, Tensor]:
     """Return `keep` candidate rows per query, and lower bounds of their squared distances,
     ascending; both (q, keep). The last bound holds for every other row, too.
@@ -113,14 +109,14 @@ def _candidates(
     twice a product are that twice; 32 more eps cover centring and the last additions. And |b|^2 is
     at most 2 |q|^2 + 2 distance^2, so a bound needs to know nothing about the row.
     """
-    points = queries * frame.scale - frame.centre  # (q, d)
+    shifted = bool(centre.any())
+    points = queries - centre if shifted else queries  # (q, d)
     value = points.new_empty(len(points), 0)
     column = torch.empty_like(value, dtype=torch.int64)
 
     for start in range(0, len(bank), tile):
         part = bank[start : start + tile].to(points.device).float()  # (t, d)
-        part = part * frame.scale
-        part -= frame.centre
+        part = part - centre if shifted else part
         new_value, new_column = propose(points, part, min(keep, len(part)))
 
         value = torch.cat([value, new_value], 1)
@@ -134,11 +130,11 @@ def _candidates(
     limits = torch.finfo(torch.float32)
     error = (width + 32) * limits.eps
     error /= 1 - error
-    underflow = 256 * width * limits.tiny
+    underflow = 8 * width * limits.tiny
 
     own = points.double().square().sum(1, keepdim=True)  # (q, 1)
     bound = value.double() - 3 * error * own - underflow
-    return column, bound / (1 + 2 * error) / frame.scale**2
+    return column, bound / (1 + 2 * error)
 
 
 def _nearest(
@@ -205,7 +201,7 @@ def _first_copies(bank: Tensor, k: int) -> Tensor:
     count = group.bincount()
     start = count.cumsum(0) - count
     copy = torch.arange(len(bank), device=bank.device) - start[group[order]]  # 0, 1, ... in a group
-    return order[copy < k].sort().values
+    return order[copy < k]
 
 
 def _check(queries: Tensor, bank: Tensor, k: int, tile: int | None) -> None:

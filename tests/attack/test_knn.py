@@ -149,9 +149,8 @@ def tied(case):
     if case == "one far outlier":
         bank[17] *= 1e6
         return queries, bank, 5
-    if case == "one outlier beyond float32's squares":
-        bank[17] *= 1e20
-        return queries, bank, 5
+    if case == "squares that underflow":
+        return queries * 1e-22, bank * 1e-22, 5
     if case == "the largest floats":
         return queries.clamp(-3, 3) * 1e38, bank.clamp(-3, 3) * 1e38, 5
     if case == "the smallest floats":
@@ -178,7 +177,7 @@ def tied(case):
         "nearly collapsed",
         "dead units",
         "one far outlier",
-        "one outlier beyond float32's squares",
+        "squares that underflow",
         "the largest floats",
         "the smallest floats",
         "float16",
@@ -195,29 +194,33 @@ def test_many_ties_and_extreme_values_equal_the_oracle(case, engine):
         np.testing.assert_allclose(distances, expected, rtol=1e-13)
 
 
-def adversarial(queries, bank, keep):
-    """Propose by true distances, each moved by as much as the bound allows float32: near rows look
-    far, the others near.
+def test_no_neighbour_is_missed_when_rounding_is_at_its_worst(monkeypatch):
+    """An engine that is off by nearly as much as float32 may be: it sees the nearest row too far,
+    and all others too near.
+
+    Query 1, rows near 2, on one axis: the case in which nothing in the bound is to spare. The
+    other rows are far and lie around zero.
     """
-    width = queries.shape[1]
-    distance = torch.cdist(queries.double(), bank.double()).square()
-    norms = queries.double().square().sum(1)[:, None] + bank.double().square().sum(1)
-    error = (width + 16) * torch.finfo(torch.float32).eps * norms
-    far = distance.argsort(1).argsort(1) < 5
-    seen = torch.where(far, distance + error, distance - error)
-    value, row = seen.topk(keep, largest=False)
-    return value.float(), row
+    error = (64 + 16) * torch.finfo(torch.float32).eps * (1 + 4)
+    axis = torch.zeros(64)
+    axis[0] = 1
+    beyond = torch.tensor([1e-6] * 5 + [1.8 * error] * 14 + [0])  # of distance 1; nearest last
+    near = (2 + beyond / 2)[:, None] * axis  # (20, 64)
+    far = 4 * points(115, 64, 18)
+    bank = torch.cat([near, -near, far, -far])
 
+    def engine(queries, bank, keep):
+        distance = torch.cdist(queries.double(), bank.double()).square()
+        seen = distance - error
+        seen[:, 19] = distance[:, 19] + error
+        value, row = seen.topk(keep, largest=False)
+        return value.float(), row
 
-@pytest.mark.parametrize("kind", ["normal", "offset", "pairs", "relu", "tiny", "huge"])
-def test_no_neighbour_is_missed_when_rounding_is_at_its_worst(kind, monkeypatch):
-    queries, bank = points(20, 64, 17, kind), points(500, 64, 18, kind)
-    queries = bank[:20] + (queries - bank[:20]) * 1e-3  # the nearest rows of all are hidden, too
-    monkeypatch.setattr(engines, "torch_product", adversarial)
-    distances, rows = knn.search(queries, bank, 5, "torch")
-    expected, order = naive_search(queries, bank, 5)
-    np.testing.assert_array_equal(rows, order)
-    np.testing.assert_allclose(distances, expected, rtol=1e-13)
+    monkeypatch.setattr(engines, "torch_product", engine)
+    _, first = engine(axis[None], bank, 13)
+    assert 19 not in first
+    distances, rows = knn.search(axis[None], bank, 5, "torch")
+    assert distances[0, 0] == 1 and rows.tolist() == [[19, 0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("engine", [engines.torch_product, engines.faiss_flat])
