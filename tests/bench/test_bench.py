@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dejavu_utils import store
-from dejavu_utils.attack import knn
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_a_small_card_searches_fewer_rows_of_the_same_width(load):
     assert fitting((1000, 5000, 8192), 98_304_000) == (250, 1250, 8192)
 
 
-def test_the_product_multiplies_every_pair_once_in_the_given_precision(load, monkeypatch):
+def test_the_product_multiplies_every_pair_once_in_full_precision(load, monkeypatch):
     seen, mm, before = [], torch.mm, torch.get_float32_matmul_precision()
 
     def watched(a, b, out):
@@ -71,21 +70,17 @@ def test_the_product_multiplies_every_pair_once_in_the_given_precision(load, mon
         return mm(a, b, out=out)
 
     monkeypatch.setattr(torch, "mm", watched)
-    load("bench_knn").product(torch.ones(7, 3), torch.ones(10_000, 3), "medium")()
-    assert sum(pairs for pairs, *_ in seen) == 70_000 and {each[1:] for each in seen} == {
-        (3, "medium")
-    }
+    load("bench_knn").product(torch.ones(7, 3), torch.ones(10_000, 3))()
+    assert sum(pairs for pairs, *_ in seen) == 70_000
+    assert {each[1:] for each in seen} == {(3, "highest")}
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_what_the_search_looked_with_first_is_reported(load):
-    bench, original = load("bench_knn"), knn.candidates
+def test_brute_force_gives_what_the_search_gives(load):
+    bench = load("bench_knn")
     q, x = bench.points((10, 400, 8), "cpu")
-    answer, precision, proven = bench.first_pass(lambda: knn.search(q, x, 3)[1], 10)
-    assert torch.equal(answer[:8], bench.exact(q, x, 3)) and (precision, proven) == ("highest", 1)
-    same = torch.ones(400, 8)  # nothing is nearest: float32 proves nothing
-    assert bench.first_pass(lambda: knn.search(q, same, 3)[1], 10)[1:] == ("highest", 0)
-    assert knn.candidates is original
+    for name, work in bench.peers(q, x, 3).items():
+        assert torch.equal(work()[:8], bench.exact(q, x, 3)), name
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
