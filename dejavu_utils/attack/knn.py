@@ -1,8 +1,8 @@
 """Exact k-nearest-neighbour search, and the vote of the neighbours' labels.
 
-A fast float32 engine proposes a few candidates for each query; their distances are then measured in
-float64, which decides the order. How far float32 can be off is known, so every row that the engine
-left out has a lower bound on its distance. If that is larger than the k-th measured distance, no
+A fast engine proposes a few candidates for each query. Their distances are then measured in
+float64, which decides the order. How far the engine can be off is known, so every row that it left
+out has a lower bound on its distance. If that is larger than the k-th measured distance, no
 neighbour was missed. The few queries without this proof look at more candidates, at last at all.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from dejavu_utils.attack import engines
 
 TIES = ("nearest", "lowest class")  # who wins of classes with equally many votes
-EXTRA = 8  # candidates beyond k; a query without a proof gets MORE times as many
-MORE = 16
+EXTRA = 8  # candidates beyond k
+MORE = 16  # times as many for a query without a proof
 BLOCK = 1 << 22  # candidates that are kept at a time
 TILE = 1 << 25  # values of the bank that an engine sees at a time
 HUGE = 1e15  # coordinates whose squares may overflow float32: every row is measured
-CACHE = 1 << 17  # values of float64 differences at a time; a GPU takes 32 times as many
+CACHE = 1 << 18  # values of float64 differences at a time
 
 
 class Votes(NamedTuple):
@@ -43,53 +43,78 @@ def search(
     the lower row.
 
     Exact in the float32 values of `queries` (q, d) and `bank` (n, d): half types widen, float64 is
-    rounded. Identical for every `engine` ("torch" or "faiss"; "auto" is the faster one), `tile`
-    (rows of the bank that the engine sees at a time) and device. It works where `queries` are; the
-    bank may stay elsewhere and is streamed. ValueError on NaN and bad sizes.
+    rounded. Identical for every `engine` ("torch", "faiss", "tf32", "bf16"; "auto" is the fastest),
+    `tile` (rows of the bank that the engine sees at a time) and device. It works where `queries`
+    are; the bank may stay elsewhere and is streamed. ValueError on NaN and bad sizes.
     """
     _check(queries, bank, k, tile)
-    propose = engines.named(engine, queries.device)
 
     if "mps" in (queries.device.type, bank.device.type):  # Apple's GPU has no float64
         queries, bank = queries.cpu(), bank.cpu()
 
     queries = queries.float()
-    centre = _centre(bank).to(queries.device)
-    tile = tile or max(1, TILE // bank.shape[1])
-
-    distances = queries.new_empty(len(queries), k, dtype=torch.float64)
-    rows = torch.empty_like(distances, dtype=torch.int64)
-    todo = torch.arange(len(queries), device=queries.device)
-    keep = k + EXTRA + bank.shape[1] // 256  # float32 errs by more in wide rows
+    proposed_by = engines.named(engine, queries.device)
+    keep = few(k, queries.shape[1], proposed_by)
     if max(_largest("queries", queries), _largest("bank", bank)) > HUGE:
         keep = len(bank)
 
-    while len(todo) and keep < len(bank):
-        unproven = []
+    distances, rows, proven = look(queries, bank, k, keep, proposed_by, tile)
 
-        for some in todo.split(max(1, BLOCK // keep)):
-            query = queries[some]  # (b, d)
-            candidates, bounds = _candidates(query, bank, keep, centre, propose, tile)
-            distances[some], rows[some] = _nearest(query, bank, candidates, bounds, k)
-            proven = bounds[:, -1] > distances[some, -1]
-            unproven.append(some[~proven])
-
-        todo = torch.cat(unproven)
-        keep *= MORE
-
-    if len(todo):
-        every = _first_copies(bank, k).to(queries.device)  # (m,)
-
-        for some in todo.split(max(1, BLOCK // len(every))):
-            candidates = every.expand(len(some), -1)
-            bounds = torch.zeros_like(candidates)
-            distances[some], rows[some] = _nearest(queries[some], bank, candidates, bounds, k)
+    while not proven.all():
+        keep = keep * MORE
+        todo = (~proven).nonzero()[:, 0]
+        more = look(queries[todo], bank, k, keep, engines.ENGINES["torch"], tile)
+        distances[todo], rows[todo], proven[todo] = more
 
     return distances, rows
 
 
+def few(k: int, width: int, engine: engines.Engine) -> int:
+    """Return how many candidates prove most queries: sums of many terms are less certain."""
+    return k + EXTRA + width // (256 if engine.bits == 24 else 32)
+
+
+@torch.no_grad()
+def look(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    keep: int,
+    engine: engines.Engine,
+    tile: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `search` returns, from `keep` candidates per query, and whether each query's
+    answer is proven (q,); all of them if `keep` is at least the size of the bank.
+    """
+    everything = keep >= len(bank)
+    if everything:
+        every = _first_copies(bank, k).to(queries.device)  # (m,)
+        keep = len(every)
+
+    centre = _centre(bank).to(queries.device)
+    distances = queries.new_empty(len(queries), k, dtype=torch.float64)
+    rows = torch.empty_like(distances, dtype=torch.int64)
+    proven = torch.empty(len(queries), dtype=torch.bool, device=queries.device)
+    step = max(1, engines.room(BLOCK, queries.device) // keep)
+
+    for start in range(0, len(queries), step):
+        query = queries[start : start + step]  # (b, d)
+        here = slice(start, start + len(query))
+
+        if everything:
+            candidates = every.expand(len(query), -1)  # (b, m)
+            bounds = torch.zeros_like(candidates)
+        else:
+            candidates, bounds = _candidates(query, bank, keep, centre, engine, tile)
+
+        distances[here], rows[here] = _nearest(query, bank, candidates, bounds, k)
+        proven[here] = everything | (bounds[:, -1] > distances[here, -1])
+
+    return distances, rows, proven
+
+
 def _centre(bank: Tensor) -> Tensor:
-    """Return the point (d,) that is subtracted before float32 multiplies: near the middle of the
+    """Return the point (d,) that is subtracted before an engine multiplies: near the middle of the
     bank, or zero where an offset that all rows share is small beside their differences.
     """
     some = bank[:: -(-len(bank) // 256)].float()  # about 256 rows
@@ -100,41 +125,66 @@ def _centre(bank: Tensor) -> Tensor:
 
 
 def _candidates(
-    queries: Tensor, bank: Tensor, keep: int, centre: Tensor, propose: engines.Engine, tile: int
+    queries: Tensor,
+    bank: Tensor,
+    keep: int,
+    centre: Tensor,
+    engine: engines.Engine,
+    tile: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return `keep` candidate rows per query, and lower bounds of their squared distances,
     ascending; both (q, keep). The last bound holds for every other row, too.
-
-    A sum of d products errs by at most d u (|q|^2 + |b|^2) in any order, u = eps / 2. Two norms and
-    twice a product are that twice; 32 more eps cover centring and the last additions. And |b|^2 is
-    at most 2 |q|^2 + 2 distance^2, so a bound needs to know nothing about the row.
     """
     shifted = bool(centre.any())
-    points = queries - centre if shifted else queries  # (q, d)
+    points = queries - centre if shifted else queries
+    points, moved = engines.rounded(points, engine.bits)  # (q, d), (q,)
+
     value = points.new_empty(len(points), 0)
     column = torch.empty_like(value, dtype=torch.int64)
+    longest = points.new_zeros(())
+    furthest = points.new_zeros(())
+    tile = tile or max(1, engines.room(TILE, points.device) // points.shape[1])
 
     for start in range(0, len(bank), tile):
-        part = bank[start : start + tile].to(points.device).float()  # (t, d)
+        part = bank[start : start + tile].to(points.device).float()
         part = part - centre if shifted else part
-        new_value, new_column = propose(points, part, min(keep, len(part)))
+        part, part_moved = engines.rounded(part, engine.bits)  # (t, d), (t,)
+        new_value, new_column = engine.propose(points, part, min(keep, len(part)))
 
         value = torch.cat([value, new_value], 1)
         column = torch.cat([column, new_column + start], 1)
-
         if value.shape[1] > keep:
-            value, best = value.topk(keep, largest=False)
+            value, best = value.topk(keep, largest=False, sorted=False)
             column = column.gather(1, best)
 
+        longest = torch.maximum(longest, torch.linalg.vector_norm(part, dim=1).amax())
+        furthest = torch.maximum(furthest, part_moved.amax())
+
+    value, order = value.sort(1)
+    bounds = _bounds(value.double(), points, longest.double(), engine.slack)
+    bounds = bounds.sqrt() - moved.double()[:, None] - furthest.double()
+    return column.gather(1, order), bounds.clamp(min=0).square()
+
+
+def _bounds(value: Tensor, points: Tensor, longest: Tensor, slack: float) -> Tensor:
+    """Return lower bounds (q, c) of the squared distances that an engine finds to be `value`, from
+    `points` (q, d) to rows that are no longer than `longest`.
+
+    A sum of d products errs by at most d u (|q|^2 + |b|^2) in any order, u = eps / 2. Two norms and
+    twice a product are that twice; 32 more eps cover centring and the last additions. |b|^2 is at
+    most longest^2, and at most 2 |q|^2 + 2 distance^2, which helps where a few rows are very long.
+    """
     width = points.shape[1]
     limits = torch.finfo(torch.float32)
-    error = (width + 32) * limits.eps
+    error = slack * (width + 32) * limits.eps
     error /= 1 - error
     underflow = 8 * width * limits.tiny
 
     own = points.double().square().sum(1, keepdim=True)  # (q, 1)
-    bound = value.double() - 3 * error * own - underflow
-    return column, bound / (1 + 2 * error)
+    value = value - underflow
+    of_all = value - error * (own + longest.square())
+    of_each = (value - 3 * error * own) / (1 + 2 * error)
+    return torch.maximum(of_all, of_each).clamp(min=0)
 
 
 def _nearest(
@@ -162,8 +212,7 @@ def _nearest(
 
 def _distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
     """Return the squared distances (p,) float64 of pairs: places in `queries` and in `bank`."""
-    size = CACHE * (32 if queries.is_cuda else torch.get_num_threads())
-    step = max(1, size // queries.shape[1])
+    step = max(1, engines.room(CACHE, queries.device) // queries.shape[1])
     queries = queries.double()
     sums = [queries.new_empty(0, min(16, queries.shape[1]))]
 
