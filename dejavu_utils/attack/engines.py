@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +40,14 @@ class Engine:
 
 def named(name: str, device: torch.device) -> Engine:
     """Return the engine "torch" (a product in float32), "faiss", "tf32" or "bf16" (coarse products,
-    for GPUs). "auto" is tf32 on a GPU, else torch. ValueError on other names.
+    for GPUs). "auto" is tf32 on a GPU, faiss on a CPU if it is installed, else torch. ValueError on
+    other names.
     """
     if name == "auto":
-        name = "tf32" if device.type == "cuda" else "torch"
+        # On macOS, faiss and torch bring an OpenMP each, and two in one process may crash.
+        usable = sys.platform == "linux" and importlib.util.find_spec("faiss") is not None
+        on_cpu = "faiss" if usable else "torch"
+        name = "tf32" if device.type == "cuda" else on_cpu
 
     if name not in ENGINES:
         raise ValueError(f'knn.search: engine "{name}"; expected auto, {", ".join(ENGINES)}.')

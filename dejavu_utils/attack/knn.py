@@ -22,7 +22,7 @@ MORE = 16  # times as many for a query without a proof
 BLOCK = 1 << 22  # candidates that are kept at a time
 TILE = 1 << 25  # values of the bank that an engine sees at a time
 HUGE = 1e15  # coordinates whose squares may overflow float32: every row is measured
-CACHE = 1 << 18  # values of float64 differences at a time
+CACHE = 1 << 17  # values of float64 differences at a time
 
 
 class Votes(NamedTuple):
