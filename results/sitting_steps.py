@@ -583,14 +583,12 @@ def _search(place: Place, coarse: str) -> dict:
         shape = bench_knn.fitting(shape, torch.cuda.mem_get_info()[0])
     q, x = bench_knn.points(shape, DEVICE)
     k = how["neighbours"]
-    product = bench_knn.product(q, x, "high")
-    if coarse == "bf16":
-        product = bench_knn.product_bf16(q, x)
-    with bench_knn.coarsely(coarse):
-        work = {"ours": lambda: knn.search(q, x, k)[1], "product": product}
-        columns, _, proven = bench_knn.first_pass(work["ours"], len(q))
-        checked = bench_knn.exact(q, x, k)
-        times = bench_knn.race(work, 1, DEVICE)
+    columns = knn.search(q, x, k, coarse)[1]
+    checked = bench_knn.exact(q, x, k)
+    proven = bench_knn.proven(q, x, k, coarse)
+    product = bench_knn.product(q, x, coarse)
+    work = {"ours": lambda: knn.search(q, x, k, coarse), "product": product}
+    times = bench_knn.race(work, 1, DEVICE)
     seconds = {name: min(wall for wall, _ in found) for name, found in times.items()}
     right = float((columns[: len(checked)] == checked).float().mean())
     share = seconds["product"] / seconds["ours"]

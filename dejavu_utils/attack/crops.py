@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from dejavu_utils.data.images import Images
 
 Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half-open
-RULES = ("paper", "maximal")
+KINDS = ("periphery", "corner")
 CORNERS = ("lower-left", "lower-right", "upper-left", "upper-right")
 CROP = {
     "kind": "periphery",
@@ -21,6 +22,35 @@ CROP = {
     "fraction": 0.3,
     "corner": "lower-left",
 }
+
+
+def periphery(
+    boxes: np.ndarray | Sequence[Sequence[float]], width: int, height: int, min_side: int
+) -> Rect | None:
+    """Return the background crop x0, y0, x1, y1 (pixels, half-open) that no box reaches into, or
+    None.
+
+    `boxes` (m, 4) x0, y0, x1, y1. The published rule: columns between neighbouring box edges, the
+    gaps that the boxes leave in each, and of those the one with the longest shorter side. A crop
+    never spans two columns, so a strip above two boxes is cut. Ties: the leftmost, then the
+    topmost. None when the shorter side is not above `min_side` (100 in the paper; strict: 100
+    itself fails), and when no box lies in the image: the object is then unknown. Partly covered
+    pixels belong to the box. ValueError on a box that ends before it starts or holds NaN.
+    """
+    solid = _pixels(boxes, width, height)
+    if not solid:
+        return None
+
+    edges = {0, width}
+    for left, _, right, _ in solid:
+        edges |= {left, right}
+
+    gaps = []
+    for x0, x1 in pairwise(sorted(edges)):
+        gaps += _gaps(solid, x0, x1, height)
+
+    best = max(gaps, key=_shorter, default=None)  # the first of equals
+    return best if best and _shorter(best) > min_side else None
 
 
 def _pixels(boxes: np.ndarray | Sequence[Sequence[float]], width: int, height: int) -> list[Rect]:
@@ -33,10 +63,16 @@ def _pixels(boxes: np.ndarray | Sequence[Sequence[float]], width: int, height: i
             raise ValueError(
                 f"crops.periphery: box {(x0, y0, x1, y1)}; expected x0 <= x1, y0 <= y1 in pixels."
             )
-        left, top = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
-        right, bottom = min(width, int(np.ceil(x1))), min(height, int(np.ceil(y1)))
-        if left < right and top < bottom and x0 < x1 and y0 < y1:
+
+        left = max(0, math.floor(x0))
+        top = max(0, math.floor(y0))
+        right = min(width, math.ceil(x1))
+        bottom = min(height, math.ceil(y1))
+
+        empty = x0 == x1 or y0 == y1
+        if left < right and top < bottom and not empty:
             found.append((left, top, right, bottom))
+
     return found
 
 
@@ -44,57 +80,23 @@ def _gaps(boxes: list[Rect], x0: int, x1: int, height: int) -> list[Rect]:
     """Return the empty rectangles of the column [x0, x1), as wide as it is: what its boxes leave of
     [0, height).
     """
-    found, y = [], 0
-    for top, bottom in sorted((box[1], box[3]) for box in boxes if box[0] < x1 and box[2] > x0):
+    rows = [(top, bottom) for left, top, right, bottom in boxes if left < x1 and right > x0]
+    rows.append((height, height))  # the lower edge of the image
+
+    found = []
+    y = 0  # above it, all is looked at
+    for top, bottom in sorted(rows):
         if top > y:
             found.append((x0, y, x1, top))
         y = max(y, bottom)
-    return [*found, (x0, y, x1, height)] if y < height else found
+
+    return found
 
 
 def _shorter(rect: Rect) -> int:
     """Return the shorter side of a rectangle, in pixels."""
-    return min(rect[2] - rect[0], rect[3] - rect[1])
-
-
-def _sides(rect: Rect) -> tuple[int, int]:
-    """Return the shorter side of a rectangle and its area."""
-    return _shorter(rect), (rect[2] - rect[0]) * (rect[3] - rect[1])
-
-
-def periphery(
-    boxes: np.ndarray | Sequence[Sequence[float]],
-    width: int,
-    height: int,
-    min_side: int,
-    rule: str = "paper",
-) -> Rect | None:
-    """Return the background crop x0, y0, x1, y1 (pixels, half-open) that no box reaches into, or
-    None.
-
-    `boxes` (m, 4) x0, y0, x1, y1. "paper" is the published rule: columns between neighbouring box
-    edges, the gaps that the boxes leave in each, and of those the one with the longest shorter
-    side. A crop never spans two columns, so a strip above two boxes is cut. "maximal" takes the
-    columns between any two edges, hence all maximal empty rectangles. Ties: larger area under
-    "maximal", then the leftmost, then the topmost. None when the shorter side is not above
-    `min_side` (100 in the paper; strict: 100 itself fails), and when no box lies in the image: the
-    object is then unknown. Partly covered pixels belong to the box. ValueError on a box that ends
-    before it starts or holds NaN.
-    """
-    if rule not in RULES:
-        raise ValueError(f"crops.periphery: rule {rule!r}; expected one of {RULES}.")
-    solid = _pixels(boxes, width, height)
-    if not solid:
-        return None
-    edges = sorted({0, width, *(box[0] for box in solid), *(box[2] for box in solid)})
-    columns = pairwise(edges) if rule == "paper" else combinations(edges, 2)
-    size = _shorter if rule == "paper" else _sides
-    best = None
-    for x0, x1 in columns:
-        for rect in _gaps(solid, x0, x1, height):
-            if best is None or size(rect) > size(best):
-                best = rect
-    return best if best and _shorter(best) > min_side else None
+    x0, y0, x1, y1 = rect
+    return min(x1 - x0, y1 - y0)
 
 
 def corner(width: int, height: int, fraction: float = 0.3, corner: str = "lower-left") -> Rect:
@@ -109,21 +111,12 @@ def corner(width: int, height: int, fraction: float = 0.3, corner: str = "lower-
             f"crops.corner: corner {corner!r}, fraction {fraction}; expected one of {CORNERS} "
             "and 0 < fraction <= 1."
         )
-    wide, high = max(1, int(fraction * width)), max(1, int(fraction * height))
+
+    wide = max(1, int(fraction * width))
+    high = max(1, int(fraction * height))
     x0 = 0 if corner.endswith("left") else width - wide
     y0 = 0 if corner.startswith("upper") else height - high
     return x0, y0, x0 + wide, y0 + high
-
-
-def _assert_empty(rect: Rect, boxes: np.ndarray, name: str) -> None:
-    """Raise AssertionError if a rectangle meets any box; checked on the boxes as given, apart from
-    how it was found.
-    """
-    for x0, y0, x1, y1 in np.asarray(boxes, dtype=np.float64).reshape(-1, 4):
-        if max(rect[0], x0) < min(rect[2], x1) and max(rect[1], y0) < min(rect[3], y1):
-            raise AssertionError(
-                f"crops.background: image {name}: crop {rect} meets box {(x0, y0, x1, y1)}"
-            )
 
 
 def background(images: Images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -131,27 +124,47 @@ def background(images: Images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
     bool.
 
     `images` has `boxes`, `sizes` (n, 2) width, height and `ids`. `crop` holds any of kind
-    ("periphery" or "corner"), rule, min_side, fraction, corner; CROP has the defaults. Where no
-    periphery crop is large enough, keep is False and the rectangle 0. ValueError on an unknown key
-    or kind; AssertionError if a periphery crop meets a box.
+    ("periphery" or "corner"), rule ("paper", the only one), min_side, fraction, corner; CROP has
+    the defaults. Where no periphery crop is large enough, keep is False and the rectangle 0.
+    ValueError on an unknown key, kind or rule; AssertionError if a periphery crop meets a box.
     """
     unknown = sorted(set(crop) - set(CROP))
     crop = {**CROP, **crop}
-    if unknown or crop["kind"] not in ("periphery", "corner"):
+    if unknown or crop["kind"] not in KINDS or crop["rule"] != "paper":
         raise ValueError(
-            f"crops.background: keys {unknown}, kind {crop['kind']!r}; expected keys among "
-            f'{sorted(CROP)}, kind "periphery" or "corner".'
+            f"crops.background: keys {unknown}, kind {crop['kind']!r}, rule {crop['rule']!r}; "
+            f"expected keys among {sorted(CROP)}, kind one of {KINDS}, rule 'paper'."
         )
+
     rects = np.zeros((len(images.boxes), 4), dtype=np.int64)
     keep = np.zeros(len(rects), dtype=bool)
-    for i, (boxes, (width, height)) in enumerate(
-        zip(images.boxes, np.asarray(images.sizes).tolist(), strict=True)
-    ):
+
+    for i, boxes in enumerate(images.boxes):
+        width, height = np.asarray(images.sizes[i]).tolist()
+
         if crop["kind"] == "corner":
             rect = corner(width, height, crop["fraction"], crop["corner"])
         else:
-            rect = periphery(boxes, width, height, crop["min_side"], crop["rule"])
-            _assert_empty(rect or (0, 0, 0, 0), boxes, images.ids[i])
+            rect = periphery(boxes, width, height, crop["min_side"])
+            if rect:
+                _assert_empty(rect, boxes, images.ids[i])
+
         if rect:
-            rects[i], keep[i] = rect, True
+            rects[i] = rect
+            keep[i] = True
+
     return rects, keep
+
+
+def _assert_empty(rect: Rect, boxes: np.ndarray, name: str) -> None:
+    """Raise AssertionError if a rectangle meets any box; checked on the boxes as given, apart from
+    how it was found.
+    """
+    left, top, right, bottom = rect
+    for x0, y0, x1, y1 in np.asarray(boxes, dtype=np.float64).reshape(-1, 4):
+        across = max(left, x0) < min(right, x1)
+        down = max(top, y0) < min(bottom, y1)
+        if across and down:
+            raise AssertionError(
+                f"crops.background: image {name}: crop {rect} meets box {(x0, y0, x1, y1)}"
+            )

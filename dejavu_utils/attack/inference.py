@@ -15,6 +15,7 @@ from dejavu_utils.attack import knn, scoring
 
 TARGETS = {"a": "A", "b": "B"}  # attacked set -> the model trained with it
 CONFIDENCES = ("entropy", "logit")
+BLOCK = 8192  # queries that vote at a time
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Rules:
     def __post_init__(self) -> None:
         known = {"ties": knn.TIES, "confidence": CONFIDENCES, "rounding": scoring.ROUNDINGS}
         for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"rules: {name} = {getattr(self, name)!r}; expected one of {values}."
-                )
+            value = getattr(self, name)
+            if value not in values:
+                raise ValueError(f"rules: {name} = {value!r}; expected one of {values}.")
+
         if not 0 < self.keep <= 1:
             raise ValueError(f"rules: keep = {self.keep}; expected 0 < keep <= 1.")
 
@@ -58,30 +59,35 @@ def infer(
     goes to the lower class whatever the order of the public set; `ties` of votes: see `knn.vote`.
     Paper section 4: k-NN label inference.
     """
-    labels = torch.as_tensor(bank_labels).long().cpu()
+    labels = torch.as_tensor(bank_labels).long().cpu()  # (n,)
     if len(labels) != len(bank):
         raise ValueError(
             f"attack.infer: {len(bank)} public embeddings, {len(labels)} labels; expected one each."
         )
+
     order = torch.argsort(labels, stable=True)
-    in_order = torch.equal(
-        order, torch.arange(len(order))
-    )  # then the bank, which may be large, is not copied
-    distances, columns = knn.search(queries, bank if in_order else bank[order.to(bank.device)], k)
-    columns = order.to(columns.device)[columns]
-    blocks = zip(labels.to(columns.device)[columns].split(8192), distances.split(8192), strict=True)
-    votes = [knn.vote(*block, classes, ties) for block in blocks]
-    ranking, confidence = (
-        torch.cat([getattr(vote, name) for vote in votes]) for name in ("ranking", "confidence")
-    )
-    found = {
-        "prediction": ranking[:, 0],
-        "top5": ranking,
-        "confidence": confidence,
-        "neighbours": columns,
-        "distances": distances,
+    by_label = bank
+    if not torch.equal(order, torch.arange(len(order))):
+        by_label = bank[order.to(bank.device)]  # a copy; the bank may be large
+
+    distances, columns = knn.search(queries, by_label, k)  # (q, k) each
+    neighbours = order.to(columns.device)[columns]
+    neighbour_labels = labels.to(columns.device)[neighbours]
+
+    ranking, confidence = [], []
+    for voters, near in zip(neighbour_labels.split(BLOCK), distances.split(BLOCK), strict=True):
+        votes = knn.vote(voters, near, classes, ties)
+        ranking.append(votes.ranking)
+        confidence.append(votes.confidence)
+
+    top5 = torch.cat(ranking).cpu().numpy()
+    return {
+        "prediction": top5[:, 0],
+        "top5": top5,
+        "confidence": torch.cat(confidence).cpu().numpy(),
+        "neighbours": neighbours.cpu().numpy(),
+        "distances": distances.cpu().numpy(),
     }
-    return {name: values.cpu().numpy() for name, values in found.items()}
 
 
 def infer_scores(scores: torch.Tensor, confidence: str = "entropy") -> dict[str, np.ndarray]:
@@ -92,14 +98,20 @@ def infer_scores(scores: torch.Tensor, confidence: str = "entropy") -> dict[str,
     ties go to the lower class. The confidence is minus the entropy of their softmax, comparable
     with that of votes, or the largest score itself ("logit", as in the paper's code).
     """
-    logs = torch.log_softmax(torch.as_tensor(scores).double(), 1)
+    scores = torch.as_tensor(scores).double()  # (q, classes)
+    logs = scores.log_softmax(1)
     best = logs.argsort(dim=1, descending=True, stable=True)[:, :5]
-    ranking = torch.nn.functional.pad(best, (0, 5 - best.shape[1]), value=-1)
-    certain = (logs.exp() * logs).nan_to_num().sum(1)
+    top5 = torch.nn.functional.pad(best, (0, 5 - best.shape[1]), value=-1)
+
+    certainty = (logs.exp() * logs).nan_to_num().sum(1)  # 0 log 0 = 0
     if confidence == "logit":
-        certain = torch.as_tensor(scores).double().amax(1)
-    found = {"prediction": ranking[:, 0], "top5": ranking, "confidence": certain}
-    return {name: values.cpu().numpy() for name, values in found.items()}
+        certainty = scores.amax(1)
+
+    return {
+        "prediction": top5[:, 0].cpu().numpy(),
+        "top5": top5.cpu().numpy(),
+        "confidence": certainty.cpu().numpy(),
+    }
 
 
 def label_inference(
@@ -121,34 +133,29 @@ def label_inference(
     Of `rules`, ties and confidence count here.
     ValueError when lengths differ, an id appears twice, or a label is outside 0 .. classes - 1.
     """
-    seen = np.concatenate([np.asarray(ids[name]) for name in TARGETS])
-    if repeats := len(seen) - len(np.unique(seen)):
+    seen = np.concatenate([np.asarray(ids[direction]) for direction in TARGETS])
+    repeats = len(seen) - len(np.unique(seen))
+    if repeats:
         raise ValueError(
             f"attack.label_inference: {repeats} ids repeat; expected disjoint a and b. Partition "
             "again."
         )
+
     parts = []
     for direction, target in TARGETS.items():
-        name, truth = np.asarray(ids[direction]), np.asarray(labels[direction]).astype(np.int64)
-        for role, model in (("target", target), ("reference", "B" if target == "A" else "A")):
+        name = np.asarray(ids[direction])
+        truth = np.asarray(labels[direction]).astype(np.int64)
+        models = {"target": target, "reference": "B" if target == "A" else "A"}
+
+        for role, model in models.items():
             queries = crops[direction][model]
-            if (
-                not len(queries) == len(name) == len(truth) > 0
-                or truth.min() < 0
-                or truth.max() >= classes
-            ):
-                raise ValueError(
-                    f"attack.label_inference: set {direction}, model {model}: {len(queries)} "
-                    "embeddings, "
-                    f"{len(name)} ids, {len(truth)} labels; expected one each, at least one, and "
-                    "labels "
-                    f"from 0 to {classes - 1}."
-                )
-            found = (
-                infer(queries, public[model], public_labels, k, classes, rules.ties)
-                if public
-                else infer_scores(queries, rules.confidence)
-            )
+            _check(f"set {direction}, model {model}", queries, name, truth, classes)
+
+            if public:
+                found = infer(queries, public[model], public_labels, k, classes, rules.ties)
+            else:
+                found = infer_scores(queries, rules.confidence)
+
             rows = {
                 "id": name,
                 "label": truth,
@@ -160,4 +167,18 @@ def label_inference(
                 "confidence": found["confidence"],
             }
             parts.append(pd.DataFrame(rows).sort_values("id", kind="stable"))
+
     return pd.concat(parts, ignore_index=True)
+
+
+def _check(
+    where: str, queries: torch.Tensor, ids: np.ndarray, labels: np.ndarray, classes: int
+) -> None:
+    """Raise ValueError unless embeddings, ids and labels of one set fit together."""
+    same_length = len(queries) == len(ids) == len(labels) > 0
+    if not same_length or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"attack.label_inference: {where}: {len(queries)} embeddings, {len(ids)} ids, "
+            f"{len(labels)} labels; expected one each, at least one, and labels from 0 to "
+            f"{classes - 1}."
+        )

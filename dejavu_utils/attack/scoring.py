@@ -27,73 +27,92 @@ FEWEST = 50
 
 
 class Stratum(NamedTuple):
-    """The images of one direction and seed, sorted by id: hits and confidence are (2, n): row 0
-    target, 1 reference.
+    """The images of one direction and seed, sorted by id. Row 0 is the target, row 1 the
+    reference.
     """
 
-    hits: np.ndarray
-    confidence: np.ndarray
-    cluster: np.ndarray
-    stream: int
+    hits: np.ndarray  # (2, n) 0 or 1: right or not
+    confidence: np.ndarray  # (2, n)
+    cluster: np.ndarray  # (n,) int: what the bootstrap draws, an image or its class
+    stream: int  # of its random numbers
 
 
 def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     """Return the strata of a table, target and reference joined by id; ValueError if they do not
     pair up.
     """
+    keys = ["direction", "seed"] if "seed" in table else ["direction"]
+    _check(table, keys, top, ranking)
+
+    value = "correct" if top == 1 else "correct5"
+    rows = table.set_index([*keys, "id", "label", "role"])[[value, "confidence"]]
+    wide = rows.unstack("role")  # a row per image, sorted by id
+    if len(table) != 2 * len(wide):
+        raise ValueError(
+            f"attack: {(table['role'] == 'target').sum()} target and "
+            f"{(table['role'] == 'reference').sum()} reference rows of {len(wide)} images, ids "
+            "not the same; expected every image under both models."
+        )
+
+    by_class = table["label"].nunique() >= CLUSTER_FROM
+    strata = []
+
+    for name, part in wide.groupby(level=keys):
+        hits = part[value][["target", "reference"]].to_numpy(float).T  # (2, n)
+        confidence = part["confidence"][["target", "reference"]].to_numpy(float).T
+        if ranking == "paired":
+            confidence = np.repeat(confidence.sum(0, keepdims=True), 2, 0)
+
+        cluster = np.arange(len(part))
+        if by_class:
+            labels = part.index.get_level_values("label")
+            cluster = np.unique(labels, return_inverse=True)[1]
+
+        # The stream depends on the images and the seed, not on the name "a" or "b": swapping names
+        # changes nothing.
+        ids = part.index.get_level_values("id")
+        text = "\n".join(map(str, [*ids, *name[1:]]))
+        digest = hashlib.sha256(text.encode()).digest()
+        stream = int.from_bytes(digest[:8], "little")
+
+        strata.append(Stratum(hits, confidence, cluster, stream))
+
+    return strata
+
+
+def _check(table: pd.DataFrame, keys: list[str], top: int, ranking: str) -> None:
+    """Raise ValueError unless a table has one row per image, role and stratum."""
     if top not in (1, 5) or ranking not in RANKINGS:
         raise ValueError(
             f"attack: top = {top!r}, ranking = {ranking!r}; expected top 1 or 5, ranking "
             f"{RANKINGS}."
         )
-    value, keys = {1: "correct", 5: "correct5"}[top], ["direction"] + ["seed"] * ("seed" in table)
+
     repeated = table.duplicated([*keys, "role", "id"]).sum()
     if repeated or not len(table):
         raise ValueError(
             f"attack: {repeated} of {len(table)} rows repeat an image; expected one row per "
-            "image, role, "
-            "direction and seed. Select one criterion, epoch, layer and crop first."
+            "image, role, direction and seed. Select one criterion, epoch, layer and crop first."
         )
+
     if not np.isfinite(table["confidence"].to_numpy(float)).all():
         raise ValueError("attack: a confidence is NaN or infinite; expected nats.")
-    wide = table.set_index([*keys, "id", "label", "role"])[[value, "confidence"]].unstack(
-        "role"
-    )  # sorted by id
-    if len(table) != 2 * len(wide):
-        raise ValueError(
-            f"attack: {(table['role'] == 'target').sum()} target and "
-            f"{(table['role'] == 'reference').sum()} reference rows of {len(wide)} images, ids "
-            "not the "
-            "same; expected every image under both models."
-        )
-    clustered, strata = table["label"].nunique() >= CLUSTER_FROM, []
-    for name, part in wide.groupby(level=keys):
-        hits, confidence = (
-            part[column][["target", "reference"]].to_numpy(float).T
-            for column in (value, "confidence")
-        )
-        if ranking == "paired":
-            confidence = np.repeat(confidence.sum(0, keepdims=True), 2, 0)
-        cluster = part.index.get_level_values("label") if clustered else np.arange(len(part))
-        # The stream depends on the images and the seed, not on the name "a" or "b": swapping names
-        # changes nothing.
-        text = "\n".join(map(str, [*part.index.get_level_values("id"), *name[1:]]))
-        stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        strata.append(Stratum(hits, confidence, np.unique(cluster, return_inverse=True)[1], stream))
-    return strata
 
 
 def bootstrap_weights(stratum: Stratum, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each image is drawn, (r, n) at a time: first the data itself (all ones), then
     the resamples.
     """
-    units, n = int(stratum.cluster.max()) + 1, len(stratum.cluster)
+    n = len(stratum.cluster)
+    units = int(stratum.cluster.max()) + 1
     random = np.random.default_rng([seed, stratum.stream])
-    step = max(1, CHUNK // n)
     yield np.ones((1, n), dtype=np.int64)
+
+    step = max(1, CHUNK // n)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        drawn = random.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        drawn = random.integers(0, units, (rows, units))
+        drawn += units * np.arange(rows)[:, None]  # each resample counts in a range of its own
         counts = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
         yield counts if units == n else counts[:, stratum.cluster]
 
@@ -126,17 +145,22 @@ def _ranked(
     mean accuracy.
     """
     order = np.argsort(-confidence, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(confidence[order]) != 0])
+    new_group = np.diff(confidence[order], prepend=np.inf) != 0
+    starts = np.flatnonzero(new_group)
+
     ordered = weights[:, order]
-    sizes = np.add.reduceat(ordered, starts, axis=1)
+    sizes = np.add.reduceat(ordered, starts, axis=1)  # (r, groups)
     right = np.add.reduceat(ordered * hits[order], starts, axis=1)
-    before, mean = np.cumsum(sizes, 1) - sizes, right / np.maximum(sizes, 1)
+    mean = right / np.maximum(sizes, 1)
+    before = np.cumsum(sizes, axis=1) - sizes
+
     accuracies = []
     for p in shares:
         wanted = top_count(weights.sum(1), p, rounding)
         taken = np.clip(wanted[:, None] - before, 0, sizes)
         found = right if p == 100 else taken * mean  # whole groups: counts without rounding
         accuracies.append(found.sum(1) / wanted)
+
     return np.stack(accuracies)
 
 
@@ -152,14 +176,15 @@ def _accuracies(
     """
     total = 0
     for stratum in strata:
-        chunks = [
-            [
+        chunks = []
+        for weights in bootstrap_weights(stratum, resamples, seed):
+            roles = [
                 _ranked(hits, confidence, weights, shares, rounding)
-                for hits, confidence in zip(*stratum[:2], strict=True)
+                for hits, confidence in zip(stratum.hits, stratum.confidence, strict=True)
             ]
-            for weights in bootstrap_weights(stratum, resamples, seed)
-        ]
-        total = total + np.concatenate([np.stack(roles, 1) for roles in chunks], 2)
+            chunks.append(np.stack(roles, axis=1))  # (shares, 2, r)
+        total = total + np.concatenate(chunks, axis=2)
+
     return total / len(strata)
 
 
@@ -187,11 +212,14 @@ def interval_text(row: Mapping, value: str = "score", ends: str = "", form: str 
     """Return "+0.062 [+0.041, +0.083]" of a row with `value`, <ends>low, <ends>high and n, or
     "+0.062, too few (n = 33)" where there is no interval. Of the top p % that are scored n counts.
     """
-    low, high = row[f"{ends}low"], row[f"{ends}high"]
+    text = f"{row[value]:{form}}"
+    low = row[f"{ends}low"]
+    high = row[f"{ends}high"]
     if math.isfinite(low) and math.isfinite(high):
-        return f"{row[value]:{form}} [{low:{form}}, {high:{form}}]"
+        return f"{text} [{low:{form}}, {high:{form}}]"
+
     n = int(row.get("scored", top_count(row["n"], row.get("p", 100))))
-    return f"{row[value]:{form}}, " + (f"too few (n = {n})" if n < FEWEST else "no interval")
+    return f"{text}, too few (n = {n})" if n < FEWEST else f"{text}, no interval"
 
 
 def scored(strata: list[Stratum], p: float, rounding: str = "up") -> int:
@@ -219,25 +247,31 @@ def matched(
     """Return the strata of two tables of the same images, which are resampled alike; ValueError if
     they are not.
     """
-    sides = stratify(one, top, ranking), stratify(two, top, ranking)
-    if [stratum.stream for stratum in sides[0]] != [stratum.stream for stratum in sides[1]]:
+    left = stratify(one, top, ranking)
+    right = stratify(two, top, ranking)
+    if [stratum.stream for stratum in left] != [stratum.stream for stratum in right]:
         raise ValueError(
             "attack: the tables do not judge the same images and seeds. Attack the same sets."
         )
-    return sides
+    return left, right
 
 
 def _discordant(strata: list[Stratum], p: float, rounding: str = "up") -> tuple[int, int]:
     """Return how many of the top p % only the target, and only the reference, got right; a tied
     group comes whole.
     """
-    signs = []
-    for hits, confidence, *_ in strata:
-        count = int(top_count(len(confidence[0]), p, rounding))
-        last = np.sort(confidence[0])[::-1][count - 1]
-        signs.append((hits[0] - hits[1])[(confidence[0] >= last) | (p == 100)])
-    sign = np.concatenate(signs)
-    return int((sign > 0).sum()), int((sign < 0).sum())
+    gained = lost = 0
+    for stratum in strata:
+        confidence = stratum.confidence[0]
+        count = int(top_count(len(confidence), p, rounding))
+        last = np.sort(confidence)[::-1][count - 1]
+
+        sign = stratum.hits[0] - stratum.hits[1]
+        sign = sign[(confidence >= last) | (p == 100)]
+        gained += int((sign > 0).sum())
+        lost += int((sign < 0).sum())
+
+    return gained, lost
 
 
 def curve(
@@ -253,29 +287,25 @@ def curve(
     """Return one `score` row per percentage in `shares`, all from the same resamples (list of
     dicts).
     """
-    strata, rows, shares = stratify(table, top, ranking), [], list(shares)
-    for p, (target, reference) in zip(
-        shares, _accuracies(strata, shares, resamples, seed, rounding), strict=True
-    ):
-        row = {
-            "p": p,
-            "n": len(table) // 2,
-            "ranking": ranking,
-            "top": top,
-            "level": level,
-            "resamples": resamples,
-        }
+    shares = list(shares)
+    strata = stratify(table, top, ranking)
+    accuracies = _accuracies(strata, shares, resamples, seed, rounding)  # (shares, 2, 1 + r)
+
+    rows = []
+    for p, (target, reference) in zip(shares, accuracies, strict=True):
+        row = {"p": p, "n": len(table) // 2, "ranking": ranking, "top": top}
+        row |= {"level": level, "resamples": resamples}
+
         n = scored(strata, p, rounding)
         row |= bounds(target - reference, "score", "", level, n)
         row |= bounds(target, "target", level=level, n=n)
         row |= bounds(reference, "reference", level=level, n=n)
-        one_subset = ranking == "paired" or p == 100
-        rows.append(
-            {
-                **row,
-                "mcnemar": mcnemar(*_discordant(strata, p, rounding)) if one_subset else math.nan,
-            }
-        )
+
+        row["mcnemar"] = math.nan
+        if ranking == "paired" or p == 100:  # both models are judged on one subset
+            row["mcnemar"] = mcnemar(*_discordant(strata, p, rounding))
+        rows.append(row)
+
     return rows
 
 
@@ -314,37 +344,39 @@ def four_way(
     classes are drawn. memorized - misrepresented = score at p = 100, exactly.
     """
     strata = stratify(table, top, "own")
-    shares, counts = np.zeros((4, 1 + resamples)), np.zeros((4, 1 + resamples))
+    shares = 0  # mean over strata (4, 1 + resamples)
+    counts = 0  # sum over strata
+
     for stratum in strata:
         target, reference = stratum.hits
-        cells = np.stack(
-            [
-                target > reference,
-                target * reference == 1,
-                target < reference,
-                target + reference == 0,
-            ],
-            1,
-        )
-        found = np.concatenate(
-            [
-                weights @ cells.astype(float)
-                for weights in bootstrap_weights(stratum, resamples, seed)
-            ]
-        ).T
-        counts += found
-        shares += found / found.sum(0) / len(strata)
-    row = {"n": len(table) // 2, "top": top, "level": level, "resamples": resamples}
+        cells = [
+            target > reference,
+            target * reference == 1,
+            target < reference,
+            target + reference == 0,
+        ]
+        cells = np.stack(cells, axis=1).astype(float)  # (n, 4)
+
+        chunks = [weights @ cells for weights in bootstrap_weights(stratum, resamples, seed)]
+        found = np.concatenate(chunks).T  # (4, 1 + resamples)
+        counts = counts + found
+        shares = shares + found / found.sum(0) / len(strata)
+
+    n = len(table) // 2
+    row = {"n": n, "top": top, "level": level, "resamples": resamples}
     for name, values in zip(CELLS, shares, strict=True):
-        row |= bounds(values, name, level=level, n=row["n"])
-    row["memorized_count"], row["misrepresented_count"] = pair = (
-        int(counts[0, 0]),
-        int(counts[2, 0]),
-    )
-    row["ratio"], row["ratio_low"], row["ratio_high"] = odds(*pair, level)
+        row |= bounds(values, name, level=level, n=n)
+
+    memorized, _, misrepresented, _ = counts
+    row["memorized_count"] = int(memorized[0])
+    row["misrepresented_count"] = int(misrepresented[0])
+
+    ratio, low, high = odds(row["memorized_count"], row["misrepresented_count"], level)
+    row |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
     if table["label"].nunique() >= CLUSTER_FROM:
-        ratios = (counts[0] + 0.5) / (counts[2] + 0.5)
-        row |= bounds(ratios, "ratio", level=level, n=row["n"]) | {"ratio": row["ratio"]}
+        row |= bounds((memorized + 0.5) / (misrepresented + 0.5), "ratio", level=level, n=n)
+        row["ratio"] = ratio
+
     return row
 
 
@@ -356,9 +388,16 @@ def odds(wins: int, losses: int, level: float = 0.95) -> tuple[float, float, flo
     """
     if wins + losses == 0:
         return math.nan, 0.0, math.inf
-    interval = binomtest(wins, wins + losses).proportion_ci(level, method="exact")
-    low, high = (math.inf if share >= 1 else float(share / (1 - share)) for share in interval)
-    return wins / losses if losses else math.inf, low, high
+
+    share = binomtest(wins, wins + losses).proportion_ci(level, method="exact")
+    low = _odds_of(float(share.low))
+    high = _odds_of(float(share.high))
+    return (wins / losses if losses else math.inf), low, high
+
+
+def _odds_of(share: float) -> float:
+    """Return share / (1 - share), infinity of 1."""
+    return math.inf if share >= 1 else share / (1 - share)
 
 
 def difference(
@@ -379,15 +418,18 @@ def difference(
     each table: `difference(table, table, p=(20, 100))`. Keys: difference, low, high, one, two, n,
     and `scored`, how many images the smaller p is of. ValueError if the ids differ.
     """
-    shares = p if isinstance(p, tuple) else (p, p)
-    left, right = (
-        np.subtract(*_accuracies(strata, [share], resamples, seed, rounding)[0])
-        for strata, share in zip(matched(one, two, top, ranking), shares, strict=True)
-    )
-    n = scored(stratify(one, top, ranking), min(shares), rounding)
+    p_one, p_two = p if isinstance(p, tuple) else (p, p)
+    strata, others = matched(one, two, top, ranking)
+
+    target, reference = _accuracies(strata, [p_one], resamples, seed, rounding)[0]
+    left = target - reference  # (1 + resamples,)
+    target, reference = _accuracies(others, [p_two], resamples, seed, rounding)[0]
+    right = target - reference
+
+    n = scored(strata, min(p_one, p_two), rounding)
     row = bounds(left - right, "difference", "", level, n)
-    row |= {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2}
-    return row | {"scored": n}
+    row |= {"one": float(left[0]), "two": float(right[0]), "n": len(one) // 2, "scored": n}
+    return row
 
 
 def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict:
@@ -400,7 +442,10 @@ def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dic
             f"attack.over_seeds: {numbers.tolist()}; expected at least one finite number, one per "
             "seed."
         )
-    n, mean = len(numbers), float(numbers.mean())
+
+    n = len(numbers)
+    mean = float(numbers.mean())
     sd = float(numbers.std(ddof=1)) if n > 1 else math.nan
-    half = float(t.ppf((1 + level) / 2, max(1, n - 1))) * sd / math.sqrt(n)
+    quantile = float(t.ppf((1 + level) / 2, max(1, n - 1)))
+    half = quantile * sd / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd, "n": n}

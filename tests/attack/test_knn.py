@@ -1,4 +1,4 @@
-"""The search is exact and the same for every tile, backend and thread count; votes follow the tie
+"""The search is exact and the same for every tile, engine and thread count; votes follow the tie
 rule.
 """
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dejavu_utils.attack import knn
+from dejavu_utils.attack import engines, knn
+
+ENGINES = list(engines.ENGINES)
 
 
 def naive_search(queries, bank, k):
@@ -73,18 +75,18 @@ def test_search_equals_oracle(n, d, kind):
 
 
 @pytest.mark.parametrize("kind", ["normal", "grid", "offset"])
-def test_same_bits_for_every_tile_backend_and_thread_count(kind):
+def test_same_bits_for_every_tile_engine_and_thread_count(kind):
     queries, bank = points(20, 16, 3, kind), points(150, 16, 4, kind)
     first = knn.search(queries, bank, 9)
     threads = torch.get_num_threads()
-    for backend in ("torch", "faiss"):
+    for engine in ENGINES:
         for tile in (1, 64, 149, 1000):
             for count in (1, 2):
                 torch.set_num_threads(count)
-                found = knn.search(queries, bank, 9, backend, tile)
+                found = knn.search(queries, bank, 9, engine, tile)
                 torch.set_num_threads(threads)
                 assert torch.equal(found[0], first[0]) and torch.equal(found[1], first[1]), (
-                    backend,
+                    engine,
                     tile,
                     count,
                 )
@@ -92,12 +94,12 @@ def test_same_bits_for_every_tile_backend_and_thread_count(kind):
 
 def test_no_setting_of_precision_changes_the_answer():
     queries, bank = points(40, 64, 5), points(400, 64, 6)
-    expected = knn.search(queries, bank, 7)
+    expected = knn.search(queries, bank, 7, "torch")
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
-            found = knn.search(queries, bank, 7)
+            found = knn.search(queries, bank, 7, "torch")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -120,79 +122,167 @@ def test_ties_go_to_the_lower_row():
     assert distances.tolist() == [[0, 4, 4, 4]] * 2
 
 
-@pytest.fixture
-def matrix_unit(monkeypatch):
-    """Make products round their factors first, to TF32 or bfloat16 when torch is told so, as matrix
-    units do.
+def tied(case):
+    """Return queries, bank and k where many rows are equally near, or where float32 is of no help.
+
+    The bank is large enough that a few candidates are proposed at first, and not all of its rows.
     """
-    product, before = torch.mm, torch.get_float32_matmul_precision()
+    queries, bank = points(12, 16, 13), points(600, 16, 14)
+    wide, long = points(12, 64, 15), points(900, 64, 16)
+    if case == "binary codes":
+        return queries.sign(), bank.sign(), 5
+    if case == "wide binary codes":
+        return wide.sign(), long.sign(), 5
+    if case == "one row copied":
+        bank[100:300] = bank[100]
+        return bank[95:105], bank, 7
+    if case == "two rows copied":
+        bank[0::3] = bank[0]
+        bank[1::3] = bank[1]
+        return bank[:6], bank, 30
+    if case == "collapsed encoder":
+        return torch.full((12, 16), 0.3), torch.full((600, 16), 0.3), 20
+    if case == "collapsed on the public set alone":
+        return queries, torch.full((600, 16), 0.3), 20
+    if case == "nearly collapsed":
+        return 0.3 + queries * 1e-7, 0.3 + bank * 1e-7, 20
+    if case == "dead units":
+        return queries.relu(), bank.relu() * (torch.arange(600) % 2)[:, None], 20
+    if case == "one far outlier":
+        bank[17] *= 1e6
+        return queries, bank, 5
+    if case == "squares that underflow":
+        return queries * 1e-22, bank * 1e-22, 5
+    if case == "the largest floats":
+        return queries.clamp(-3, 3) * 1e38, bank.clamp(-3, 3) * 1e38, 5
+    if case == "the smallest floats":
+        return queries * 1e-40, bank * 1e-40, 5
+    if case == "float16":
+        return queries.half(), bank.half(), 5
+    if case == "float16 whose squares overflow":
+        return (queries * 1e4).half(), (bank * 1e4).half(), 5
+    if case == "all of the bank":
+        return queries, bank.mul(1.5).round(), 600
+    raise KeyError(case)
 
-    def mm(left, right, out):
-        lost = {"highest": 1, "high": 1 << 13, "medium": 1 << 16}[
-            torch.get_float32_matmul_precision()
-        ]
-        if lost > 1:
-            left, right = (
-                x.contiguous()
-                .view(torch.int32)
-                .add(lost // 2)
-                .bitwise_and_(-lost)
-                .view(torch.float32)
-                for x in (left, right)
-            )
-        return out.copy_(product(left, right))
 
-    monkeypatch.setattr(torch, "mm", mm)
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "engine, proven", [("highest", 0.95), ("faiss", 0.95), ("high", 0.95), ("medium", 0.7)]
+    "case",
+    [
+        "binary codes",
+        "wide binary codes",
+        "one row copied",
+        "two rows copied",
+        "collapsed encoder",
+        "collapsed on the public set alone",
+        "nearly collapsed",
+        "dead units",
+        "one far outlier",
+        "squares that underflow",
+        "the largest floats",
+        "the smallest floats",
+        "float16",
+        "float16 whose squares overflow",
+        "all of the bank",
+    ],
 )
-@pytest.mark.parametrize("kind", ["normal", "relu", "pairs", "tiny", "offset"])
-def test_the_bound_is_a_lower_bound_and_proves_most_rows(engine, proven, kind, matrix_unit):
-    queries, bank = points(200, 256, 9, kind), points(1500, 256, 10, kind)
-    exact = torch.cdist(
-        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
-    ).square()
-    torch.set_float32_matmul_precision("highest" if engine == "faiss" else engine)
-    columns, bound = knn.candidates(queries, bank, 60, torch.float32, engine, 600)
-    assert (bound <= exact.gather(1, columns)).all()
-    assert (bound[:, -1] <= exact.scatter(1, columns, torch.inf).amin(1)).all()
-    assert (bound.diff(dim=1) >= 0).all()
-    if kind in ("normal", "relu"):
-        assert (exact.topk(20, largest=False).values[:, -1] < bound[:, -1]).float().mean() > proven
+def test_many_ties_and_extreme_values_equal_the_oracle(case, engine):
+    queries, bank, k = tied(case)
+    expected, order = naive_search(queries, bank, k)
+    for tile in (None, 250):
+        distances, rows = knn.search(queries, bank, k, engine, tile)
+        np.testing.assert_array_equal(rows, order)
+        np.testing.assert_allclose(distances, expected, rtol=1e-13)
 
 
-@pytest.mark.parametrize("engine, unit", [("high", 2**-10), ("medium", 2**-7)])
-def test_the_bound_holds_when_rounding_is_at_its_worst(engine, unit, matrix_unit):
-    # Every coordinate of two opposite points moves outwards, by nearly half a unit in the last
-    # place.
-    queries, bank = torch.full((1, 64), 1 + 0.51 * unit), torch.full((4, 64), 1 + 0.51 * unit)
-    bank[::2] *= -1  # centred at zero
-    torch.set_float32_matmul_precision(engine)
-    columns, bound = knn.candidates(queries, bank, 4, torch.float32, engine, None)
-    exact = (queries.double() - bank.double()).square().sum(1)[columns]
-    assert (
-        bound <= exact
-    ).all() and bound.amax() > 0.998 * exact.amax()  # and no more than it has to be below
+@pytest.mark.parametrize("slack", [1, 4])
+@pytest.mark.parametrize("others", ["long", "as long"])
+def test_no_neighbour_is_missed_when_sums_are_at_their_worst(slack, others):
+    """An engine that is off by nearly as much as it may be: it sees the nearest row too far, and
+    all others too near.
+
+    Query 1, rows near 2, on one axis: the case in which nothing in the bound is to spare. The
+    other rows are far and lie around zero.
+    """
+    error = slack * (64 + 16) * torch.finfo(torch.float32).eps * (1 + 4)
+    axis = torch.zeros(64)
+    axis[0] = 1
+    beyond = torch.tensor([1e-6] * 5 + [1.8 * error] * 14 + [0])  # of distance 1; nearest last
+    near = (2 + beyond / 2)[:, None] * axis  # (20, 64)
+    far = 4 * points(115, 64, 18)
+    if others == "as long":
+        far = 2 * torch.nn.functional.normalize(far)
+    bank = torch.cat([near, -near, far, -far])
+
+    def propose(queries, bank, keep):
+        distance = torch.cdist(queries.double(), bank.double()).square()
+        seen = distance - error
+        seen[:, 19] = distance[:, 19] + error
+        value, row = seen.topk(keep, largest=False)
+        return value.float(), row
+
+    engine = engines.Engine(propose, slack=slack)
+    _, rows, proven = knn.look(axis[None], bank, 5, 13, engine)
+    assert 19 not in rows and not proven
+    _, rows, proven = knn.look(axis[None], bank, 5, 60, engine)
+    assert rows.tolist() == [[19, 0, 1, 2, 3]] and proven
 
 
-@pytest.mark.parametrize("kind", ["normal", "grid", "offset", "pairs", "relu", "tiny", "huge"])
-@pytest.mark.parametrize("amx", [True, False])
-def test_a_coarse_first_pass_changes_nothing(kind, amx, monkeypatch, matrix_unit):
-    queries, bank = points(30, 48, 17, kind), points(1300, 48, 18, kind)
-    expected = naive_search(queries, bank, 2)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    used, candidates = [], knn.candidates
-    monkeypatch.setattr(
-        knn, "candidates", lambda *given: used.append(given[4]) or candidates(*given)
-    )
-    distances, rows = knn.search(queries, bank, 2)
-    np.testing.assert_allclose(distances, expected[0], rtol=1e-13)
-    np.testing.assert_array_equal(rows, expected[1])
-    assert ("medium" in used) == (amx and kind != "huge")
+@pytest.mark.parametrize("engine", ["tf32", "bf16"])
+def test_no_neighbour_is_missed_when_factors_are_rounded_at_their_worst(engine):
+    """Nearly all coordinates of the nearest row move outwards by half a unit in the last place; a
+    hundred other rows hardly move.
+    """
+    unit = 2.0 ** (1 - engines.ENGINES[engine].bits)  # between numbers from 1 to 2
+    nearest = torch.full((1, 64), 1 + 0.51 * unit)
+    nearest[0, 0] = 1 + 1.6 * unit  # in its precision it is behind the others
+    others = torch.full((100, 64), 1 + 0.9 * unit)
+    far = 4 * points(400, 64, 18)
+    bank = torch.cat([others, nearest, -others, -nearest, far, -far])
+
+    query = torch.zeros(1, 64)
+    _, rows, proven = knn.look(query, bank, 5, 13, engines.ENGINES[engine])
+    assert 100 not in rows and not proven
+    _, rows = knn.search(query, bank, 5, engine)
+    assert rows.tolist() == [[100, 201, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("keep, n", [(1, 300), (10, 300), (300, 300), (10, 1003)])
+def test_an_engine_proposes_the_nearest(engine, keep, n):
+    bits = engines.ENGINES[engine].bits
+    queries = engines.rounded(points(30, 12, 19), bits)[0]
+    bank = engines.rounded(points(n, 12, 20), bits)[0]
+    value, row = engines.ENGINES[engine].propose(queries, bank, keep)
+    distance = torch.cdist(queries.double(), bank.double()).square()
+    assert value.shape == row.shape == (30, keep)
+    torch.testing.assert_close(value.double(), distance.gather(1, row), rtol=1e-5, atol=1e-5)
+    nearest = distance.topk(keep, largest=False).values
+    torch.testing.assert_close(value.double().sort(1).values, nearest, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits, unit", [(24, 0), (11, 2.0**-11), (8, 2.0**-8)])
+def test_points_are_rounded_to_so_many_bits_and_moved_no_further_than_said(bits, unit):
+    some = points(50, 40, 21)
+    high, moved = engines.rounded(some, bits)
+    mantissa, _ = torch.frexp(high)
+    assert torch.equal(mantissa * 2**bits, (mantissa * 2**bits).round())
+    assert ((high - some).abs() <= unit * some.abs()).all()
+    assert ((high - some).double().norm(dim=1) <= moved).all()
+    if bits == 8:
+        assert torch.equal(high, some.bfloat16().float())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_most_queries_need_one_look(engine):
+    """Ordinary points are proven with the first candidates: a bound that is never reached would be
+    slow.
+    """
+    queries, bank = points(200, 256, 9), points(1500, 256, 10)
+    first = engines.ENGINES[engine]
+    *_, proven = knn.look(queries, bank, 20, knn.few(20, 256, first), first)
+    assert proven.double().mean() > 0.9
 
 
 def test_half_precision_banks_widen_exactly():
@@ -215,7 +305,7 @@ def test_no_queries():
         ({"queries": torch.zeros(3)}, "one width"),
         ({"bank": torch.full((5, 3), torch.nan)}, "bank row 0 holds NaN"),
         ({"queries": torch.tensor([[0, 0, 0], [0, 0, torch.inf]])}, "queries row 1"),
-        ({"backend": "annoy"}, "annoy"),
+        ({"engine": "annoy"}, "annoy"),
         ({"tile": 0}, "tile 0"),
         ({"bank": torch.zeros(0, 3)}, "1 <= k <= 0"),
     ],
@@ -260,12 +350,18 @@ def test_a_label_outside_the_classes_is_an_error():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["normal", "grid", "offset"])
-def test_gpu_gives_the_same_bits(kind):
+def test_gpu_gives_the_same_bits(kind, engine):
+    if engine == "faiss":
+        faiss = pytest.importorskip("faiss")
+        if not hasattr(faiss, "StandardGpuResources"):
+            pytest.skip("faiss is installed without its GPU part")
+
     queries, bank = points(300, 200, 15, kind), points(2000, 200, 16, kind)
     expected = knn.search(queries, bank, 30)
     for side in ("cuda", "cpu"):  # the bank may stay on the CPU
-        found = knn.search(queries.cuda(), bank.to(side), 30)
+        found = knn.search(queries.cuda(), bank.to(side), 30, engine)
         assert torch.equal(found[0].cpu(), expected[0]) and torch.equal(found[1].cpu(), expected[1])
     labels = torch.arange(2000) % 10
     cpu, gpu = (knn.vote(labels.to(v[0].device)[v[1]], v[0], 10) for v in (expected, found))

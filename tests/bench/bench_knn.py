@@ -5,9 +5,9 @@ Not a test: speed depends on what else runs. The competitors take turns, each af
 does not count (their thread pools disturb each other), and the shortest wall time is shown; the
 note has the processor time of the cheapest run, which a busy machine changes less, and the median
 over the turns of peer's time / ours. GiB is, on a CPU, what one search adds to a fresh process. The
-product is done in the precision that our search works in first. The peers work in float32 and prove
-nothing: the share of their neighbours that are the exact ones is shown, too; of ours, the share
-that brute force in float64 finds as well for a few queries.
+product is done in the precision that our search starts with: float32 on a CPU, TF32 on a GPU. The
+peers work in float32 and prove nothing: the share of their neighbours that are the exact ones is
+shown; of ours, the share that brute force in float64 finds as well for a few queries.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import time
 from statistics import median
 
 import bench_common
-from torch.overrides import TorchFunctionMode
 
 OURS, LIMIT, CHECKED = "ours (exact, proven)", "matrix product alone", 8
-NAMES = {"highest": "float32", "high": "tf32", "medium": "bfloat16"}
+PRECISION = {"torch": "float32", "tf32": "tf32", "bf16": "bfloat16"}  # of engines
 
 
 def points(shape: tuple[int, int, int], device: str):
@@ -38,7 +37,7 @@ def peers(q, x, k: int) -> dict:
     """Return name -> function that searches the k neighbours of queries `q` in the bank `x`."""
     import torch
 
-    from dejavu_utils.attack import knn
+    from dejavu_utils.attack import engines, knn
 
     def faiss_index():
         import faiss
@@ -61,7 +60,9 @@ def peers(q, x, k: int) -> dict:
         return torch.from_numpy(nearest.fit(x.numpy()).kneighbors(q.numpy())[1])
 
     found = {OURS: lambda: knn.search(q, x, k)[1]}
-    if not q.is_cuda:
+    if q.is_cuda:
+        found["faiss flat, on the GPU"] = lambda: engines.ENGINES["faiss"].propose(q, x, k)[1]
+    else:
         found |= {
             "faiss flat, batches of 64": faiss_index,
             "faiss flat, one call": faiss_call,
@@ -72,17 +73,21 @@ def peers(q, x, k: int) -> dict:
     return found
 
 
-def product(q, x, precision: str):
-    """Return a function that multiplies all queries with all of the bank, into memory that is used
-    again.
+def product(q, x, engine: str):
+    """Return a function that multiplies all queries with all of the bank in the precision of an
+    engine, into memory that is used again.
     """
     import torch
 
+    from dejavu_utils.attack import engines
+
+    if engine == "bf16":
+        q, x = q.bfloat16(), x.bfloat16()
     rows, columns = (16384, 16384) if q.is_cuda else (len(q), 4096)
     memory = q.new_empty(min(rows, len(q)) * min(columns, len(x)))
 
     def work():
-        with _precision(precision):
+        with engines.precision(q.device.type, "high" if engine == "tf32" else "highest"):
             for some in q.split(rows):
                 for part in x.split(columns):
                     torch.mm(some, part.T, out=memory[: len(some) * len(part)].view(len(some), -1))
@@ -90,44 +95,13 @@ def product(q, x, precision: str):
     return work
 
 
-@contextlib.contextmanager
-def _precision(name: str):
-    import torch
+def proven(q, x, k: int, engine: str) -> float:
+    """Return the share of queries whose answer an engine's first candidates prove."""
+    from dejavu_utils.attack import engines, knn
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def first_pass(search, queries: int):
-    """Return what `search()` returns, the precision in which it looked first, and the share of
-    queries proven there.
-    """
-    import torch
-
-    from dejavu_utils.attack import knn
-
-    looked, original = {}, knn.candidates
-
-    def watched(rows, bank, keep, dtype, engine, tile):
-        how = (keep, engine if dtype == torch.float32 else "float64")
-        looked[how] = looked.get(how, 0) + len(rows)
-        return original(rows, bank, keep, dtype, engine, tile)
-
-    knn.candidates = watched
-    try:
-        answer = search()
-    finally:
-        knn.candidates = original
-    (_, first), *others = looked
-    return (
-        answer,
-        first if first in NAMES else "highest",
-        1 - looked[others[0]] / queries if others else 1.0,
-    )
+    first = engines.ENGINES[engine]
+    keep = knn.few(k, x.shape[1], first)
+    return float(knn.look(q, x, k, keep, first)[2].double().mean())
 
 
 def exact(q, x, k: int):
@@ -227,22 +201,21 @@ def _ours(work: dict, name: str, q, x, known: dict, sizes: dict) -> dict:
     """Return seconds of our search and of the product alone, and keep our answer for the peers in
     `known`.
     """
-    answer, precision, proven = first_pass(work[OURS], len(q))
-    right = float((answer[:CHECKED] == exact(q, x, sizes["k"])).float().mean())
-    times = race({OURS: work[OURS], LIMIT: product(q, x, precision)}, sizes["turns"], q.device.type)
+    k, engine = sizes["k"], "tf32" if q.is_cuda else "torch"  # what "auto" is
+    answer = work[OURS]()
+    right = float((answer[:CHECKED] == exact(q, x, k)).float().mean())
+    times = race({OURS: work[OURS], LIMIT: product(q, x, engine)}, sizes["turns"], q.device.type)
     limit = min(wall for wall, _ in times[LIMIT])
     known["answer"] = answer
-    note = (
-        f"k = {sizes['k']}; product {2 * len(q) * x.numel() / limit / 1e12:.3g} TFLOP/s; "
-        f"{proven:.1%} of the "
-        f"queries proven at this precision; {_processor(times[OURS])}"
-    )
+    speed = 2 * len(q) * x.numel() / limit / 1e12
+    share = f"{proven(q, x, k, engine):.1%} of the queries proven at this precision"
+    note = f"k = {k}; product {speed:.3g} TFLOP/s; {share}; {_processor(times[OURS])}"
     return {
         "value": min(wall for wall, _ in times[OURS]),
         "limit": limit,
         "right": right,
         "note": note,
-        "precision": NAMES[precision],
+        "precision": PRECISION[engine],
     } | _memory(name, q, x, sizes)
 
 
@@ -274,62 +247,3 @@ def _memory(name: str, q, x, sizes: dict) -> dict:
         if measured
         else {}
     )
-
-
-class _InBf16(TorchFunctionMode):
-    """Multiplies in bfloat16 what is multiplied in float32, and adds in float32."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        import torch
-
-        if func is not torch.mm or args[0].dtype != torch.float32:
-            return func(*args, **kwargs or {})
-        left, right = args[0].bfloat16(), args[1].bfloat16()
-        out = (kwargs or {}).get("out")
-        if not left.is_cuda:  # the CPU has no such product: the same values, in float32
-            return func(left.float(), right.float(), out=out)
-        found = torch.mm(left, right, out_dtype=torch.float32)
-        return found if out is None else out.copy_(found)
-
-
-@contextlib.contextmanager
-def coarsely(precision: str):
-    """Let `knn.search` propose candidates by a product in "tf32", as on a GPU, or in "bf16".
-
-    Its bounds are those of the precision, so float64 still ranks and proves; what bfloat16 cannot
-    prove is searched again in float32.
-    """
-    from dejavu_utils.attack import knn
-
-    original = knn.candidates
-
-    def rounded(queries, bank, keep, dtype, engine, tile):
-        import torch
-
-        if dtype != torch.float32 or engine != "high":
-            return original(queries, bank, keep, dtype, engine, tile)
-        with _InBf16():
-            return original(queries, bank, keep, dtype, "medium", tile)
-
-    if precision == "bf16":
-        knn.candidates = rounded
-    try:
-        yield
-    finally:
-        knn.candidates = original
-
-
-def product_bf16(q, x):
-    """Return a function that multiplies all queries with all of the bank in bfloat16, converted
-    beforehand.
-    """
-    import torch
-
-    left, right = q.bfloat16(), x.bfloat16()
-
-    def work():
-        for some in left.split(16384):
-            for part in right.split(16384):
-                torch.mm(some, part.T)
-
-    return work

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dejavu_utils import store
-from dejavu_utils.attack import knn
 
 
 @pytest.fixture
@@ -63,29 +62,43 @@ def test_a_small_card_searches_fewer_rows_of_the_same_width(load):
     assert fitting((1000, 5000, 8192), 98_304_000) == (250, 1250, 8192)
 
 
-def test_the_product_multiplies_every_pair_once_in_the_given_precision(load, monkeypatch):
+@pytest.mark.parametrize(
+    "engine, precision, dtype",
+    [
+        ("torch", "highest", torch.float32),
+        ("tf32", "high", torch.float32),
+        ("bf16", "highest", torch.bfloat16),
+    ],
+)
+def test_the_product_multiplies_every_pair_once_in_the_engines_precision(
+    load, monkeypatch, engine, precision, dtype
+):
     seen, mm, before = [], torch.mm, torch.get_float32_matmul_precision()
 
     def watched(a, b, out):
-        seen.append((out.numel(), a.shape[1], torch.get_float32_matmul_precision()))
+        seen.append((out.numel(), a.shape[1], torch.get_float32_matmul_precision(), b.dtype))
         return mm(a, b, out=out)
 
     monkeypatch.setattr(torch, "mm", watched)
-    load("bench_knn").product(torch.ones(7, 3), torch.ones(10_000, 3), "medium")()
-    assert sum(pairs for pairs, *_ in seen) == 70_000 and {each[1:] for each in seen} == {
-        (3, "medium")
-    }
+    load("bench_knn").product(torch.ones(7, 3), torch.ones(10_000, 3), engine)()
+    assert sum(pairs for pairs, *_ in seen) == 70_000
+    assert {each[1:] for each in seen} == {(3, precision, dtype)}
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_what_the_search_looked_with_first_is_reported(load):
-    bench, original = load("bench_knn"), knn.candidates
+def test_brute_force_gives_what_the_search_gives(load):
+    bench = load("bench_knn")
     q, x = bench.points((10, 400, 8), "cpu")
-    answer, precision, proven = bench.first_pass(lambda: knn.search(q, x, 3)[1], 10)
-    assert torch.equal(answer[:8], bench.exact(q, x, 3)) and (precision, proven) == ("highest", 1)
+    for name, work in bench.peers(q, x, 3).items():
+        assert torch.equal(work()[:8], bench.exact(q, x, 3)), name
+
+
+def test_the_share_of_proven_queries_is_reported(load):
+    bench = load("bench_knn")
+    q, x = bench.points((10, 400, 8), "cpu")
+    assert bench.proven(q, x, 3, "torch") == 1
     same = torch.ones(400, 8)  # nothing is nearest: float32 proves nothing
-    assert bench.first_pass(lambda: knn.search(q, same, 3)[1], 10)[1:] == ("highest", 0)
-    assert knn.candidates is original
+    assert bench.proven(q, same, 3, "torch") == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -100,17 +113,3 @@ def test_sizes_are_those_that_the_recipes_know(load, device, monkeypatch):
         pairs.recipe(criterion, sizes["recipe"])
     with pytest.raises(SystemExit, match="bench has no size stepps; there are: steps"):
         bench.rows({"stepps": 1})
-
-
-def test_a_coarse_product_in_bf16_bounds_every_distance_from_below(load):
-    bench = load("bench_knn")
-    q, x = bench.points((10, 600, 64), "cpu")
-    keep = 40
-    with bench.coarsely("bf16"):
-        columns, bounds = knn.candidates(q, x, keep, torch.float32, "high", None)
-    distances = torch.cdist(q.double(), x.double()).square()
-    assert (bounds <= distances.gather(1, columns)).all()
-    left = distances.scatter(1, columns, torch.inf)
-    assert (bounds[:, -1:] <= left).all()  # the last one holds for every other row
-    _, exact = knn.candidates(q, x, keep, torch.float32, "highest", None)
-    assert (exact - bounds).mean() > 1e-3 * exact.mean()  # it is the coarser one

@@ -39,7 +39,7 @@ def test_nothing_of_the_object_is_outside_its_box(images):
 def test_crops_are_those_of_the_bare_background(images):
     """A crop of the composed picture has the same bits as the crop of the background alone."""
     bare = scenes.make(10, 40, 0.2, 7, objects=False)
-    rects, keep = crops.background(images, {"kind": "periphery", "rule": "maximal", "min_side": 8})
+    rects, keep = crops.background(images, {"kind": "periphery", "min_side": 8})
     use = np.flatnonzero(keep)
     composed, alone = (one.subset(use).squares(32, rects[use]) for one in (images, bare))
     assert torch.equal(composed, alone) and keep.mean() > 0.95
@@ -76,7 +76,7 @@ def test_a_supervised_classifier_on_many_crops_stays_at_or_below_bayes():
 
     def features(seed):
         one = scenes.make(10, 400, 0.3, seed)
-        rects, keep = crops.background(one, {"kind": "periphery", "rule": "maximal", "min_side": 8})
+        rects, keep = crops.background(one, {"kind": "periphery", "min_side": 8})
         use = np.flatnonzero(keep)
         square = one.subset(use).squares(12, rects[use]).float()
         return torch.cat([square.flatten(1), square.std((2, 3))], 1).numpy(), one.labels[use]

@@ -60,7 +60,7 @@ def _banks():
 def test_search_gives_the_neighbours_of_float64(name, device):
     bank = _banks()[name]
     queries = bank[::200].clone()
-    k = 5  # so few that the search starts with a coarse product
+    k = 5
 
     differences = queries.double()[:, None] - bank.double()  # (q, n, d)
     distances = differences.square().sum(2)  # (q, n)
