@@ -10,31 +10,34 @@ PYTHON := .venv/bin/python
 # Two processes of one thread each: files go to whichever is free.
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 UV := .venv/bin/uv
-export P
 # What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
 EXECUTOR_FLAGS ?=
+# What a user types goes to the programs through the environment, as it was typed: no make and no shell reads quotes, \ or $ in it.
+TYPED = PROFILE P DRY EXECUTOR EXECUTOR_FLAGS CORES OUT NAME PIECES MINUTES PART
+$(foreach name,$(TYPED),$(eval override $(name) := $$(value $(name))))
+export $(TYPED)
 # One notebook at a time unless a cluster is asked for; the store's keys decide what is out of date, not Snakemake's own.
 SNAKEMAKE = $(PYTHON) -m snakemake --snakefile notebooks/Snakefile --rerun-triggers mtime --rerun-incomplete --nolock \
-	$(if $(EXECUTOR),--executor $(EXECUTOR) --jobs 32 --latency-wait 60 $(EXECUTOR_FLAGS),--cores $(CORES)) $(if $(DRY),--dry-run --quiet host rules reason,--quiet all)
+	$(if $(EXECUTOR),--executor "$$EXECUTOR" --jobs 32 --latency-wait 60 $$EXECUTOR_FLAGS,--cores "$$CORES") $(if $(DRY),--dry-run --quiet host rules reason,--quiet all)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="rhos=[0.5] k=10", DRY=1
-	@$(if $(DRY),$(PYTHON) notebooks/batch.py plan --profile "$(PROFILE)" --set "$$P",true)
-	@$(if $(EXECUTOR),$(PYTHON) notebooks/cluster.py --profile "$(PROFILE)" --set "$$P",true)
-	@keys=$$($(PYTHON) notebooks/batch.py keys --profile "$(PROFILE)" --set "$$P") && echo "$$keys" && \
-	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$(PROFILE)" fan="$(EXECUTOR)"; }
-	@test -n "$(DRY)" || $(PYTHON) notebooks/batch.py numbers --profile "$(PROFILE)"
-	@test -n "$(DRY)" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$(PROFILE)/figures/"
+	@$(if $(DRY),$(PYTHON) notebooks/batch.py plan --profile="$$PROFILE" --set="$$P",true)
+	@$(if $(EXECUTOR),$(PYTHON) notebooks/cluster.py --profile="$$PROFILE" --set="$$P",true)
+	@keys=$$($(PYTHON) notebooks/batch.py keys --profile="$$PROFILE" --set="$$P") && echo "$$keys" && \
+	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$$PROFILE" fan="$$EXECUTOR"; }
+	@test -n "$$DRY" || $(PYTHON) notebooks/batch.py numbers --profile="$$PROFILE"
+	@test -n "$$DRY" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$$PROFILE/figures/"
 
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
-	@$(PYTHON) notebooks/site/pages.py "$(PROFILE)"
+	@$(PYTHON) notebooks/site/pages.py "$$PROFILE"
 
 student: .venv/.installed  ## the notebooks without their solutions, into OUT=student
-	@$(PYTHON) -m nbconvert --log-level WARN --to notebook --output-dir "$(or $(OUT),student)" \
+	@$(PYTHON) -m nbconvert --log-level WARN --to notebook --output-dir="$${OUT:-student}" \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags solution notebooks/[0-9][0-9]_*.ipynb
-	@echo "the exercises are in $(or $(OUT),student)/"
+	@echo "the exercises are in $${OUT:-student}/"
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
@@ -56,22 +59,21 @@ test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Deb
 	@$(PYTHON) -m pytest -q -rs tests/front/test_slurm.py
 
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
-	@test -n "$(NAME)" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
-	@$(PYTHON) data_manifests/fetch.py "$(NAME)"
+	@test -n "$$NAME" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
+	@$(PYTHON) data_manifests/fetch.py "$$NAME"
 
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
 	@$(PYTHON) tests/controls.py
 
-# Their values go to Python through the environment, exactly as they were typed: no shell and no make reads quotes, \ or $ in them.
 AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT
-$(foreach name,$(AUDIT) P,$(eval override $(name) := $$(value $(name))))
+$(foreach name,$(AUDIT),$(eval override $(name) := $$(value $(name))))
 export $(AUDIT)
 
 audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
-	@$(PYTHON) notebooks/batch.py audit --set "$$P"
+	@$(PYTHON) notebooks/batch.py audit --set="$$P"
 
 reference: .venv/.installed  ## real photographs in pieces of some minutes, on a GPU: PIECES="vicreg-100 …", MINUTES=25
-	@$(PYTHON) results/reference.py run $(PIECES) $(if $(MINUTES),--minutes $(MINUTES))
+	@set -f; $(PYTHON) results/reference.py run $$PIECES $(if $(MINUTES),--minutes="$$MINUTES")
 	@$(PYTHON) results/reference.py merge
 
 bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sampling, each beside its limit
@@ -79,8 +81,8 @@ bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sam
 
 # A machine with a GPU may have its own torch and no network: its python3 does where there is no .venv.
 sitting:  ## a sitting at a GPU, to a clock: OUT=folder MINUTES=9 [PART=check|evidence] (results/sitting.py)
-	@test -n "$(OUT)" || { echo "make sitting OUT=folder MINUTES=9 [PART=check|evidence]" >&2; exit 1; }
-	@$(or $(wildcard $(PYTHON)),python3) results/sitting.py run "$(OUT)" --minutes $(or $(MINUTES),9) --part "$(PART)"
+	@test -n "$$OUT" || { echo "make sitting OUT=folder MINUTES=9 [PART=check|evidence]" >&2; exit 1; }
+	@$(or $(wildcard $(PYTHON)),python3) results/sitting.py run --minutes="$${MINUTES:-9}" --part="$$PART" -- "$$OUT"
 
 lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock
 	@$(UV) lock

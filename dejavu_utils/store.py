@@ -46,7 +46,12 @@ def root() -> Path:
 
 
 def runs(profile: str) -> Path:
-    """Return the folder of everything a profile produces: ($DEJAVU_RUNS or root/runs)/<profile>."""
+    """Return the folder of everything a profile produces: ($DEJAVU_RUNS or root/runs)/<profile>.
+
+    StoreError if the name would lead out of it.
+    """
+    if profile in ("", "..") or Path(profile).name != profile:
+        raise StoreError(f"profile {profile!r}: expected a name such as laptop, without a path.")
     return Path(os.environ.get("DEJAVU_RUNS") or root() / "runs").resolve() / profile
 
 

@@ -41,10 +41,11 @@ def _profile(name: str) -> dict[str, dict]:
     import yaml
 
     folder = store.root() / "notebooks" / "profiles"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise ParameterError(f"no profile {name!r}; there are: {', '.join(known)}.")
+
     path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise ParameterError(f"no profile {name}; there are: {known}.")
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -320,26 +321,48 @@ def parse_overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]
     """Return parameters from `-p name value` pairs and `name=value name=value`; a.b is key b of a.
 
     Values are JSON (where 1e-6 is a number) or else YAML (where text needs no quotes).
+    ParameterError quotes what cannot be read.
     """
-    import yaml
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ParameterError(f"P: {text!r} cannot be read: {error}. Close its quotes.") from None
 
     pairs = [*pairs]
-    for word in shlex.split(text):
+    for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise ParameterError(f'P: {word!r} is not name=value, such as P="rho=0.5 k=10".')
         pairs.append((name, value))
+
     values: dict[str, Any] = {}
     for name, value in pairs:
         *outer, last = name.split(".")
         target = values
         for part in outer:
             target = target.setdefault(part, {})
-        try:
-            target[last] = json.loads(value)
-        except ValueError:
-            target[last] = yaml.safe_load(value)
+            if not isinstance(target, dict):
+                raise ParameterError(f"P: {name} is a key of {part}, which is {target!r} as well.")
+        target[last] = _value(name, value)
     return values
+
+
+def _value(name: str, text: str) -> Any:
+    """Return a value that was typed as JSON, or else as YAML."""
+    import yaml
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ParameterError(
+            f"P: {name}={text} cannot be read: {reason}. Write a number, a word, [a, b] or "
+            "{name: value}."
+        ) from None
 
 
 AUDIT = {

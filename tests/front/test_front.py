@@ -1,5 +1,6 @@
 """The front door: Makefile, Snakefile, environment.yml, requirements.lock."""
 
+import json
 import os
 import re
 import shutil
@@ -141,6 +142,61 @@ def test_make_figures_passes_parameters_on_and_stops_at_an_error(clone):
     assert done.returncode == 0
     assert not (clone.root / "runs").exists()
     assert (clone.root / "notebooks").is_dir()
+
+
+RECORDS = """import json, os, pathlib, sys
+names = ("PROFILE", "P", "DRY", "EXECUTOR", "OUT", "NAME", "ENCODER", "IMAGES", "PUBLIC", "WEIGHTS")
+line = json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}])
+with pathlib.Path("said").open("a") as file:
+    file.write(line + "\\n")
+"""
+HOSTILE = [
+    "$(shell touch done)",
+    "$$(touch done)",
+    "$(touch done)",
+    "`touch done`",
+    '"; touch done; "',
+    "'; touch done; '",
+    "; touch done",
+    "& touch done",
+    "| touch done",
+    "x\ntouch done",
+    "\\$(touch done)",
+    "${IFS}touch${IFS}done",
+    "John's model.pt",
+    "a$b.pt",
+    "a#b.pt",
+    "--help",
+    "(touch done)",
+    "*",
+    "~",
+    "%",
+]
+
+
+@pytest.mark.parametrize(
+    "target, names",
+    [
+        ("figures", ("PROFILE", "P", "DRY")),
+        ("report", ("PROFILE",)),
+        ("student", ("OUT",)),
+        ("data", ("NAME",)),
+        ("audit", ("ENCODER", "WEIGHTS", "IMAGES", "PUBLIC", "OUT", "P")),
+    ],
+)
+def test_what_a_user_types_is_never_run(clone, target, names):
+    """Every value arrives as it was typed, in the environment or as one argument."""
+    (clone.root / "records.py").write_text(RECORDS)
+    python = clone.root / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S records.py "$@"\n')
+    for name in names:
+        for value in HOSTILE:
+            said = clone.root / "said"
+            said.unlink(missing_ok=True)
+            make(target, f"{name}={value}", cwd=clone.root)
+            assert not (clone.root / "done").exists(), f"{name}={value} was run"
+            lines = [json.loads(line) for line in said.read_text().splitlines()]
+            assert all(there[name] == value for _, there in lines), f"{name}={value}"
 
 
 def test_without_a_python_make_says_so_once(clone, tmp_path):

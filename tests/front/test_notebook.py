@@ -297,7 +297,7 @@ def test_profiles_are_checked_against_all_notebooks(repository, batch):
         values("", kk=3)
     with pytest.raises(ParameterError, match="02_attack: epochs is not a parameter"):
         batch.given("tiny", {"epochs": 3}, only="02_attack")
-    with pytest.raises(ParameterError, match="no profile tinny; there are: p, tiny"):
+    with pytest.raises(ParameterError, match="no profile 'tinny'; there are: p, tiny"):
         batch.given("tinny", {})
 
 
@@ -322,6 +322,31 @@ def test_overrides_from_the_command_line(batch):
     }
     with pytest.raises(ParameterError, match="'k' is not name=value"):
         batch.parse_overrides([], "k 3")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("k='5", "Close its quotes"),
+        ("k=[5", r"k=.5 cannot be read"),
+        ("k={5", r"k=.5 cannot be read"),
+        ("k=5 k.x=3", "k.x is a key of k, which is 5 as well"),
+        ("k=!!python/object:os.system", "cannot be read"),
+        ("k=2026-13-45", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_quoted_in_one_line(batch, typed, message):
+    with pytest.raises(ParameterError, match=message) as caught:
+        batch.parse_overrides([], typed)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/etc"])
+def test_a_profile_is_a_name(repository, batch, name):
+    with pytest.raises(ParameterError, match="no profile .*; there are: tiny"):
+        batch.given(name, {})
+    with pytest.raises(store.StoreError, match="without a path"):
+        store.runs(name)
 
 
 def test_keys_change_with_what_matters_and_only_then(repository, monkeypatch, batch):
