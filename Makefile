@@ -16,20 +16,11 @@ EXECUTOR_FLAGS ?=
 TYPED = PROFILE P DRY EXECUTOR EXECUTOR_FLAGS CORES OUT NAME PIECES MINUTES PART
 $(foreach name,$(TYPED),$(eval override $(name) := $$(value $(name))))
 export $(TYPED)
-# One notebook at a time unless a cluster is asked for; the store's keys decide what is out of date, not Snakemake's own.
-SNAKEMAKE = $(PYTHON) -m snakemake --snakefile notebooks/Snakefile --rerun-triggers mtime --rerun-incomplete --nolock \
-	$(if $(EXECUTOR),--executor "$$EXECUTOR" --jobs 32 --latency-wait 60 $$EXECUTOR_FLAGS,--cores "$$CORES") $(if $(DRY),--dry-run --quiet host rules reason,--quiet all)
-
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="rhos=[0.5] k=10", DRY=1
-	@$(if $(DRY),$(PYTHON) notebooks/batch.py plan --profile="$$PROFILE" --set="$$P",true)
-	@$(if $(EXECUTOR),$(PYTHON) notebooks/cluster.py --profile="$$PROFILE" --set="$$P",true)
-	@keys=$$($(PYTHON) notebooks/batch.py keys --profile="$$PROFILE" --set="$$P") && echo "$$keys" && \
-	  { test "$$keys" = "up to date" || $(SNAKEMAKE) --config profile="$$PROFILE" fan="$$EXECUTOR"; }
-	@test -n "$$DRY" || $(PYTHON) notebooks/batch.py numbers --profile="$$PROFILE"
-	@test -n "$$DRY" || echo "the figures are in $${DEJAVU_RUNS:-runs}/$$PROFILE/figures/"
+	@exec $(PYTHON) notebooks/figures.py
 
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
 	@$(PYTHON) notebooks/site/pages.py "$$PROFILE"

@@ -5,6 +5,7 @@ device, code version). The sidecar is written before the file appears under its 
 is there always has one.
 """
 
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +62,19 @@ def cores() -> int:
     return (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )  # macOS has none
+
+
+def end_with_parent(parent: int) -> None:
+    """See to it that this process ends when process `parent`, which started it, does.
+
+    Linux sends SIGTERM at that moment. SystemExit if the parent has ended already. Elsewhere only
+    the second holds: long loops look at their parent themselves.
+    """
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit("the starting process has ended")
 
 
 def _plain(value: Any, exact: bool = True) -> Any:

@@ -281,7 +281,11 @@ def execute(
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ["DEJAVU_PROFILE"] = profile
     folder, error = tempfile.mkdtemp(prefix="dejavu-"), None
+    fresh = _fresh(out, key)
     with store.lock(out), _reported(stage, folder), warnings.catch_warnings():
+        if not fresh and _fresh(out, key):
+            return None  # another process has run it while this one waited
+
         warnings.simplefilter("ignore")  # papermill's on the suffix .part
         part.unlink(missing_ok=True)
         try:

@@ -17,6 +17,8 @@ from dejavu_utils import store
 from dejavu_utils.models import engines
 from dejavu_utils.models.jobs import Job, load_job, read_log
 
+PARENT = "DEJAVU_PARENT"  # the process that a worker is to end with
+
 
 def fit(job: Job) -> None:
     """Train one job to its end, with the engine and the number of processes that its recipe names;
@@ -164,7 +166,7 @@ def _worker(share: list[Job]) -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stderr=_log(share).open("wb"),
         cwd=store.PACKAGE.parent,
-        env=os.environ | _threads(share[0]),
+        env=os.environ | _threads(share[0]) | {PARENT: str(os.getpid())},
     )
     process.stdin.write(json.dumps([dataclasses.asdict(job) for job in share]).encode())
     process.stdin.close()
@@ -180,5 +182,7 @@ def here(job: Job) -> Job:
 
 
 if __name__ == "__main__":
+    if PARENT in os.environ:
+        store.end_with_parent(int(os.environ.pop(PARENT)))
     for each in json.load(sys.stdin):
         fit(here(load_job(each)))

@@ -73,31 +73,6 @@ def test_environment_yml_names_the_eight_packages_as_the_lock_pins_them():
     assert named == {name: pinned[name] for name in EIGHT}
 
 
-@pytest.fixture
-def clone(repository):
-    """A repository with the real Makefile and Snakefile, this environment, and two notebooks that
-    need no torch.
-    """
-    repository.start = (
-        "import dejavu_utils.notebook as nb\nparams = nb.parameters('{stage}', globals())"
-    )
-    root = repository.root
-    shutil.copy(HERE / "Makefile", root)
-    for name in ("Snakefile", "batch.py"):
-        shutil.copy(HERE / "notebooks" / name, root / "notebooks")
-    shutil.copytree(
-        store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (root / ".venv" / "bin").mkdir(parents=True)
-    (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (root / ".venv" / "bin" / "python").chmod(0o755)
-    (root / "requirements.lock").touch()
-    (root / ".venv" / ".installed").touch()
-    repository.add("01_training", "print('trained')")
-    repository.add("02_attack", "print('attacked with', k)")
-    return repository
-
-
 def test_make_figures_runs_in_order_then_is_up_to_date_then_runs_what_changed(clone):
     folder = clone.root / "runs" / "tiny" / "notebooks"
 
