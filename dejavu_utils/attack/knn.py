@@ -214,7 +214,7 @@ def _distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Ten
     """Return the squared distances (p,) float64 of pairs: places in `queries` and in `bank`."""
     step = max(1, engines.room(CACHE, queries.device) // queries.shape[1])
     queries = queries.double()
-    sums = [queries.new_empty(0, min(16, queries.shape[1]))]
+    sums = []
 
     for left, right in zip(query.split(step), row.split(step), strict=True):
         difference = queries.index_select(0, left)  # (b, d)

@@ -106,6 +106,16 @@ def test_no_setting_of_precision_changes_the_answer():
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("d", [15, 17, 33, 48, 100, 257])
+def test_any_width_equals_the_oracle(d, engine):
+    queries, bank = points(5, d, 1), points(60, d, 2)
+    expected, order = naive_search(queries, bank, 4)
+    distances, rows = knn.search(queries, bank, 4, engine)
+    np.testing.assert_allclose(distances, expected, rtol=1e-13)
+    np.testing.assert_array_equal(rows, order)
+
+
 def test_query_order_does_not_matter():
     queries, bank = points(50, 8, 7, "grid"), points(90, 8, 8, "grid")
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
