@@ -12,6 +12,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
+    import seaborn.objects as so
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -41,14 +42,6 @@ PROBES = {
     "gap of a probe that saw neither": "#E69F00",
 }
 LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
-REFERENCES = {
-    "two-model": TARGET,
-    "start 1": "#56B4E9",
-    "many-model": "#000000",
-    "resnet": "#CC79A7",
-    "naive_bayes": "#E69F00",
-    "bayes": BAYES,
-}
 SWEEPS = {
     "layer": "layer",
     "k": "k: neighbours that vote",
@@ -126,6 +119,23 @@ def subplots(
     sns.despine(figure)
     plt.close(figure)  # shown by whoever asked for it, never twice
     return figure, axes
+
+
+def drawn(plot: so.Plot, width: float = 6.0, height: float = 3.5) -> Figure:
+    """Return a plot made with seaborn.objects as a figure in the house style; sizes in inches."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    _set_style()
+    style = sns.axes_style("ticks") | sns.plotting_context("notebook", font_scale=0.85)
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plot.theme(style).on(figure).plot()
+    sns.despine(figure)
+    for legend in figure.legends:  # it stands right of the axes, not on them
+        legend.set_frame_on(False)
+        figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))
+    plt.close(figure)
+    return figure
 
 
 def subplot_columns(
@@ -401,46 +411,6 @@ def layers(scores: pd.DataFrame) -> Figure:
         ylim=(None, 1.3 * float(scores[["score", "high"]].max(axis=None))),
     )
     axis.legend(loc="upper right", ncols=2, fontsize=8)
-    return figure
-
-
-def references(table: pd.DataFrame) -> Figure:
-    """Return the déjà vu score against every reference, all examples: a group a criterion, with 95
-    % intervals.
-
-    Filled: the score as measured; hollow, of one-model tests: the member - non-member difference.
-    Columns: `agreement.scores`.
-    """
-    kinds = list(dict.fromkeys(table["criterion"]))
-    figure, [[axis]] = subplots(1, width=2.0 + 1.5 * len(kinds), height=3.6)
-    names = [name for name in REFERENCES if name in set(table["reference"])]
-    for i, name in enumerate(names):
-        one = table[table["reference"] == name].set_index("criterion")
-        x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * (
-            (i + 0.5) / len(names) - 0.5
-        )
-        axis.errorbar(
-            x,
-            one["score"],
-            yerr=error_bars(one, "score", ""),
-            fmt="o",
-            ms=5,
-            capsize=2,
-            color=REFERENCES[name],
-            label=name.replace("_", " "),
-        )
-        hollow = {"fmt": "o", "ms": 5, "capsize": 2, "mfc": "white", "color": REFERENCES[name]}
-        axis.errorbar(
-            x + 0.25 / len(names),
-            one["member_difference"],
-            yerr=error_bars(one, "member_difference"),
-            **hollow,
-        )
-    axis.plot([], [], "o", ms=5, mfc="white", color="grey", label="member − non-member difference")
-    axis.axhline(0, color="grey", lw=1, ls=":")
-    axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
-    axis.set_ylabel("déjà vu score, all examples")
-    figure.legend(loc="outside lower center", ncols=len(names) + 1, fontsize=8)
     return figure
 
 

@@ -106,7 +106,7 @@ def pieces() -> dict[str, tuple[list[str], dict]]:
         for seed in SEEDS
     }
     found["many-100"] = (
-        both,
+        [*both, "07_other_measures"],
         {"seeds": [100], "criteria": ["vicreg"], "more": {"starts": 2, "many": 8}},
     )
     return found | {"bench": (["bench"], {"seeds": [0]}), "vissl-100": (both, VISSL)}
