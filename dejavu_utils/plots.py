@@ -41,15 +41,6 @@ PROBES = {
     "train - held-out gap": REFERENCE,
     "gap of a probe that saw neither": "#E69F00",
 }
-LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
-SWEEPS = {
-    "layer": "layer",
-    "k": "k: neighbours that vote",
-    "min_side": "periphery crop: smallest side (px)",
-    "fraction": "corner crop: share of each side",
-}
-
-
 SETTINGS = {
     "default": "default",
     "constants.invariance": "invariance λ",
@@ -382,68 +373,6 @@ def over_rho(table: pd.DataFrame) -> Figure:
         xticks=table["rho"],
     )
     axis.legend(fontsize=8)
-    return figure
-
-
-def layers(scores: pd.DataFrame) -> Figure:
-    """Return the déjà vu score at the end of training by layer, all examples.
-
-    Columns: criterion, layer, score, low, high.
-    """
-    kinds = list(dict.fromkeys(scores["criterion"]))
-    figure, [[axis]] = subplots(1, width=1.6 + 1.4 * len(kinds), height=3.2)
-    for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
-        one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
-        axis.bar(
-            np.arange(len(kinds)) + 0.3 * (i - 0.5),
-            one["score"],
-            0.28,
-            color=LAYERS[layer],
-            label=layer,
-            yerr=error_bars(one, "score", ""),
-            capsize=3,
-            error_kw={"elinewidth": 1},
-        )
-    axis.axhline(0, color="grey", lw=1)
-    axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
-    axis.set(
-        ylabel="déjà vu score, all examples",
-        ylim=(None, 1.3 * float(scores[["score", "high"]].max(axis=None))),
-    )
-    axis.legend(loc="upper right", ncols=2, fontsize=8)
-    return figure
-
-
-def sweeps(table: pd.DataFrame) -> Figure:
-    """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most
-    confident.
-
-    Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
-    """
-    kinds = list(dict.fromkeys(table["sweep"]))
-    figure, columns = subplot_columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
-    for (axis,), kind in zip(columns, kinds, strict=True):
-        part = table[table["sweep"] == kind]
-        values = list(dict.fromkeys(part["value"]))
-        for i, (p, one) in enumerate(part.groupby("p", sort=False)):
-            one = one.set_index("value").loc[values]
-            axis.errorbar(
-                np.arange(len(values)) + 0.16 * i - 0.08,
-                one["score"],
-                fmt="o",
-                markersize=4,
-                capsize=3,
-                yerr=error_bars(one, "score", ""),
-                label=f"p = {p:g} %",
-                color=(TARGET, "#CC79A7", BAYES)[i],
-            )
-        axis.axhline(0, color="grey", lw=1, ls=":")
-        axis.set_xticks(np.arange(len(values)), values)
-        axis.set_xlabel(SWEEPS[kind])
-    label_left(figure.axes, "déjà vu score")
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2
-    )
     return figure
 
 

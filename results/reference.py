@@ -309,9 +309,7 @@ def _attacked(table) -> dict:
         "shares": summaries.shares(attacked),
         "differences": summaries.differences(attacked, epochs),
         "curve": summaries.curve(last),
-        "controls": summaries.scores(
-            table[table["attacked"] == "control"], [100], rankings=("own",)
-        ),
+        "controls": summaries.scores(table[table["attacked"] == "control"], [100]),
     }
 
 

@@ -24,6 +24,8 @@ from dejavu_utils.data.images import Images
 from dejavu_utils.models.pairs import Pair
 
 OBJECT = ("colour", "size")  # attributes of any picture with a box
+# {name: (images, their rectangles (n, 4), or None for whole pictures)}
+Sets = dict[str, tuple[Images, np.ndarray | None]]
 
 
 class Part(NamedTuple):
@@ -47,24 +49,22 @@ def infer(
     epoch: int,
     k: int,
     attribute: str = "shade",
-    layer: str = "projector",
     device: str = "cpu",
-    attacked: str = "attacked",
 ) -> pd.DataFrame:
-    """Return the attack on an attribute within the true class: a row per image and role.
+    """Return the attack on an attribute within the true class, at the projector: a row per image
+    and role.
 
     Columns as in `references.two_model`, but `label` and `prediction` are the attribute's values,
     `class` is the true class, and `chance` whether the commonest public value of the class, all
     that the label tells, is right. `attribute` is a name in `Images.attributes` or in OBJECT;
     ValueError names what there is, and a class with too few public images.
     """
-    sets: dict[str, tuple[Images, np.ndarray | None]] = {"public": (pair.parts["public"], None)}
-    for side, images in references.attacked_sets(pair, attacked).items():
-        sets[side] = references.cropped(images, pair.crop)
-    parts = _embedded(pair, epoch, attribute, sets, layer, device)
+    sets: Sets = {"public": (pair.parts["public"], None)}
+    for side in "ab":
+        sets[side] = references.cropped(pair.parts[side], pair.crop)
+    parts = _embedded(pair, epoch, attribute, sets, "projector", device)
     rows = within_class(parts, k)
-    about = {"epoch": epoch, "layer": layer, "k": k, "attacked": attacked, "attribute": attribute}
-    return rows.assign(**pair.setting, **about)
+    return rows.assign(**pair.setting, epoch=epoch, k=k, attribute=attribute)
 
 
 def within_class(parts: dict[str, Part], k: int) -> pd.DataFrame:
@@ -101,11 +101,9 @@ def within_class(parts: dict[str, Part], k: int) -> pd.DataFrame:
     return pd.concat(tables).sort_values(**order, ignore_index=True)
 
 
-def readable(
-    pair: Pair, epoch: int, attribute: str = "shade", layer: str = "backbone", device: str = "cpu"
-) -> pd.DataFrame:
-    """Return how well a linear probe reads the attribute from full images whose class it is told: a
-    row per encoder.
+def readable(pair: Pair, epoch: int, attribute: str = "shade", device: str = "cpu") -> pd.DataFrame:
+    """Return how well a linear probe of the backbone reads the attribute from full images whose
+    class it is told: a row per encoder.
 
     Trained on the public set, judged on the probe set: accuracy with its 95 % interval (low, high),
     n, attribute. What cannot be read from a full image (below .8) cannot be expected from a crop.
@@ -116,8 +114,8 @@ def readable(
     if (_values(attribute, held_out, public) < 0).all():
         half = np.arange(len(public)) % 2 == 0
         public, held_out = public.subset(half), public.subset(~half)
-    sets = {"public": (public, None), "probe": (held_out, None)}
-    parts = _embedded(pair, epoch, attribute, sets, layer, device)
+    sets: Sets = {"public": (public, None), "probe": (held_out, None)}
+    parts = _embedded(pair, epoch, attribute, sets, "backbone", device)
     train, test = parts["public"], parts["probe"]
 
     n = len(test.values)
@@ -128,8 +126,7 @@ def readable(
         accuracy = probe.linear_probe(x, train.values, z, test.values, count)["test"]
         low, high = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
         rows.append({"model": model, "accuracy": accuracy, "low": low, "high": high, "n": n})
-    about = {"attribute": attribute, "epoch": epoch, "layer": layer}
-    return pd.DataFrame(rows).assign(**pair.setting, **about)
+    return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, attribute=attribute)
 
 
 def _with_class(part: Part, model: str, classes: int) -> Tensor:
@@ -139,16 +136,9 @@ def _with_class(part: Part, model: str, classes: int) -> Tensor:
 
 
 def _embedded(
-    pair: Pair,
-    epoch: int,
-    attribute: str,
-    sets: dict[str, tuple[Images, np.ndarray | None]],
-    layer: str,
-    device: str,
+    pair: Pair, epoch: int, attribute: str, sets: Sets, layer: str, device: str
 ) -> dict[str, Part]:
-    """Return the parts of sets {name: (Images, rectangles)}, without the pictures whose attribute
-    is not known; no rectangles are whole pictures.
-    """
+    """Return the parts of sets, without the pictures whose attribute is not known."""
     encoders = {model: pair.encoder(model, epoch) for model in "AB"}
     keep = inference.Rules(**pair.rules).keep
     parts = {}

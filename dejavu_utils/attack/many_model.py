@@ -87,16 +87,9 @@ def _retrained(pair: Pair, sources: dict, start: str) -> Pair:
     return dataclasses.replace(pair, jobs=jobs)
 
 
-def table(
-    pair: Pair,
-    trained: list[Pair],
-    epoch: int,
-    k: int,
-    layer: str = "projector",
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """Return the attack's table of all encoders of `halves(pair, many)`, trained: a row per image
-    and role.
+def table(pair: Pair, trained: list[Pair], epoch: int, k: int, device: str = "cpu") -> pd.DataFrame:
+    """Return the attack's table, at the projector, of all encoders of `halves(pair, many)`,
+    trained: a row per image and role.
 
     "target": those that saw the image, "reference": those that did not. `correct`, `correct5` and
     `confidence` are means over them, and `encoders` says how many each. Other columns: those of
@@ -104,7 +97,7 @@ def table(
     """
     tables = []
     for i, one in enumerate(trained):
-        found = references.at_layer(one, epoch, k, layer, device=device)
+        found = references.at_layer(one, epoch, k, device=device)
         halves_of = {}
         for side, half in fold(pair, i).items():
             halves_of |= dict(zip(pair.parts[side].ids, half, strict=True))

@@ -78,16 +78,16 @@ def statistics(
     epoch: int,
     k: int,
     views: int = 10,
-    layer: str = "projector",
-    device: str = "cpu",
     attacked: str = "attacked",
+    device: str = "cpu",
 ) -> pd.DataFrame:
-    """Return a row per attacked image and encoder, with STATISTICS and GAPS of each.
+    """Return a row per attacked image and encoder, with STATISTICS and GAPS of each, at the
+    projector.
 
     `confidence` and `correct` are the attack's, on the background crop; a gap is the same minus its
     value under the other encoder: for a training image, target minus reference. Other columns: id,
     label, direction (the image's set), model ("A" or "B"), member (was that model trained on it),
-    criterion, rho, seed, epoch, layer, k, views, attacked. The `views` of an image, in turn the
+    criterion, rho, seed, epoch, k, views, attacked. The `views` of an image, in turn the
     training's first and second, are the same for both encoders. With `attacked="control"` neither
     model was trained on the images, and `member` is what the control pretends. ValueError below 2
     views.
@@ -97,7 +97,7 @@ def statistics(
             f"measures.statistics: views = {views}; expected at least 2, to compare with each "
             "other."
         )
-    guesses = references.at_layer(pair, epoch, k, layer, attacked, device)
+    guesses = references.at_layer(pair, epoch, k, attacked=attacked, device=device)
     rows = guesses[["id", "label", "direction", "role", "confidence", "correct"]]
     rows = rows.assign(member=rows["role"] == "target").drop(columns="role")
     by_a = rows["member"] == (rows["direction"] == "a")
@@ -109,7 +109,7 @@ def statistics(
         drawn = _draws(pair, cropped, views, f"{BY_IMAGE} {side}")
         for model in "AB":
             encoder = pair.encoder(model, epoch)
-            aligned, alike, _ = _seen(pair, encoder, cropped, drawn, layer, device)
+            aligned, alike, _ = _seen(pair, encoder, cropped, drawn, device)
             values = {"alignment": aligned.numpy(), "similarity": alike.numpy()}
             seen.append(pd.DataFrame({"id": cropped.ids, "model": model} | values))
     rows = rows.merge(pd.concat(seen), on=["id", "model"], validate="one_to_one")
@@ -118,8 +118,7 @@ def statistics(
     values = rows[list(STATISTICS)].to_numpy(float).reshape(-1, 2, len(STATISTICS))  # image, model
     other = values[:, ::-1]
     rows[list(GAPS)] = (values - other).reshape(len(rows), -1)
-    about = {"epoch": epoch, "layer": layer, "k": k, "views": views, "attacked": attacked}
-    return rows.assign(**pair.setting, **about)
+    return rows.assign(**pair.setting, epoch=epoch, k=k, views=views, attacked=attacked)
 
 
 def _draws(pair: Pair, images: Images, views: int, purpose: str) -> list[augment.Draw]:
@@ -127,27 +126,21 @@ def _draws(pair: Pair, images: Images, views: int, purpose: str) -> list[augment
 
 
 def _seen(
-    pair: Pair,
-    encoder: Encoder,
-    images: Images,
-    drawn: list[augment.Draw],
-    layer: str,
-    device: str,
+    pair: Pair, encoder: Encoder, images: Images, drawn: list[augment.Draw], device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return alignment (n,) and similarity (n,) at a layer, and the backbone's mean activations
-    over views (n, d), float64.
+    """Return alignment (n,) and similarity (n,) at the projector, and the backbone's mean
+    activations over views (n, d), float64.
     """
+    layers = ("projector", "backbone")
     aligned, alike, active = [], [], []
     for rows, pixels in view_embeddings.sources(pair, images):
         part = [each.part(rows) for each in drawn]
-        views = view_embeddings.embed_views(
-            encoder, pixels, part, pair.size(), (layer, "backbone"), device
-        )
+        views = view_embeddings.embed_views(encoder, pixels, part, pair.size(), layers, device)
         whole = images.subset(np.arange(len(images))[rows]).squares(pair.size())
-        embedded = embed(encoder, whole, (layer,), device=device)[layer]  # (n, d)
+        embedded = embed(encoder, whole, layers, device=device)["projector"]  # (n, d)
 
-        aligned.append(alignment(embedded, views[layer]))
-        alike.append(similarity(views[layer]))
+        aligned.append(alignment(embedded, views["projector"]))
+        alike.append(similarity(views["projector"]))
         # Behind a ReLU no activation is negative; of a ViT, negative ones count as 0.
         active.append(views["backbone"].double().clamp(min=0).mean(0))
     return torch.cat(aligned), torch.cat(alike), torch.cat(active)
@@ -172,24 +165,24 @@ def by_set(
         some = images.subset(np.arange(fewer))
         drawn = _draws(pair, some, views, f"{BY_SET} {side}")
         for model in "AB":
-            found = _seen(pair, pair.encoder(model, epoch), some, drawn, "projector", device)
+            found = _seen(pair, pair.encoder(model, epoch), some, drawn, device)
             aligned[side, model], _, active[side, model] = found
 
     seed = pair.setting["seed"]
+    by_alignment = contrast(aligned, Tensor.mean, seed)
+    by_unit_mem = contrast(active, lambda rows: unit_mem(rows).mean(), seed)
     rows = [
-        {"measure": "alignment", "layer": "projector"} | contrast(aligned, Tensor.mean, seed),
-        {"measure": "UnitMem", "layer": "backbone"}
-        | contrast(active, lambda rows: unit_mem(rows).mean(), seed),
+        {"measure": "alignment", "layer": "projector"} | by_alignment,
+        {"measure": "UnitMem", "layer": "backbone"} | by_unit_mem,
     ]
-    about = {"n": 2 * fewer, "epoch": epoch, "views": views, "attacked": attacked}
-    return pd.DataFrame(rows).assign(**pair.setting, **about)
+    table = pd.DataFrame(rows).assign(**pair.setting, n=2 * fewer)
+    return table.assign(epoch=epoch, views=views, attacked=attacked)
 
 
 def contrast(
     values: dict[tuple[str, str], Tensor],
     measure: Callable[[Tensor], Tensor],
     seed: int = 0,
-    halves: int = HALVES,
 ) -> dict[str, float]:
     """Return target, reference, difference and its standard error over images.
 
@@ -207,7 +200,7 @@ def contrast(
     target, reference = own_and_other(np.arange(n), np.arange(n))
     random = np.random.default_rng([seed, n])
     differences = []
-    for _ in range(halves):
+    for _ in range(HALVES):
         a = random.choice(n, n // 2, replace=False)
         b = random.choice(n, n // 2, replace=False)
         own, other = own_and_other(a, b)

@@ -259,14 +259,6 @@ def test_computed_twice_the_same_and_read_the_third_time(pair, monkeypatch):
     pd.testing.assert_frame_equal(first, attributes.infer(pair, 0, 4))
 
 
-def test_images_that_neither_model_saw_can_be_attacked(pair):
-    assert set(attributes.infer(pair, 0, 4)["id"]) <= {*pair.parts["a"].ids, *pair.parts["b"].ids}
-    rows = attributes.infer(pair, 0, 4, attacked="control")
-    assert set(rows["id"]) <= set(pair.parts["control"].ids) and set(rows["attacked"]) == {
-        "control"
-    }
-
-
 def test_pictures_whose_object_is_not_known_neither_vote_nor_are_attacked(pair, tmp_path):
     """A third of every part lose their boxes; corner crops need none. The others' table is that of
     the others alone.

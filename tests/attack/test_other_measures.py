@@ -82,19 +82,6 @@ def test_auc_and_rank_correlation_are_those_of_the_libraries_ties_included(cells
             assert matrix[i, j] == pytest.approx(np.mean(by_encoder), abs=1e-12)
 
 
-def test_intervals_miss_the_truth_as_often_as_they_may(cells):
-    """40 tables of noise: the truth is .5 and 0, and a 95 % interval misses it in one of twenty."""
-    missed = np.zeros(2)
-    for seed in range(40):
-        one = planted(n=40, seeds=(seed,))
-        auc = measures.resampled(one, cells.auc, 80)[:, NAMES.index("alignment")]
-        rank = measures.resampled(one, cells.rank_correlations, 80)[:, 2, 3]
-        for i, (values, truth) in enumerate(((auc, 0.5), (rank, 0.0))):
-            low, high = (scoring.bounds(values, "x", "")[end] for end in ("low", "high"))
-            missed[i] += not low <= truth <= high
-    assert missed.max() <= binom.ppf(0.999, 40, 0.06) and missed.sum() > 0
-
-
 def test_what_is_remembered_is_told_apart(cells):
     sure = planted(similarity=lambda member, rng: member + rng.random(len(member)) / 2)
     found = measures.resampled(sure, cells.auc, 50)
