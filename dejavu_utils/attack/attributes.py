@@ -84,14 +84,11 @@ def within_class(parts: dict[str, Part], k: int) -> pd.DataFrame:
                 f"expected more than k = {k}, or all vote, whatever the crop. Lower k or enlarge "
                 "the public set."
             )
+        crops = {side: own[side].embeddings for side in "ab"}
+        ids = {side: own[side].ids for side in "ab"}
+        values = {side: own[side].values for side in "ab"}
         found = inference.label_inference(
-            {side: own[side].embeddings for side in "ab"},
-            public.embeddings,
-            public.values,
-            {side: own[side].ids for side in "ab"},
-            {side: own[side].values for side in "ab"},
-            k,
-            count,
+            crops, public.embeddings, public.values, ids, values, k, count
         )
         votes = np.bincount(public.values, minlength=count)
         commonest = votes == votes.max()
@@ -188,15 +185,23 @@ def _of_largest_box(images: Images) -> pd.DataFrame:
     without one.
     """
     attackable = split.attackable(images)[0]
-    boxes = []
-    for own, usable, size in zip(images.boxes, attackable, images.sizes, strict=True):
-        areas = (own[:, 2:] - own[:, :2]).prod(1)
-        boxes.append(own[areas.argmax()] if usable else (0, 0, *size))
-    boxes = np.clip(np.array(boxes, float), 0, np.tile(images.sizes, 2))  # (n, 4)
+    largest = []
+    for boxes, usable, size in zip(images.boxes, attackable, images.sizes, strict=True):
+        areas = _areas(boxes)
+        largest.append(boxes[areas.argmax()] if usable else (0, 0, *size))
+    corners = np.tile(images.sizes, 2)  # (n, 4): width, height, width, height
+    largest = np.clip(np.array(largest, float), 0, corners)  # (n, 4)
 
-    middle = images.squares(8, boxes, keep=0.5)  # the rim of a box shows what is behind the object
+    middle = images.squares(
+        8, largest, keep=0.5
+    )  # the rim of a box shows what is behind the object
     colour = middle.double().mean((2, 3)).numpy()  # (n, 3)
-    share = (boxes[:, 2:] - boxes[:, :2]).prod(1) / images.sizes.prod(1)
+    share = _areas(largest) / images.sizes.prod(1)
     values = pd.DataFrame({"colour": colour[:, 0] - colour[:, 2], "size": share})
     values[~attackable] = np.nan
     return values
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    """Return the areas (n,) of boxes (n, 4)."""
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)

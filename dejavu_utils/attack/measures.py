@@ -26,6 +26,7 @@ from dejavu_utils.models.pairs import Pair
 
 STATISTICS = ("confidence", "correct", "alignment", "similarity")
 GAPS = tuple(f"{name}_gap" for name in STATISTICS)
+BySet = dict[tuple[str, str], Tensor]  # {(set, model): (n, ...)}
 HALVES = 200  # random halves of the images, for the standard error of a measure of a set
 # Views are drawn under these names, which the published numbers were drawn with.
 BY_IMAGE, BY_SET = "companions", "label free"
@@ -103,22 +104,28 @@ def statistics(
     by_a = rows["member"] == (rows["direction"] == "a")
     rows["model"] = np.where(by_a, "A", "B")
 
-    seen = []
-    for side, images in references.attacked_sets(pair, attacked).items():
-        cropped = images.subset(np.isin(images.ids, rows["id"]))
-        drawn = _draws(pair, cropped, views, f"{BY_IMAGE} {side}")
-        for model in "AB":
-            encoder = pair.encoder(model, epoch)
-            aligned, alike, _ = _seen(pair, encoder, cropped, drawn, device)
-            values = {"alignment": aligned.numpy(), "similarity": alike.numpy()}
-            seen.append(pd.DataFrame({"id": cropped.ids, "model": model} | values))
-    rows = rows.merge(pd.concat(seen), on=["id", "model"], validate="one_to_one")
-
+    seen = _of_views(pair, epoch, rows["id"], views, attacked, device)
+    rows = rows.merge(seen, on=["id", "model"], validate="one_to_one")
     rows = rows.sort_values(["direction", "id", "model"], ignore_index=True)
     values = rows[list(STATISTICS)].to_numpy(float).reshape(-1, 2, len(STATISTICS))  # image, model
     other = values[:, ::-1]
     rows[list(GAPS)] = (values - other).reshape(len(rows), -1)
     return rows.assign(**pair.setting, epoch=epoch, k=k, views=views, attacked=attacked)
+
+
+def _of_views(
+    pair: Pair, epoch: int, ids: pd.Series, views: int, attacked: str, device: str
+) -> pd.DataFrame:
+    """Return id, model, alignment and similarity of the images with these ids."""
+    tables = []
+    for side, images in references.attacked_sets(pair, attacked).items():
+        some = images.subset(np.isin(images.ids, ids))
+        drawn = _draws(pair, some, views, f"{BY_IMAGE} {side}")
+        for model in "AB":
+            aligned, alike, _ = _seen(pair, pair.encoder(model, epoch), some, drawn, device)
+            rows = pd.DataFrame({"id": some.ids, "model": model})
+            tables.append(rows.assign(alignment=aligned.numpy(), similarity=alike.numpy()))
+    return pd.concat(tables)
 
 
 def _draws(pair: Pair, images: Images, views: int, purpose: str) -> list[augment.Draw]:
@@ -159,8 +166,8 @@ def by_set(
     """
     sets = references.attacked_sets(pair, attacked)
     fewer = min(len(images) for images in sets.values())
-    aligned: dict[tuple[str, str], Tensor] = {}
-    active: dict[tuple[str, str], Tensor] = {}
+    aligned: BySet = {}
+    active: BySet = {}
     for side, images in sets.items():
         some = images.subset(np.arange(fewer))
         drawn = _draws(pair, some, views, f"{BY_SET} {side}")
@@ -179,11 +186,7 @@ def by_set(
     return table.assign(epoch=epoch, views=views, attacked=attacked)
 
 
-def contrast(
-    values: dict[tuple[str, str], Tensor],
-    measure: Callable[[Tensor], Tensor],
-    seed: int = 0,
-) -> dict[str, float]:
+def contrast(values: BySet, measure: Callable[[Tensor], Tensor], seed: int = 0) -> dict[str, float]:
     """Return target, reference, difference and its standard error over images.
 
     `values[set, model]` (n, ...) of sets "a" and "b" under models "A" and "B"; `measure` makes one
@@ -193,11 +196,14 @@ def contrast(
     n = len(values["a", "A"])
 
     def own_and_other(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-        own = measure(values["a", "A"][a]) + measure(values["b", "B"][b])
-        other = measure(values["a", "B"][a]) + measure(values["b", "A"][b])
-        return float(own) / 2, float(other) / 2
+        own_a = measure(values["a", "A"][a])
+        own_b = measure(values["b", "B"][b])
+        other_a = measure(values["a", "B"][a])
+        other_b = measure(values["b", "A"][b])
+        return float(own_a + own_b) / 2, float(other_a + other_b) / 2
 
-    target, reference = own_and_other(np.arange(n), np.arange(n))
+    everything = np.arange(n)
+    target, reference = own_and_other(everything, everything)
     random = np.random.default_rng([seed, n])
     differences = []
     for _ in range(HALVES):
