@@ -305,6 +305,7 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
         _probe_lines(
             bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min()
         )
+        bottom.tick_params(labelbottom=True)  # also where other panels stand below
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
     label_left(tops, "déjà vu score")
     label_left(bottoms, "linear probe (backbone)")
