@@ -12,6 +12,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
+    import seaborn.objects as so
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -40,23 +41,6 @@ PROBES = {
     "train - held-out gap": REFERENCE,
     "gap of a probe that saw neither": "#E69F00",
 }
-LAYERS = {"projector": TARGET, "backbone": "#56B4E9"}
-REFERENCES = {
-    "two-model": TARGET,
-    "start 1": "#56B4E9",
-    "many-model": "#000000",
-    "resnet": "#CC79A7",
-    "naive_bayes": "#E69F00",
-    "bayes": BAYES,
-}
-SWEEPS = {
-    "layer": "layer",
-    "k": "k: neighbours that vote",
-    "min_side": "periphery crop: smallest side (px)",
-    "fraction": "corner crop: share of each side",
-}
-
-
 SETTINGS = {
     "default": "default",
     "constants.invariance": "invariance λ",
@@ -126,6 +110,23 @@ def subplots(
     sns.despine(figure)
     plt.close(figure)  # shown by whoever asked for it, never twice
     return figure, axes
+
+
+def drawn(plot: so.Plot, width: float = 6.0, height: float = 3.5) -> Figure:
+    """Return a plot made with seaborn.objects as a figure in the house style; sizes in inches."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    _set_style()
+    style = sns.axes_style("ticks") | sns.plotting_context("notebook", font_scale=0.85)
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plot.theme(style).on(figure).plot()
+    sns.despine(figure)
+    for legend in figure.legends:  # it stands right of the axes, not on them
+        legend.set_frame_on(False)
+        figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))
+    plt.close(figure)
+    return figure
 
 
 def subplot_columns(
@@ -304,6 +305,7 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
         _probe_lines(
             bottom, probes[probes["criterion"] == part["criterion"].iloc[0]], probes["low"].min()
         )
+        bottom.tick_params(labelbottom=True)  # also where other panels stand below
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
     label_left(tops, "déjà vu score")
     label_left(bottoms, "linear probe (backbone)")
@@ -372,108 +374,6 @@ def over_rho(table: pd.DataFrame) -> Figure:
         xticks=table["rho"],
     )
     axis.legend(fontsize=8)
-    return figure
-
-
-def layers(scores: pd.DataFrame) -> Figure:
-    """Return the déjà vu score at the end of training by layer, all examples.
-
-    Columns: criterion, layer, score, low, high.
-    """
-    kinds = list(dict.fromkeys(scores["criterion"]))
-    figure, [[axis]] = subplots(1, width=1.6 + 1.4 * len(kinds), height=3.2)
-    for i, layer in enumerate(name for name in LAYERS if name in set(scores["layer"])):
-        one = scores[scores["layer"] == layer].set_index("criterion").loc[kinds]
-        axis.bar(
-            np.arange(len(kinds)) + 0.3 * (i - 0.5),
-            one["score"],
-            0.28,
-            color=LAYERS[layer],
-            label=layer,
-            yerr=error_bars(one, "score", ""),
-            capsize=3,
-            error_kw={"elinewidth": 1},
-        )
-    axis.axhline(0, color="grey", lw=1)
-    axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
-    axis.set(
-        ylabel="déjà vu score, all examples",
-        ylim=(None, 1.3 * float(scores[["score", "high"]].max(axis=None))),
-    )
-    axis.legend(loc="upper right", ncols=2, fontsize=8)
-    return figure
-
-
-def references(table: pd.DataFrame) -> Figure:
-    """Return the déjà vu score against every reference, all examples: a group a criterion, with 95
-    % intervals.
-
-    Filled: the score as measured; hollow, of one-model tests: the member - non-member difference.
-    Columns: `agreement.scores`.
-    """
-    kinds = list(dict.fromkeys(table["criterion"]))
-    figure, [[axis]] = subplots(1, width=2.0 + 1.5 * len(kinds), height=3.6)
-    names = [name for name in REFERENCES if name in set(table["reference"])]
-    for i, name in enumerate(names):
-        one = table[table["reference"] == name].set_index("criterion")
-        x = np.array([kinds.index(kind) for kind in one.index]) + 0.8 * (
-            (i + 0.5) / len(names) - 0.5
-        )
-        axis.errorbar(
-            x,
-            one["score"],
-            yerr=error_bars(one, "score", ""),
-            fmt="o",
-            ms=5,
-            capsize=2,
-            color=REFERENCES[name],
-            label=name.replace("_", " "),
-        )
-        hollow = {"fmt": "o", "ms": 5, "capsize": 2, "mfc": "white", "color": REFERENCES[name]}
-        axis.errorbar(
-            x + 0.25 / len(names),
-            one["member_difference"],
-            yerr=error_bars(one, "member_difference"),
-            **hollow,
-        )
-    axis.plot([], [], "o", ms=5, mfc="white", color="grey", label="member − non-member difference")
-    axis.axhline(0, color="grey", lw=1, ls=":")
-    axis.set_xticks(np.arange(len(kinds)), [NAMES.get(kind, kind) for kind in kinds])
-    axis.set_ylabel("déjà vu score, all examples")
-    figure.legend(loc="outside lower center", ncols=len(names) + 1, fontsize=8)
-    return figure
-
-
-def sweeps(table: pd.DataFrame) -> Figure:
-    """Return the déjà vu score over each sweep's values, a panel a sweep, all examples and the most
-    confident.
-
-    Columns: sweep, value (text), p, score, low, high; one criterion and one `top`.
-    """
-    kinds = list(dict.fromkeys(table["sweep"]))
-    figure, columns = subplot_columns(len(kinds), 2, width=4.2, height=2.9, sharey=True)
-    for (axis,), kind in zip(columns, kinds, strict=True):
-        part = table[table["sweep"] == kind]
-        values = list(dict.fromkeys(part["value"]))
-        for i, (p, one) in enumerate(part.groupby("p", sort=False)):
-            one = one.set_index("value").loc[values]
-            axis.errorbar(
-                np.arange(len(values)) + 0.16 * i - 0.08,
-                one["score"],
-                fmt="o",
-                markersize=4,
-                capsize=3,
-                yerr=error_bars(one, "score", ""),
-                label=f"p = {p:g} %",
-                color=(TARGET, "#CC79A7", BAYES)[i],
-            )
-        axis.axhline(0, color="grey", lw=1, ls=":")
-        axis.set_xticks(np.arange(len(values)), values)
-        axis.set_xlabel(SWEEPS[kind])
-    label_left(figure.axes, "déjà vu score")
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2
-    )
     return figure
 
 

@@ -45,7 +45,7 @@ def jobs(profile: str, overrides: dict) -> dict[str, dict]:
 
 
 def _more(made: list, params: dict) -> list:
-    """Return the further pairs that the references of 02_attack ask for: other starts, random
+    """Return the further pairs that 07_other_measures asks for (`more`): other starts, random
     halves.
     """
     more = params.get("more", {"starts": 1, "many": 0})

@@ -27,7 +27,7 @@ LATER = (
     "truth",
     "sweeps",
     "references",
-    "companions",
+    "other_measures",
     "agreement",
     "atypical",
     "mitigation",
@@ -503,9 +503,9 @@ def outliers(tables: Tables) -> Finding:
 
 def members(tables: Tables) -> Finding:
     """P17."""
-    if tables["companions"].empty:
+    if tables["other_measures"].empty:
         return NOT_RUN
-    table = tables["companions"].set_index("statistic")
+    table = tables["other_measures"].set_index("statistic")
     text = "; ".join(
         f"{name.replace('_', ' ')} {number(table.loc[name], 'auc', '.3f')}"
         for name in ("confidence_gap", "correct_gap", "alignment_gap", "similarity_gap")

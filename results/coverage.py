@@ -81,7 +81,7 @@ def measured(name: str = "study", folder: Path = HERE) -> World:
         spread=float(np.sqrt(max(between, 0.0))),
         correlated=float(end["correlated"]),
         misrepresented=float(end["misrepresented"]),
-        agreement=float(again["kappa"].iloc[0]),
+        agreement=float(again["kappa" if "kappa" in again else "correlation"].iloc[0]),
         target_shift=confidence_shift(table.loc[100, "target"], table.loc[20, "target"]),
         reference_shift=confidence_shift(table.loc[100, "reference"], table.loc[20, "reference"]),
     )

@@ -106,7 +106,7 @@ def pieces() -> dict[str, tuple[list[str], dict]]:
         for seed in SEEDS
     }
     found["many-100"] = (
-        both,
+        [*both, "07_other_measures"],
         {"seeds": [100], "criteria": ["vicreg"], "more": {"starts": 2, "many": 8}},
     )
     return found | {"bench": (["bench"], {"seeds": [0]}), "vissl-100": (both, VISSL)}
@@ -309,9 +309,7 @@ def _attacked(table) -> dict:
         "shares": summaries.shares(attacked),
         "differences": summaries.differences(attacked, epochs),
         "curve": summaries.curve(last),
-        "controls": summaries.scores(
-            table[table["attacked"] == "control"], [100], rankings=("own",)
-        ),
+        "controls": summaries.scores(table[table["attacked"] == "control"], [100]),
     }
 
 

@@ -31,7 +31,7 @@ TABLES = ["scores", "shares", "differences", "controls", "truth", "fig2_probe", 
 LATER = [
     "references",
     "agreement",
-    "companions",
+    "other_measures",
     "correlations",
     "atypical",
     "beyond_scores",

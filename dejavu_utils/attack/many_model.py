@@ -3,8 +3,8 @@ another start.
 
 Every image is inside one half and outside the other, so with m encoders each is judged by m / 2
 that saw it and m / 2 that did not (Feldman and Zhang, arXiv 2008.03703, for a classifier). From m =
-LEAST on this says something about all images together, from m = SINGLE on about a single one:
-before that its standard error is a third.
+LEAST on this says something about all images together, from m = SINGLE on about a single one: with
+fewer its standard error may be a third.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from dejavu_utils.attack import one_model, references
 from dejavu_utils.models import pairs
 from dejavu_utils.models.pairs import Pair
 
-LEAST, SINGLE = 8, 32
-SAID = ["correct", "correct5", "confidence"]
+LEAST = 8  # encoders
+SINGLE = 32  # encoders
+AVERAGED = ["correct", "correct5", "confidence"]
 
 
 def again(pair: Pair, start: int) -> Pair:
@@ -52,27 +53,24 @@ def fold(pair: Pair, i: int) -> dict[str, np.ndarray]:
     """Return {"a", "b"} -> the half (n,), 0 or 1, that each image of that set is in; half of every
     class each.
     """
-    ids, labels = (
-        np.concatenate([getattr(pair.parts[side], name) for side in "ab"])
-        for name in ("ids", "labels")
-    )
-    drawn = one_model.assign(ids, labels, 2, f"{pair.setting['seed']}/half {i}")
-    return dict(zip("ab", np.split(drawn, [len(pair.parts["a"])]), strict=True))
+    a, b = pair.parts["a"], pair.parts["b"]
+    ids = np.concatenate([a.ids, b.ids])
+    labels = np.concatenate([a.labels, b.labels])
+    half = one_model.assign(ids, labels, 2, f"{pair.setting['seed']}/half {i}")
+    return {"a": half[: len(a)], "b": half[len(a) :]}
 
 
-def _sources(pair: Pair, drawn: dict) -> dict[str, Path]:
+def _sources(pair: Pair, halves: dict[str, np.ndarray]) -> dict[str, Path]:
     """Return {"A", "B"} -> the file of what an encoder on half 0, or 1, is trained on."""
+    a, b = pair.parts["a"], pair.parts["b"]
     found = {}
     for half, model in enumerate("AB"):
-        a, b = (
-            [pair.parts[side].subset(drawn[side] == which) for which in (half, 1 - half)]
-            for side in "ab"
-        )
-        used = {"a": a[0], "shared": b[0], "b": a[1]}  # "A" is trained on a and shared
-        folder = Path(pair.jobs[model].pixels).parent
-        found[model] = pairs.training_set(
-            used, "A", pair.jobs[model].recipe, folder, pair.setting["seed"]
-        )
+        own_a, own_b = a.subset(halves["a"] == half), b.subset(halves["b"] == half)
+        rest_of_a = a.subset(halves["a"] != half)
+        used = {"a": own_a, "shared": own_b, "b": rest_of_a}  # "A" is trained on a and shared
+        job = pair.jobs[model]
+        folder = Path(job.pixels).parent
+        found[model] = pairs.training_set(used, "A", job.recipe, folder, pair.setting["seed"])
     return found
 
 
@@ -80,70 +78,34 @@ def _retrained(pair: Pair, sources: dict, start: str) -> Pair:
     """Return the pair with other training sets and another start of training, all else alike."""
     jobs = {}
     for model, job in pair.jobs.items():
-        where, seed = Path(job.folder), f"{job.seed}/{start}"
-        name = store.key(like=where.name, pixels=Path(sources[model]).stem, seed=seed)
-        folder = where.with_name(f"{job.recipe.criterion}-{name}")
-        jobs[model] = dataclasses.replace(
-            job, pixels=str(sources[model]), folder=str(folder), seed=seed
-        )
+        pixels, seed = Path(sources[model]), f"{job.seed}/{start}"
+        before = Path(job.folder)
+        name = store.key(like=before.name, pixels=pixels.stem, seed=seed)
+        folder = before.with_name(f"{job.recipe.criterion}-{name}")
+        changes = {"pixels": str(pixels), "folder": str(folder), "seed": seed}
+        jobs[model] = dataclasses.replace(job, **changes)
     return dataclasses.replace(pair, jobs=jobs)
 
 
-def table(
-    pair: Pair,
-    trained: list[Pair],
-    epoch: int,
-    k: int,
-    layer: str = "projector",
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """Return the attack's table of all encoders of `halves(pair, many)`, trained: a row per image
-    and role.
+def table(pair: Pair, trained: list[Pair], epoch: int, k: int, device: str = "cpu") -> pd.DataFrame:
+    """Return the attack's table, at the projector, of all encoders of `halves(pair, many)`,
+    trained: a row per image and role.
 
     "target": those that saw the image, "reference": those that did not. `correct`, `correct5` and
     `confidence` are means over them, and `encoders` says how many each. Other columns: those of
     `references.two_model`.
     """
-    rows = []
+    tables = []
     for i, one in enumerate(trained):
-        found = references.at_layer(one, epoch, k, layer, device=device)
-        drawn = {
-            name: half
-            for side, each in fold(pair, i).items()
-            for name, half in zip(pair.parts[side].ids, each, strict=True)
-        }
-        by_b = (found["role"] == "target") == (found["direction"] == "b")
-        inside = found["id"].map(drawn) == by_b.astype(int)
-        rows.append(found.assign(role=np.where(inside, "target", "reference")))
-    rows = pd.concat(rows)
-    setting = [name for name in rows if name not in (*SAID, "prediction")]
-    grouped = rows.astype(dict.fromkeys(SAID, float)).groupby(setting, dropna=False)
-    return grouped[SAID].mean().assign(encoders=grouped.size()).reset_index()
+        found = references.at_layer(one, epoch, k, device=device)
+        halves_of = {}
+        for side, half in fold(pair, i).items():
+            halves_of |= dict(zip(pair.parts[side].ids, half, strict=True))
+        by_b = (found["role"] == "target") == (found["direction"] == "b")  # encoder B guessed
+        saw_it = found["id"].map(halves_of) == by_b.astype(int)
+        tables.append(found.assign(role=np.where(saw_it, "target", "reference")))
 
-
-def images(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per image: `memorization`, how much oftener encoders that saw it are right, and
-    its `error`.
-
-    The standard error counts one more success and one more failure on either side: of so few
-    encoders, all alike does not mean certain. `memorized` is 1 where memorization is above 1.96
-    errors (without memory, of 2.5 % of images), and NaN, with a `reason`, below SINGLE encoders:
-    then no single image can be told.
-    """
-    key = ["id", "label", "direction", "seed", "encoders"]
-    wide = table.astype({"correct": float}).pivot(index=key, columns="role", values="correct")
-    rows = (
-        wide.rename(columns={"target": "inside", "reference": "outside"})
-        .reset_index()
-        .rename_axis(columns=None)
-    )
-    rows["encoders"] = n = rows["encoders"].astype(int)
-    shares = [(rows[side] * n + 1) / (n + 2) for side in ("inside", "outside")]
-    rows["memorization"], many = rows["inside"] - rows["outside"], 2 * n
-    rows["error"] = np.sqrt(sum(share * (1 - share) / n for share in shares))
-    sure = (rows["memorization"] > 1.96 * rows["error"]).astype(float)
-    rows["memorized"] = sure.where(many >= SINGLE)
-    rows["reason"] = np.where(
-        many >= SINGLE, "", many.astype(str) + f" encoders; a single image needs {SINGLE}"
-    )
-    return rows
+    rows = pd.concat(tables).astype(dict.fromkeys(AVERAGED, float))
+    setting = [name for name in rows if name not in (*AVERAGED, "prediction")]
+    grouped = rows.groupby(setting, dropna=False)
+    return grouped[AVERAGED].mean().assign(encoders=grouped.size()).reset_index()

@@ -21,20 +21,13 @@ from dejavu_utils.models.encoders import embed
 from dejavu_utils.models.external import External
 from dejavu_utils.models.pairs import Pair
 
-COMPONENTS = (
-    8  # of the features, whitened: few enough for naive Bayes' independence to be nearly true
-)
+# Of the features, whitened: few enough for naive Bayes' independence to be nearly true.
+COMPONENTS = 8
 EPOCHS = 30  # of the network, in which it reaches the accuracy that it keeps
 KINDS = ("resnet", "naive_bayes")
-KEPT = (
-    "encoder",
-    "projector",
-    "size",
-    "batch",
-    "precision",
-    "threads",
-)  # of a recipe, by the network
-SAID = ["prediction", "correct", "correct5", "confidence"]
+# What the network takes from a pair's recipe.
+KEPT = ("encoder", "projector", "size", "batch", "precision", "threads")
+GUESS = ["prediction", "correct", "correct5", "confidence"]
 # features or crops (n, ...) -> class probabilities (n, classes)
 Predictor = Callable[[torch.Tensor | np.ndarray], np.ndarray]
 # (x, labels, classes, name of its random stream) -> Predictor
@@ -53,15 +46,15 @@ def naive_bayes(
     from sklearn.preprocessing import StandardScaler
 
     x = np.asarray(x, np.float64)
-    spread = PCA(min(COMPONENTS, len(x) - 1, x.shape[1]), whiten=True, svd_solver="full")
-    model = make_pipeline(StandardScaler(), spread, GaussianNB()).fit(x, labels)
+    components = PCA(min(COMPONENTS, len(x) - 1, x.shape[1]), whiten=True, svd_solver="full")
+    model = make_pipeline(StandardScaler(), components, GaussianNB()).fit(x, labels)
 
-    def judge(other: torch.Tensor | np.ndarray) -> np.ndarray:
+    def predict(other: torch.Tensor | np.ndarray) -> np.ndarray:
         found = np.zeros((len(other), classes))
         found[:, model.classes_] = model.predict_proba(np.asarray(other, np.float64))
         return found
 
-    return judge
+    return predict
 
 
 def network(recipe: train.Recipe | None = None, epochs: int = EPOCHS, device: str = "cpu") -> Fit:
@@ -73,35 +66,36 @@ def network(recipe: train.Recipe | None = None, epochs: int = EPOCHS, device: st
     """
     views = {"scale_min": 0.25, "strength": 0.4, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
 
+    given = recipe or train.Recipe()
+    own = dataclasses.replace(
+        given,
+        criterion="supervised",
+        constants={},
+        views=views,
+        weight_decay=0.1,
+        engine="own",
+        processes=1,
+        nodes=1,
+        projector=given.projector or "64-64",
+    )
+
     def fit(x: torch.Tensor, labels: np.ndarray, classes: int, name: str) -> Predictor:
-        how = dataclasses.replace(
-            recipe or train.Recipe(),
-            criterion="supervised",
-            constants={},
-            views=views,
-            weight_decay=0.1,
-            engine="own",
-            processes=1,
-            nodes=1,
-            size=x.shape[-1],
-        )
-        how = dataclasses.replace(
-            how, batch=min(how.batch, len(x)), projector=how.projector or "64-64"
-        )
+        how = dataclasses.replace(own, size=x.shape[-1], batch=min(own.batch, len(x)))
+        targets = torch.as_tensor(labels)
         before = torch.get_num_threads()
         torch.set_num_threads(how.threads)
         try:
-            training = train.Training(
-                x, how, epochs, name, device, torch.as_tensor(labels), classes
-            )
+            training = train.Training(x, how, epochs, name, device, targets, classes)
             for _ in range(epochs):
                 training.run_epoch()
         finally:
             torch.set_num_threads(before)
-        encoder = training.encoder
-        return lambda other: (
-            embed(encoder, other, ("logits",), device=device)["logits"].double().softmax(1).numpy()
-        )
+
+        def predict(other: torch.Tensor) -> np.ndarray:
+            logits = embed(training.encoder, other, ("logits",), device=device)["logits"]
+            return logits.double().softmax(1).numpy()
+
+        return predict
 
     return fit
 
@@ -120,7 +114,8 @@ def assign(ids: np.ndarray, groups: np.ndarray, folds: int, seed: int | str = 0)
     rank = [hashlib.sha256(f"{seed}/fold/{name}".encode()).digest() for name in ids]
     fold = np.zeros(len(rank), np.int64)
     for start, group in enumerate(np.unique(groups)):
-        order = sorted(np.flatnonzero(np.asarray(groups) == group).tolist(), key=rank.__getitem__)
+        members = np.flatnonzero(np.asarray(groups) == group)
+        order = sorted(members.tolist(), key=rank.__getitem__)
         fold[order] = (start + np.arange(len(order))) % folds
     return fold
 
@@ -141,7 +136,8 @@ def cross_fit(
     judged, never learned from: images that the encoder did not see. ValueError with one class (any
     guess is right), or when a class is judged that its classifier has no image of.
     """
-    labels, fold = np.asarray(labels), np.asarray(fold)
+    labels = np.asarray(labels)
+    fold = np.asarray(fold)
     learn = np.ones(len(labels), bool) if learn is None else np.asarray(learn)
     if not len(x) == len(labels) == len(fold) == len(learn) or len(np.unique(labels)) < 2:
         raise ValueError(
@@ -151,14 +147,17 @@ def cross_fit(
         )
     found = np.full((len(labels), classes), np.nan)
     for part in np.unique(fold):
-        judged, known = fold == part, (fold != part) & learn
-        if missing := sorted(set(labels[judged].tolist()) - set(labels[known].tolist())):
+        judged = fold == part
+        known = ~judged & learn
+        missing = sorted(set(labels[judged].tolist()) - set(labels[known].tolist()))
+        if missing:
             raise ValueError(
                 f"one_model.cross_fit: class {missing[0]} has no image outside fold {part}; "
                 "expected 2 "
                 "images a class or more. Leave the class out, or use more images."
             )
-        found[judged] = fit(x[known], labels[known], classes, f"{seed}/one model/{part}")(x[judged])
+        predict = fit(x[known], labels[known], classes, f"{seed}/one model/{part}")
+        found[judged] = predict(x[judged])
     return found
 
 
@@ -184,70 +183,54 @@ def table(
     """
     target = references.at_layer(pair, epoch, k, layer, attacked, device).query("role == 'target'")
     judged = _judged(pair, epoch, kind, folds, device)
-    rows = (
-        target.drop(columns=SAID)
-        .merge(judged, on="id", validate="one_to_one")
-        .assign(role="reference")
-    )
+    same = target.drop(columns=GUESS)
+    rows = same.merge(judged, on="id", validate="one_to_one").assign(role="reference")
     return pd.concat([target, rows[target.columns]], ignore_index=True).assign(reference=kind)
 
 
 def _judged(pair: Pair, epoch: int, kind: str, folds: int, device: str) -> pd.DataFrame:
-    """Return id and SAID of all attacked and control images; pairs of one data set and trunk share
+    """Return id and GUESS of all attacked and control images; pairs of one data set and trunk share
     the table.
     """
     if kind not in KINDS:
         raise ValueError(f'one_model.table: kind "{kind}"; expected one of {", ".join(KINDS)}.')
     recipe = pair.jobs["A"].recipe
     how = {name: getattr(recipe, name) for name in KEPT}
-    fresh = encoders.untrained(
-        pair.encoder("A", epoch), pair.setting["seed"]
-    )  # nothing is left of its training
-    nobody = dataclasses.replace(pair, jobs={}, setting={"seed": pair.setting["seed"]})
+    seed = pair.setting["seed"]
+    fresh = encoders.untrained(pair.encoder("A", epoch), seed)  # nothing is left of its training
+    nobody = dataclasses.replace(pair, jobs={}, setting={"seed": seed})
     make = functools.partial(_judge, nobody, fresh, kind, train.Recipe(**how), folds, device)
-    return references.cached_table(
-        nobody,
-        kind,
-        make,
-        __name__,
-        recipe=how,
-        crop=pair.crop,
-        folds=folds,
-    )
+    told = {"recipe": how, "crop": pair.crop, "folds": folds}
+    return references.cached_table(nobody, kind, make, __name__, **told)
 
 
 def _judge(
     pair: Pair, fresh: External, kind: str, recipe: train.Recipe, folds: int, device: str
 ) -> pd.DataFrame:
-    rows, seed = [], pair.setting["seed"]
+    """Return id and GUESS of all attacked and control images, named by classifiers of others."""
+    seed = pair.setting["seed"]
+    classes = len(pair.parts["public"].classes)
+    fit = naive_bayes if kind == "naive_bayes" else network(recipe, device=device)
+    attacked = references.attacked_sets(pair, "attacked")
+    control = references.attacked_sets(pair, "control")
+    tables = []
     for side in "ab":
-        sets = [
-            references.cropped(references.attacked_sets(pair, which)[side], pair.crop)
-            for which in ("attacked", "control")
-        ]
-        learn = np.repeat([True, False], [len(images) for images, _ in sets])
-        x = torch.cat([images.squares(recipe.size, rects) for images, rects in sets])
-        ids, y = (
-            np.concatenate([getattr(images, of) for images, _ in sets]) for of in ("ids", "labels")
-        )
+        own, own_rects = references.cropped(attacked[side], pair.crop)
+        others, other_rects = references.cropped(control[side], pair.crop)
+        squares = [own.squares(recipe.size, own_rects), others.squares(recipe.size, other_rects)]
+        x = torch.cat(squares)  # (n, 3, size, size)
         if kind == "naive_bayes":
-            x = embed(fresh, x, ("backbone",), device=device)["backbone"]
-        fit = naive_bayes if kind == "naive_bayes" else network(recipe, device=device)
-        fold = assign(ids, 2 * y + learn, folds, seed)
-        chances = cross_fit(
-            fit, x, y, fold, len(pair.parts["public"].classes), learn, f"{seed}/{side}"
-        )
-        said = inference.infer_scores(torch.from_numpy(chances).log())
-        right = said["top5"] == y[:, None]
-        rows.append(
-            pd.DataFrame(
-                {
-                    "id": ids,
-                    "prediction": said["prediction"],
-                    "correct": right[:, 0],
-                    "correct5": right.any(1),
-                    "confidence": said["confidence"],
-                }
-            )
-        )
-    return pd.concat(rows, ignore_index=True)
+            x = embed(fresh, x, ("backbone",), device=device)["backbone"]  # (n, d)
+
+        ids = np.concatenate([own.ids, others.ids])
+        labels = np.concatenate([own.labels, others.labels])
+        learn = np.repeat([True, False], [len(own), len(others)])
+        fold = assign(ids, 2 * labels + learn, folds, seed)
+        chances = cross_fit(fit, x, labels, fold, classes, learn, f"{seed}/{side}")
+
+        guess = inference.infer_scores(torch.from_numpy(chances).log())
+        right = guess["top5"] == labels[:, None]  # (n, 5)
+        rows = {"id": ids, "prediction": guess["prediction"], "correct": right[:, 0]}
+        rows |= {"correct5": right.any(1), "confidence": guess["confidence"]}
+        tables.append(pd.DataFrame(rows))
+    return pd.concat(tables, ignore_index=True)

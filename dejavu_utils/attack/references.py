@@ -20,6 +20,7 @@ from dejavu_utils.models.encoders import Encoder, embed
 from dejavu_utils.models.pairs import Pair
 
 Make = Callable[..., pd.DataFrame]  # computes a table
+Embeddings = dict[str, dict[str, torch.Tensor]]  # {layer: {model: (n, d)}}
 
 
 def cached_table(pair: Pair, name: str, make: Make, module: str, **parts: Any) -> pd.DataFrame:
@@ -28,9 +29,8 @@ def cached_table(pair: Pair, name: str, make: Make, module: str, **parts: Any) -
     `module` is where `make` is defined: its code, and all that it imports, tell the table too.
     """
     encoders = [Path(job.folder).name for job in pair.jobs.values()]
-    data_hash = {part: images.digest for part, images in pair.parts.items()}
-    code = store.code_version(module)
-    own = store.key(encoders=encoders, data=data_hash, code=code, **parts)
+    data = {part: images.digest for part, images in pair.parts.items()}
+    own = store.key(encoders=encoders, data=data, code=store.code_version(module), **parts)
     path = pair.folder / f"{name}-{own}.parquet"
     meta = {"parameters": parts | pair.setting, "seed": pair.setting["seed"]}
     store.once(path, lambda: store.write_table(path, make(), meta))
@@ -51,16 +51,14 @@ def cached(name: str) -> Callable[[Make], Make]:
         def table(*arguments: Any, **options: Any) -> pd.DataFrame:
             bound = inspect.signature(make).bind(*arguments, **options)
             bound.apply_defaults()
-            given = dict(bound.arguments)
-            pair, _ = given.pop("pair"), given.pop("device")
-            given["crop"] = given.get("crop") or pair.crop
-            given["rules"] = inference.Rules(**pair.rules)
+            told = dict(bound.arguments)  # what tells this table from others
+            pair = told.pop("pair")
+            told.pop("device")
+            told["crop"] = told.get("crop") or pair.crop
+            told["rules"] = inference.Rules(**pair.rules)
+            file = f"{name}-{told['epoch']:04d}"
             return cached_table(
-                pair,
-                f"{name}-{given['epoch']:04d}",
-                lambda: make(**bound.arguments),
-                make.__module__,
-                **given,
+                pair, file, lambda: make(**bound.arguments), make.__module__, **told
             )
 
         return table
@@ -86,38 +84,39 @@ def two_model(
     Columns: those of `attack.label_inference`, then criterion, rho, seed, epoch, layer, k,
     attacked.
     """
-    scored = ("logits",) if pair.setting["criterion"] == "supervised" else ()
-    layers = layers or ("projector", "backbone", *scored)
-    targets, found, public = {}, {}, pair.parts["public"]
+    layers = layers or _usual_layers(pair)
     rules = inference.Rules(**pair.rules)
-    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
+    public = pair.parts["public"]
+    encoders = {model: pair.encoder(model, epoch) for model in "AB"}
     how = {"size": pair.size(), "layers": layers, "device": device, "keep": rules.keep}
+
+    targets: dict[str, Images] = {}
+    crops: dict[str, Embeddings] = {}
     for side, images in attacked_sets(pair, attacked).items():
         targets[side], rects = cropped(images, crop or pair.crop)
-        found[side] = embed_images(encoders, targets[side], rects=rects, **how)
-    found["public"] = embed_images(encoders, public, **how)
-    ids, labels = (
-        {side: getattr(images, of) for side, images in targets.items()} for of in ("ids", "labels")
-    )
+        crops[side] = embed_images(encoders, targets[side], rects=rects, **how)
+    bank = embed_images(encoders, public, **how)
+    ids = {side: images.ids for side, images in targets.items()}
+    labels = {side: images.labels for side, images in targets.items()}
+
     tables = []
     for layer in layers:
-        at = {
-            name: {
-                model: values.to(device)
-                if name in targets
-                else values  # the queries' device searches
-                for model, values in by_layer[layer].items()
-            }
-            for name, by_layer in found.items()
-        }
-        known = None if layer == "logits" else at["public"]
+        queries = {}
+        for side, embedded in crops.items():  # the search runs where the queries are
+            queries[side] = {model: x.to(device) for model, x in embedded[layer].items()}
+        known = None if layer == "logits" else bank[layer]  # class scores answer directly
         table = inference.label_inference(
-            at, known, public.labels, ids, labels, k, len(public.classes), rules
+            queries, known, public.labels, ids, labels, k, len(public.classes), rules
         )
-        tables.append(
-            table.assign(**pair.setting, epoch=epoch, layer=layer, k=k, attacked=attacked)
-        )
+        about = {"epoch": epoch, "layer": layer, "k": k, "attacked": attacked}
+        tables.append(table.assign(**pair.setting, **about))
     return pd.concat(tables, ignore_index=True)
+
+
+def _usual_layers(pair: Pair) -> tuple[str, ...]:
+    """Return projector and backbone, and the logits of the supervised baseline."""
+    usual = ("projector", "backbone")
+    return (*usual, "logits") if pair.setting["criterion"] == "supervised" else usual
 
 
 def at_layer(
@@ -151,7 +150,7 @@ def embed_images(
     device: str = "cpu",
     chunk: int = 4096,
     keep: float = 1.0,
-) -> dict[str, dict[str, torch.Tensor]]:
+) -> Embeddings:
     """Return {layer: {model: (n, d)}} for all images, or their rectangles (n, 4), under every
     encoder; of each the centre square, or with `keep` that share of its side.
 
@@ -161,31 +160,39 @@ def embed_images(
     found: dict = {layer: {model: [] for model in encoders} for layer in layers}
     for start in range(0, len(images), chunk):
         rows = np.arange(start, min(start + chunk, len(images)))
-        pixels = images.subset(rows).squares(size, None if rects is None else rects[rows], keep)
+        where = None if rects is None else rects[rows]
+        pixels = images.subset(rows).squares(size, where, keep)
         for model, encoder in encoders.items():
-            for layer, values in embed(encoder, pixels, layers, device=device).items():
-                found[layer][model].append(values)
-    return {
-        layer: {model: torch.cat(parts) for model, parts in by.items()}
-        for layer, by in found.items()
-    }
+            embedded = embed(encoder, pixels, layers, device=device)
+            for layer in layers:
+                found[layer][model].append(embedded[layer])
+    for by_model in found.values():
+        for model, parts in by_model.items():
+            by_model[model] = torch.cat(parts)
+    return found
 
 
 def held_out(
     pair: Pair, encoders: dict[str, Encoder], layers: Sequence[str], device: str = "cpu"
-) -> tuple[dict[str, dict[str, torch.Tensor]], np.ndarray]:
+) -> tuple[Embeddings, np.ndarray]:
     """Return {layer: {model: (n, d)}} and labels (n,) of the images that no encoder saw: the probe
     and control set.
     """
-    sets = [pair.parts[part] for part in ("probe", "control") if len(pair.parts[part])]
     keep = inference.Rules(**pair.rules).keep
     how = {"size": pair.size(), "layers": layers, "device": device, "keep": keep}
+    sets = [pair.parts[part] for part in _held_out_parts(pair)]
     found = [embed_images(encoders, images, **how) for images in sets]
-    joined = {
-        layer: {model: torch.cat([each[layer][model] for each in found]) for model in encoders}
-        for layer in layers
-    }
+
+    joined: Embeddings = {layer: {} for layer in layers}
+    for layer in layers:
+        for model in encoders:
+            joined[layer][model] = torch.cat([each[layer][model] for each in found])
     return joined, np.concatenate([images.labels for images in sets])
+
+
+def _held_out_parts(pair: Pair) -> list[str]:
+    """Return the names of the parts that no encoder saw and that have images."""
+    return [part for part in ("probe", "control") if len(pair.parts[part])]
 
 
 def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
@@ -193,10 +200,10 @@ def attacked_sets(pair: Pair, which: str) -> dict[str, Images]:
     set.
     """
     if which == "attacked":
-        return {side: pair.parts[side] for side in ("a", "b")}
+        return {"a": pair.parts["a"], "b": pair.parts["b"]}
     control = pair.parts["control"]
-    half = np.arange(len(control)) % 2 == 0
-    return {"a": control.subset(np.flatnonzero(half)), "b": control.subset(np.flatnonzero(~half))}
+    even = np.arange(len(control)) % 2 == 0
+    return {"a": control.subset(even), "b": control.subset(~even)}
 
 
 @cached("probe")
@@ -306,8 +313,9 @@ def _held_out_views(
     """Return {model: (views, n, d)} of the images that no encoder saw, in the order of
     `held_out`.
     """
-    sets = [part for part in ("probe", "control") if len(pair.parts[part])]
-    found = [embed_augmented(pair.parts[part], views, f"probe {part}") for part in sets]
+    found = []
+    for part in _held_out_parts(pair):
+        found.append(embed_augmented(pair.parts[part], views, f"probe {part}"))
     return {model: torch.cat([each[model] for each in found], 1) for model in ("A", "B")}
 
 
@@ -315,12 +323,9 @@ def bayes(pair: Pair) -> float:
     """Return the known Bayes accuracy from the background alone; NaN on real pictures, where nobody
     knows it.
     """
-    is_scenes = pair.parts["public"].ids[0].startswith("scene-")
-    return (
-        scenes.bayes_accuracy(pair.setting["rho"], len(pair.parts["public"].classes))
-        if is_scenes
-        else float("nan")
-    )
+    if not pair.parts["public"].ids[0].startswith("scene-"):
+        return float("nan")
+    return scenes.bayes_accuracy(pair.setting["rho"], len(pair.parts["public"].classes))
 
 
 def choose(table: pd.DataFrame, count: int, how: str = "memorized", seed: int = 0) -> list[str]:
@@ -330,16 +335,15 @@ def choose(table: pd.DataFrame, count: int, how: str = "memorized", seed: int = 
     The ranking is the paper's: the target's confidence minus the reference's, among images only the
     target gets right.
     """
-    wide = table[table["layer"] == "projector"].pivot(
-        index="id", columns="role", values=["correct", "confidence"]
-    )
+    at_projector = table[table["layer"] == "projector"]
+    wide = at_projector.pivot(index="id", columns="role", values=["correct", "confidence"])
     if how == "random":
-        return list(np.random.default_rng(seed).choice(wide.index.to_numpy(), count, replace=False))
-    lead = wide["confidence", "target"].astype(float) - wide["confidence", "reference"].astype(
-        float
-    )
-    only = wide["correct", "target"].astype(bool) & ~wide["correct", "reference"].astype(bool)
-    return list(lead[only].sort_values(ascending=False, kind="stable").index[:count])
+        ids = wide.index.to_numpy()
+        return list(np.random.default_rng(seed).choice(ids, count, replace=False))
+    correct, confidence = wide["correct"].astype(bool), wide["confidence"].astype(float)
+    lead = confidence["target"] - confidence["reference"]
+    memorized = correct["target"] & ~correct["reference"]
+    return list(lead[memorized].sort_values(ascending=False, kind="stable").index[:count])
 
 
 def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]:
@@ -347,25 +351,24 @@ def neighbours(pair: Pair, epoch: int, ids: list[str], k: int = 4) -> list[dict]
     under both models.
     """
     public, size = pair.parts["public"], pair.size()
-    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
     keep = inference.Rules(**pair.rules).keep
-    known = public.squares(size, keep=keep)
-    bank = {
-        model: embed(encoder, known, ("projector",))["projector"]
-        for model, encoder in encoders.items()
-    }
+    known = public.squares(size, keep=keep)  # (m, 3, size, size)
+    encoders = {model: pair.encoder(model, epoch) for model in "AB"}
+    bank = {}
+    for model, encoder in encoders.items():
+        bank[model] = embed(encoder, known, ("projector",))["projector"]
+
     rows = []
     for name in ids:
         side = "a" if name in pair.parts["a"].ids else "b"
+        target = inference.TARGETS[side]
+        models = {"target": target, "reference": "B" if target == "A" else "A"}
         one = pair.parts[side].subset(np.flatnonzero(pair.parts[side].ids == name))
         crop = one.squares(size, crops.background(one, pair.crop)[0], keep)
         row = {"crop": crop[0], "image": one.squares(size)[0], "name": one.classes[one.labels[0]]}
-        for role, model in (
-            ("target", side.upper()),
-            ("reference", "BA"["AB".index(side.upper())]),
-        ):
+        for role, model in models.items():
             query = embed(encoders[model], crop, ("projector",))["projector"]
-            nearest = knn.search(query, bank[model], k)[1][0].numpy()
+            nearest = knn.search(query, bank[model], k)[1][0].numpy()  # (k,): rows of public
             row[role] = [(known[j], public.classes[public.labels[j]]) for j in nearest]
         rows.append(row)
     return rows

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from dejavu_utils import store
-from dejavu_utils.attack import agreement, many_model, one_model, references, scoring
+from dejavu_utils.attack import many_model, one_model, references, scoring
 from dejavu_utils.models import launch
 from dejavu_utils.models import pairs as build
 
@@ -134,25 +134,20 @@ def test_many_model_table_counts_who_saw_the_image(pairs, halves):
     assert table.set_index(["id", "role"]).loc[(name, "target"), "correct"] == np.mean(inside)
 
 
-def test_every_reference_is_in_one_table(pairs, halves):
+def test_another_start_judges_the_same_images_and_pairs_up(pairs):
     again = many_model.again(pairs[0], 1)
     launch.fit_all(build.jobs([again]), workers=1)
-    table = agreement.attacks(pairs, 1, 5, [(1, again)], halves)
-    rows = agreement.scores(table, resamples=20).set_index(["criterion", "reference"])
-    assert list(rows.loc["vicreg"].index) == [
-        "two-model",
-        "bayes",
-        "start 1",
-        "resnet",
-        "naive_bayes",
-        "many-model",
-    ]
-    assert list(rows.loc["supervised"].index) == ["two-model", "bayes", "resnet", "naive_bayes"]
-    assert set(agreement.labels(table, resamples=20)["reference"]) == {
-        "start 1",
-        "resnet",
-        "naive_bayes",
-    }
+    one, other = (references.at_layer(pair, 1, 5) for pair in (pairs[0], again))
+    assert (one["confidence"] != other["confidence"]).any()
+    assert scoring.difference(one, other, resamples=20)["n"] == len(one) // 2
+    assert many_model.again(pairs[0], 0) is pairs[0]
+
+
+def test_folds_of_a_class_are_even():
+    ids, labels = np.array([f"i{i}" for i in range(60)]), np.repeat(np.arange(3), 20)
+    fold = one_model.assign(ids, labels, 2, "0/half 1")
+    assert (np.bincount(labels * 2 + fold) == 10).all()
+    assert (fold != one_model.assign(ids, labels, 2, "0/half 2")).any()
 
 
 @pytest.mark.parametrize("many", [2, 9])

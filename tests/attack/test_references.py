@@ -98,7 +98,7 @@ def test_table_is_read_the_second_time(pairs, monkeypatch):
 
 
 def test_score_is_memorized_minus_misrepresented(tables):
-    scores = summaries.scores(tables, [100], rankings=("own",), resamples=10)
+    scores = summaries.scores(tables, [100], resamples=10)
     shares = summaries.shares(tables, resamples=10)
     assert len(scores) == len(shares) == 3 * 3 * 2
     assert np.abs(scores["score"] - (shares["memorized"] - shares["misrepresented"])).max() < 1e-12

@@ -78,6 +78,7 @@ def test_the_profile_runs_end_to_end(tree, batch, capsys):
     sweeps = {"layer": ["block1", "backbone"], "k": [1, 3], "min_side": [30], "fraction": [0.4]}
     assert batch.execute("01_training", "imagenet", TINY) is None
     assert batch.execute("02_attack", "imagenet", TINY | {"sweeps": sweeps}) is None
+    assert batch.execute("07_other_measures", "imagenet", TINY) is None
     folder = store.runs("imagenet")
     scores = store.read_table(folder / "tables" / "scores.csv")
     assert set(scores["criterion"]) == {"simclr"} and scores["n"].min() >= 10

@@ -102,11 +102,23 @@ def test_split_stacks_to_the_share_that_anybody_gets_right():
     assert max(bar.get_y() + bar.get_height() for bar in bars) == pytest.approx(0.35)
 
 
-def test_layers_and_losses(scores):
-    figure = plots.layers(scores[(scores["epoch"] == 20) & (scores["p"] == 100)])
-    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([0.3] * 4)
+def test_losses_are_a_line_an_encoder():
     log = pd.DataFrame({"criterion": "vicreg", "epoch": [1, 2], "loss": [3.0, 2.0], "name": "a"})
     np.testing.assert_allclose(plots.losses(log).axes[0].lines[0].get_xydata(), [[1, 3], [2, 2]])
+
+
+def test_a_seaborn_plot_becomes_a_figure_whose_legend_stands_beside_its_axes(scores):
+    import seaborn.objects as so
+
+    end = scores[(scores["epoch"] == 20) & (scores["p"] == 100)]
+    plot = so.Plot(end, x="criterion", y="score", ymin="low", ymax="high", color="layer")
+    figure = plots.drawn(plot.add(so.Bar(), so.Dodge()).add(so.Range(), so.Dodge()), 5, 3)
+    (axis,) = figure.axes
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.3] * 4)
+    assert figure.get_size_inches().tolist() == [5, 3]
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 > axis.get_window_extent().x1
 
 
 def test_examples_outline_box_and_crop():

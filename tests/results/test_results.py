@@ -325,7 +325,7 @@ def test_claims_about_references_flip_with_their_tables(value, p14, rest):
         "agreement": [
             {"criterion": "vicreg", "reference": "start 1", "what": "memorized", "n": 100} | odds
         ],
-        "companions": [gap | {"statistic": name} for name in statistics],
+        "other_measures": [gap | {"statistic": name} for name in statistics],
         "atypical": [
             {"difference": 0.1, "low": 0.05, "high": 0.2, "n": 10} | _bounds("net", 0.05 * sign)
         ],
