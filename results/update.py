@@ -365,6 +365,40 @@ def one_model(name: str) -> str:
     return _grid(head, rows)
 
 
+def without_labels(name: str) -> str:
+    """Return a row per criterion: target minus reference of two measures that use no label, of the
+    attacked images and of the control images, which neither encoder saw.
+    """
+    table = _read(name, "without_labels")
+    criteria = table["criterion"].unique()
+    table = table.set_index(["measure", "attacked", "criterion"]).sort_index()
+    columns = [("alignment", "attacked"), ("alignment", "control")]
+    columns += [("UnitMem", "attacked"), ("UnitMem", "control")]
+    rows = []
+    for criterion in criteria:
+        cells = [
+            table.loc[(*column, criterion), ["difference", "low", "high"]] for column in columns
+        ]
+        rows.append([NAMES[criterion], *(_number(*cell) for cell in cells)])
+    head = [f"{measure}, {which} images" for measure, which in columns]
+    return _grid(["criterion", *head], rows)
+
+
+def probe_course(name: str) -> str:
+    """Return a row per criterion and epoch: accuracies and gaps of the two linear probes."""
+    table = _read(name, "probes")
+    table = _first(table, table["rho"].iloc[0])
+    means = table.groupby(["criterion", "epoch"], sort=False)[
+        ["train", "held_out", "gap", "fresh_gap"]
+    ].mean()
+    rows = [
+        [NAMES[criterion], epoch, *(f"{value:.3f}" for value in row)]
+        for (criterion, epoch), row in zip(means.index, means.to_numpy(), strict=True)
+    ]
+    head = ["criterion", "epoch", "training images", "held-out images", "gap"]
+    return _grid([*head, "gap of a probe that saw neither side"], rows)
+
+
 def beyond(name: str) -> str:
     """Return a line per attribute beyond the class: what the crop reveals, and what a probe reads
     off full pictures.
@@ -546,6 +580,8 @@ PARTS: dict[str, Callable[[str], str]] = {
     "truths": truths,
     "settings": settings,
     "one-model": one_model,
+    "without-labels": without_labels,
+    "probe-course": probe_course,
     "beyond": beyond,
     "reconstruction": reconstruction,
     "made": made,
