@@ -33,21 +33,20 @@ def _pair(
     features = torch.as_tensor(x).detach().float()
     features = features.to(device or features.device)
     labels = torch.as_tensor(y).long().to(features.device)
-    if (
-        features.ndim != 2
-        or len(features) != len(labels)
-        or not len(labels)
-        or not torch.isfinite(features).all()
-    ):
+
+    fits = features.ndim == 2 and len(features) == len(labels) > 0
+    if not fits or not torch.isfinite(features).all():
         raise ValueError(
             f"probe: {name}: features {tuple(features.shape)}, {len(labels)} labels; expected "
-            "finite (n, "
-            "d), one label each, n >= 1. Look for a diverged checkpoint or an empty part."
+            "finite (n, d), one label each, n >= 1. Look for a diverged checkpoint or an empty "
+            "part."
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
         raise ValueError(
-            f"probe: {name}: labels {int(labels.min())} to {int(labels.max())}; expected 0 to "
-            f"{classes - 1}. Pass the data set's number of classes."
+            f"probe: {name}: labels {low} to {high}; expected 0 to {classes - 1}. Pass the data "
+            "set's number of classes."
         )
     return features, labels
 
@@ -66,19 +65,22 @@ def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    found = len(y.unique())
-    strength = (2 if found == 2 else 1) / (
-        len(y) * penalty
-    )  # of two classes scikit-learn keeps one weight vector
-    model = (
-        LogisticRegression(C=strength, tol=1e-6, max_iter=steps) if found > 1 else DummyClassifier()
-    )
+    features = x.double().cpu().numpy()
+    labels = y.cpu().numpy()
+    count = len(np.unique(labels))
+
+    vectors = 2 if count == 2 else 1  # of two classes scikit-learn keeps one weight vector
+    strength = vectors / (len(y) * penalty)
+    model = DummyClassifier()
+    if count > 1:
+        model = LogisticRegression(C=strength, tol=1e-6, max_iter=steps)
+
     # On one thread: such small products are no faster with more, and the bits do not depend on the
     # cores. Where nearly collapsed features need more than `steps` iterations, that limit is the
     # recipe's: no warning for each of them.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return make_pipeline(StandardScaler(), model).fit(x.double().cpu().numpy(), y.cpu().numpy())
+        return make_pipeline(StandardScaler(), model).fit(features, labels)
 
 
 def fit_sgd(
@@ -105,7 +107,8 @@ def fit_sgd(
     scale = torch.where(spread > 0, spread, torch.ones_like(spread)) * width**0.5
 
     generator = torch.Generator().manual_seed(seed)
-    start = (torch.rand(classes, width + 1, generator=generator) * 2 - 1) * width**-0.5
+    uniform = torch.rand(classes, width + 1, generator=generator) * 2 - 1  # in [-1, 1)
+    start = uniform * width**-0.5
     weight = start[:, :-1].clone().to(views.device).requires_grad_()
     bias = start[:, -1].clone().to(views.device).requires_grad_()
     optimizer = torch.optim.SGD([weight, bias], lr=rates[0], momentum=0.9)
@@ -134,8 +137,10 @@ def _accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
     """Return the share of rows whose largest logit is their label's; NaN logits (a diverged probe)
     are wrong.
     """
-    logits = x.double() @ weight.T + bias
-    return float(((logits.argmax(1) == y) & torch.isfinite(logits).all(1)).double().mean())
+    logits = x.double() @ weight.T + bias  # (n, classes)
+    right = logits.argmax(1) == y
+    finite = torch.isfinite(logits).all(1)
+    return float((right & finite).double().mean())
 
 
 def linear_probe(
@@ -174,22 +179,24 @@ def linear_probe(
         sets["extra"] = _pair(*extra, classes, "extra", x.device)
 
     seen = x[None] if views is None else _views(views, x)  # (v, n, d)
-    widths = {name: part[0].shape[1] for name, part in sets.items()} | {"views": seen.shape[2]}
+    widths = {name: features.shape[1] for name, (features, _) in sets.items()}
+    widths["views"] = seen.shape[2]
     if len(set(widths.values())) > 1:
         raise ValueError(
             f"probe.linear_probe: feature widths {widths}; expected the same layer for every set."
         )
 
+    found = {}
     if method == "lbfgs":
         model = fit_lbfgs(seen.flatten(0, 1), y.repeat(len(seen)), penalty, steps)
-        found = {
-            name: float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
-            for name, (z, t) in sets.items()
-        }
+        for name, (z, t) in sets.items():
+            found[name] = float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
     else:
-        fitted = fit_sgd(seen, y, classes, seed, epochs, rates, batch)
-        found = {name: _accuracy(*part, *fitted) for name, part in sets.items()}
-    return {**found, "gap": found["train"] - found["test"]}
+        weight, bias = fit_sgd(seen, y, classes, seed, epochs, rates, batch)
+        for name, (z, t) in sets.items():
+            found[name] = _accuracy(z, t, weight, bias)
+    found["gap"] = found["train"] - found["test"]
+    return found
 
 
 def _views(views: Tensor | np.ndarray, x: Tensor) -> Tensor:
