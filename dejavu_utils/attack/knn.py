@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dejavu_utils.attack import engines
+from dejavu_utils.attack import knn_engines
 
 TIES = ("nearest", "lowest class")  # who wins of classes with equally many votes
 EXTRA = 8  # candidates beyond k
@@ -53,7 +53,7 @@ def search(
         queries, bank = queries.cpu(), bank.cpu()
 
     queries = queries.float()
-    proposed_by = engines.named(engine, queries.device)
+    proposed_by = knn_engines.named(engine, queries.device)
     keep = few(k, queries.shape[1], proposed_by)
     if max(_largest("queries", queries), _largest("bank", bank)) > HUGE:
         keep = len(bank)
@@ -63,13 +63,13 @@ def search(
     while not proven.all():
         keep = keep * MORE
         todo = (~proven).nonzero()[:, 0]
-        more = look(queries[todo], bank, k, keep, engines.ENGINES["torch"], tile)
+        more = look(queries[todo], bank, k, keep, knn_engines.ENGINES["torch"], tile)
         distances[todo], rows[todo], proven[todo] = more
 
     return distances, rows
 
 
-def few(k: int, width: int, engine: engines.Engine) -> int:
+def few(k: int, width: int, engine: knn_engines.Engine) -> int:
     """Return how many candidates prove most queries: sums of many terms are less certain."""
     return k + EXTRA + width // (256 if engine.bits == 24 else 32)
 
@@ -80,7 +80,7 @@ def look(
     bank: Tensor,
     k: int,
     keep: int,
-    engine: engines.Engine,
+    engine: knn_engines.Engine,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `search` returns, from `keep` candidates per query, and whether each query's
@@ -95,7 +95,7 @@ def look(
     distances = queries.new_empty(len(queries), k, dtype=torch.float64)
     rows = torch.empty_like(distances, dtype=torch.int64)
     proven = torch.empty(len(queries), dtype=torch.bool, device=queries.device)
-    step = max(1, engines.room(BLOCK, queries.device) // keep)
+    step = max(1, knn_engines.room(BLOCK, queries.device) // keep)
 
     for start in range(0, len(queries), step):
         query = queries[start : start + step]  # (b, d)
@@ -129,7 +129,7 @@ def _candidates(
     bank: Tensor,
     keep: int,
     centre: Tensor,
-    engine: engines.Engine,
+    engine: knn_engines.Engine,
     tile: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return `keep` candidate rows per query, and lower bounds of their squared distances,
@@ -137,18 +137,18 @@ def _candidates(
     """
     shifted = bool(centre.any())
     points = queries - centre if shifted else queries
-    points, moved = engines.rounded(points, engine.bits)  # (q, d), (q,)
+    points, moved = knn_engines.rounded(points, engine.bits)  # (q, d), (q,)
 
     value = points.new_empty(len(points), 0)
     column = torch.empty_like(value, dtype=torch.int64)
     longest = points.new_zeros(())
     furthest = points.new_zeros(())
-    tile = tile or max(1, engines.room(TILE, points.device) // points.shape[1])
+    tile = tile or max(1, knn_engines.room(TILE, points.device) // points.shape[1])
 
     for start in range(0, len(bank), tile):
         part = bank[start : start + tile].to(points.device).float()
         part = part - centre if shifted else part
-        part, part_moved = engines.rounded(part, engine.bits)  # (t, d), (t,)
+        part, part_moved = knn_engines.rounded(part, engine.bits)  # (t, d), (t,)
         new_value, new_column = engine.propose(points, part, min(keep, len(part)))
 
         value = torch.cat([value, new_value], 1)
@@ -212,7 +212,7 @@ def _nearest(
 
 def _distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
     """Return the squared distances (p,) float64 of pairs: places in `queries` and in `bank`."""
-    step = max(1, engines.room(CACHE, queries.device) // queries.shape[1])
+    step = max(1, knn_engines.room(CACHE, queries.device) // queries.shape[1])
     queries = queries.double()
     sums = []
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dejavu_utils.attack import engines, knn
+from dejavu_utils.attack import knn, knn_engines
 
-ENGINES = list(engines.ENGINES)
+ENGINES = list(knn_engines.ENGINES)
 
 
 def naive_search(queries, bank, k):
@@ -232,7 +232,7 @@ def test_no_neighbour_is_missed_when_sums_are_at_their_worst(slack, others):
         value, row = seen.topk(keep, largest=False)
         return value.float(), row
 
-    engine = engines.Engine(propose, slack=slack)
+    engine = knn_engines.Engine(propose, slack=slack)
     _, rows, proven = knn.look(axis[None], bank, 5, 13, engine)
     assert 19 not in rows and not proven
     _, rows, proven = knn.look(axis[None], bank, 5, 60, engine)
@@ -244,7 +244,7 @@ def test_no_neighbour_is_missed_when_factors_are_rounded_at_their_worst(engine):
     """Nearly all coordinates of the nearest row move outwards by half a unit in the last place; a
     hundred other rows hardly move.
     """
-    unit = 2.0 ** (1 - engines.ENGINES[engine].bits)  # between numbers from 1 to 2
+    unit = 2.0 ** (1 - knn_engines.ENGINES[engine].bits)  # between numbers from 1 to 2
     nearest = torch.full((1, 64), 1 + 0.51 * unit)
     nearest[0, 0] = 1 + 1.6 * unit  # in its precision it is behind the others
     others = torch.full((100, 64), 1 + 0.9 * unit)
@@ -252,7 +252,7 @@ def test_no_neighbour_is_missed_when_factors_are_rounded_at_their_worst(engine):
     bank = torch.cat([others, nearest, -others, -nearest, far, -far])
 
     query = torch.zeros(1, 64)
-    _, rows, proven = knn.look(query, bank, 5, 13, engines.ENGINES[engine])
+    _, rows, proven = knn.look(query, bank, 5, 13, knn_engines.ENGINES[engine])
     assert 100 not in rows and not proven
     _, rows = knn.search(query, bank, 5, engine)
     assert rows.tolist() == [[100, 201, 0, 1, 2]]
@@ -261,10 +261,10 @@ def test_no_neighbour_is_missed_when_factors_are_rounded_at_their_worst(engine):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("keep, n", [(1, 300), (10, 300), (300, 300), (10, 1003)])
 def test_an_engine_proposes_the_nearest(engine, keep, n):
-    bits = engines.ENGINES[engine].bits
-    queries = engines.rounded(points(30, 12, 19), bits)[0]
-    bank = engines.rounded(points(n, 12, 20), bits)[0]
-    value, row = engines.ENGINES[engine].propose(queries, bank, keep)
+    bits = knn_engines.ENGINES[engine].bits
+    queries = knn_engines.rounded(points(30, 12, 19), bits)[0]
+    bank = knn_engines.rounded(points(n, 12, 20), bits)[0]
+    value, row = knn_engines.ENGINES[engine].propose(queries, bank, keep)
     distance = torch.cdist(queries.double(), bank.double()).square()
     assert value.shape == row.shape == (30, keep)
     torch.testing.assert_close(value.double(), distance.gather(1, row), rtol=1e-5, atol=1e-5)
@@ -275,7 +275,7 @@ def test_an_engine_proposes_the_nearest(engine, keep, n):
 @pytest.mark.parametrize("bits, unit", [(24, 0), (11, 2.0**-11), (8, 2.0**-8)])
 def test_points_are_rounded_to_so_many_bits_and_moved_no_further_than_said(bits, unit):
     some = points(50, 40, 21)
-    high, moved = engines.rounded(some, bits)
+    high, moved = knn_engines.rounded(some, bits)
     mantissa, _ = torch.frexp(high)
     assert torch.equal(mantissa * 2**bits, (mantissa * 2**bits).round())
     assert ((high - some).abs() <= unit * some.abs()).all()
@@ -290,7 +290,7 @@ def test_most_queries_need_one_look(engine):
     slow.
     """
     queries, bank = points(200, 256, 9), points(1500, 256, 10)
-    first = engines.ENGINES[engine]
+    first = knn_engines.ENGINES[engine]
     *_, proven = knn.look(queries, bank, 20, knn.few(20, 256, first), first)
     assert proven.double().mean() > 0.9
 

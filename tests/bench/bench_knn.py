@@ -37,7 +37,7 @@ def peers(q, x, k: int) -> dict:
     """Return name -> function that searches the k neighbours of queries `q` in the bank `x`."""
     import torch
 
-    from dejavu_utils.attack import engines, knn
+    from dejavu_utils.attack import knn, knn_engines
 
     def faiss_index():
         import faiss
@@ -61,7 +61,7 @@ def peers(q, x, k: int) -> dict:
 
     found = {OURS: lambda: knn.search(q, x, k)[1]}
     if q.is_cuda:
-        found["faiss flat, on the GPU"] = lambda: engines.ENGINES["faiss"].propose(q, x, k)[1]
+        found["faiss flat, on the GPU"] = lambda: knn_engines.ENGINES["faiss"].propose(q, x, k)[1]
     else:
         found |= {
             "faiss flat, batches of 64": faiss_index,
@@ -79,7 +79,7 @@ def product(q, x, engine: str):
     """
     import torch
 
-    from dejavu_utils.attack import engines
+    from dejavu_utils.attack import knn_engines
 
     if engine == "bf16":
         q, x = q.bfloat16(), x.bfloat16()
@@ -87,7 +87,7 @@ def product(q, x, engine: str):
     memory = q.new_empty(min(rows, len(q)) * min(columns, len(x)))
 
     def work():
-        with engines.precision(q.device.type, "high" if engine == "tf32" else "highest"):
+        with knn_engines.precision(q.device.type, "high" if engine == "tf32" else "highest"):
             for some in q.split(rows):
                 for part in x.split(columns):
                     torch.mm(some, part.T, out=memory[: len(some) * len(part)].view(len(some), -1))
@@ -97,9 +97,9 @@ def product(q, x, engine: str):
 
 def proven(q, x, k: int, engine: str) -> float:
     """Return the share of queries whose answer an engine's first candidates prove."""
-    from dejavu_utils.attack import engines, knn
+    from dejavu_utils.attack import knn, knn_engines
 
-    first = engines.ENGINES[engine]
+    first = knn_engines.ENGINES[engine]
     keep = knn.few(k, x.shape[1], first)
     return float(knn.look(q, x, k, keep, first)[2].double().mean())
 
