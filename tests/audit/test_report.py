@@ -144,7 +144,8 @@ def test_it_says_what_the_tables_say(one, page):
     for row in one.scores.to_dict("records"):
         n = report.scored_images(row)
         ends = report.interval(row["low"], row["high"], n)
-        assert f"{report.points(row['score'])} {ends}" in text
+        comma = "" if ends.startswith("(") else ","
+        assert f"{report.points(row['score'])} {comma} {ends}".replace("  ", " ") in text
     for row in one.membership.to_dict("records"):
         assert f"{row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})" in text
     assert all(limit in text for limit in one.case.limits)
