@@ -14,10 +14,10 @@ SENTENCES = {
     "memorizes": "Memorizes: shown nothing but background, the encoder names the objects of its "
     "members more often than the background explains.",
     "no evidence": "No evidence: shown nothing but background, the encoder names the objects of "
-    "the members about as often as the background explains; memory of {margin:.0f} points or more "
+    "the members about as often as the background explains; memory of {margin:.3g} points or more "
     "is excluded, less is not.",
     "undecided": "Undecided, because the interval holds both no memory and a substantial one "
-    "({margin:.0f} points): so few images show only effects of about {smallest:.0f} points "
+    "({margin:.3g} points): so few images show only effects of about {smallest:.0f} points "
     "reliably. Pass more images, and more held-out ones.",
     "few": "Undecided, because {n} images are too few for an interval: pass {fewest} or more "
     "members, and as many held-out images.",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dejavu_utils import notebook
+from dejavu_utils import parameters
 from dejavu_utils.attack import one_model
 from dejavu_utils.audit import audit, checks, conclusion, estimate, evidence
 from dejavu_utils.audit.settings import Settings
@@ -72,10 +72,10 @@ def test_progress_ends_with_all_pictures(audits):
 
 
 def test_the_notebook_s_settings_are_those_of_the_door():
-    params = notebook.declared("05_audit")
-    assert Settings.of(params) == Settings(dataset="scenes")
-    params["encoder"]["target"] = "torchvision:resnet18"
-    assert Settings.of(params) == Settings()
+    declared = parameters.declared("05_audit")
+    assert Settings.of(declared) == Settings(dataset="scenes")
+    declared["encoder"]["target"] = "torchvision:resnet18"
+    assert Settings.of(declared) == Settings()
 
 
 @pytest.mark.parametrize(
