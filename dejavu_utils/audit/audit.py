@@ -27,7 +27,7 @@ from dejavu_utils.audit import (
 from dejavu_utils.audit.findings import Findings
 from dejavu_utils.audit.settings import Settings
 from dejavu_utils.data.images import Images
-from dejavu_utils.models.encoders import Encoder
+from dejavu_utils.models.encoders import Encoder, embed
 
 
 class Report(Findings):
@@ -147,7 +147,23 @@ def load(
         second = sources.encoder(reference, reference_weights, "REFERENCE", **how)
     if not settings.dataset:
         settings = replace(settings, dataset=sources.manifest_of(images))
-    return subject.prepare(target, members, known, fresh, second, settings)
+    case = subject.prepare(target, members, known, fresh, second, settings)
+    for what, model in (("ENCODER", target), ("REFERENCE", second)):
+        if model is not None:
+            _check_size(case, model, what)
+    return case
+
+
+def _check_size(case: subject.Subject, encoder: Encoder, what: str) -> None:
+    """Raise ValueError unless the encoder takes one picture of the size that all will have."""
+    one = case.members.subset([0]).squares(case.size)
+    try:
+        embed(encoder, one, case.layers)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{what}: it fails on a picture of {case.size} px ({error}). Pass the size that it was "
+            "made for, as reading.size."
+        ) from error
 
 
 def examine(

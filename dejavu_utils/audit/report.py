@@ -90,8 +90,9 @@ def scored(
     """Return what the macro `scored` draws of a table with score, low, high and n: names, points
     with interval, a line at 0, and `more`, {head: row -> text}.
     """
-    left = min(frame["low"].min(), frame["score"].min(), 0) - 0.02
-    right = max(frame["high"].max(), frame["score"].max(), 0) + 0.02
+    values = frame[["low", "score", "high"]].to_numpy(float)  # (rows, 3)
+    left = min(np.nanmin(values), 0) - 0.02
+    right = max(np.nanmax(values), 0) + 0.02
 
     def place(value: float) -> float:
         return 100 * (value - left) / (right - left)

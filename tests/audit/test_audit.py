@@ -1,6 +1,7 @@
 """The audit says yes to planted memory and no where there is none."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
@@ -162,7 +163,8 @@ def test_too_few_images_are_said_to_be_too_few(audits, members, held_out):
     assert (found.verdict.word, found.verdict.why) == ("undecided", "few")
     assert f"{fewest} images are too few" in found.verdict.sentence
     page = found.html()
-    assert f"too few (n = {fewest})" in page and "nan" not in page.lower().split("<style>")[0]
+    assert f"too few (n = {fewest})" in page
+    assert not re.search(r"\bnan\b", page)
     rows = found.scores.to_dict("records")
     texts = [estimate.interval_text(row) for row in rows if row["p"] == 100]
     assert any(f"too few (n = {fewest})" in text for text in texts)

@@ -17,6 +17,15 @@ from dejavu_utils.models import own_format, train
 from dejavu_utils.models.encoders import Encoder
 
 SIZES = {"a": 300, "public": 300, "control": 300, "few": 40}
+OF_ONE_SIZE = """
+import torch
+
+
+def make():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 4))
+    network.size = 32
+    return network
+"""
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +34,7 @@ def place(audits, tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     for name, count in SIZES.items():
         audits.folder(root / name, audits.parts["control" if name == "few" else name], count)
+    (root / "of_one_size.py").write_text(OF_ONE_SIZE)
     torch.manual_seed(1)
     recipe = train.Recipe(encoder="small4", projector="8-8", size=24)
     encoder = Encoder("small4", "8-8", 24).eval()
@@ -85,9 +95,14 @@ def test_json_is_the_report_s_summary(place, tmp_path, capsys):
         ({"audit.margin": 7}, "audit: margin = 7.0; expected a share between 0 and 1"),
         ({"crop.kind": "centre"}, "expected a kind of"),
         ({"reading.layer": "block9"}, "Pass reading.layer=backbone"),
+        (
+            {"encoder": "of_one_size:make", "reading.size": 40},
+            "ENCODER: it fails on a picture of 40 px",
+        ),
     ],
 )
-def test_what_is_wrong_is_one_line_and_status_2(place, capsys, changes, message):
+def test_what_is_wrong_is_one_line_and_status_2(place, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(place)  # holds of_one_size.py
     assert terminal.main(arguments(place, **changes)) == 2
     out = capsys.readouterr()
     assert out.out == "" and len(out.err.splitlines()) == 1
