@@ -254,12 +254,14 @@ def test_pictures_that_were_stored_otherwise_break_the_instrument(audits, how):
     found = audits.examined(sets, encoder=random_encoder())
     assert found.verdict.word == "undecided" and found.verdict.why == "control"
     assert checks.PICTURES in found.verdict.sentence
+    assert "may be the pictures and not membership" in found.html()
 
 
 def test_pictures_that_were_stored_alike_do_not(audits):
     found = audits.examined(audits.sets("a"), encoder=random_encoder())
     assert found.controls["passed"].all(), found.controls
     assert found.verdict.word == "no evidence"
+    assert "may be the pictures and not membership" not in found.html()
     names = [checks.PERMUTED, checks.UNTRAINED, checks.HALVES, checks.PICTURES]
     assert list(found.controls["control"]) == names
 
