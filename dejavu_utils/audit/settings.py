@@ -6,7 +6,6 @@ from typing import Any
 from dejavu_utils.attack import crops
 
 CLASSIFIERS = ("naive_bayes", "network")
-KINDS = ("periphery", "corner")
 CROP = crops.CROP | {"min_side": 0}
 
 
@@ -38,7 +37,7 @@ class Settings:
 
         unknown = sorted(set(self.crop) - set(CROP))
         self._check("crop", not unknown, f"only the keys {', '.join(CROP)}")
-        self._check("crop", self.crop["kind"] in KINDS, f"a kind of {KINDS}")
+        self._check("crop", self.crop["kind"] in crops.KINDS, f"a kind of {crops.KINDS}")
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
