@@ -56,11 +56,11 @@ data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (s
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
 	@$(PYTHON) tests/controls.py
 
-AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT
+AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT JSON STRICT
 $(foreach name,$(AUDIT),$(eval override $(name) := $$(value $(name))))
 export $(AUDIT)
 
-audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder PUBLIC=… [HELD_OUT= REFERENCE= OUT=]
+audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder PUBLIC=… [HELD_OUT= REFERENCE= OUT= STRICT=1]
 	@$(PYTHON) notebooks/batch.py audit --set="$$P"
 
 reference: .venv/.installed  ## real photographs in pieces of some minutes, on a GPU: PIECES="vicreg-100 …", MINUTES=25

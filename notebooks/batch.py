@@ -8,6 +8,7 @@ batch ends in seconds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -369,34 +370,44 @@ def _value(name: str, text: str) -> Any:
         ) from None
 
 
-AUDIT = {
-    "ENCODER": "encoder.target",
-    "WEIGHTS": "encoder.weights",
-    "REFERENCE": "encoder.reference",
-    "REFERENCE_WEIGHTS": "encoder.reference_weights",
-    "IMAGES": "sets.images",
-    "PUBLIC": "sets.public",
-    "HELD_OUT": "sets.held_out",
-    "OUT": "audit.report",
-}
 USAGE = """make audit ENCODER=torchvision:resnet50 WEIGHTS=model.pt IMAGES=its/training/images
   PUBLIC=public/images [HELD_OUT=test/images] [OUT=report.html]
-  [REFERENCE=timm:NAME] [REFERENCE_WEIGHTS=second.pt]
+  [REFERENCE=timm:NAME] [REFERENCE_WEIGHTS=second.pt] [JSON=1] [STRICT=1]
   [P="k=100 crop.kind=corner reading.layer=backbone"]
   an encoder: timm:NAME, torchvision:NAME, hub:REPOSITORY:NAME, hf:NAME_OR_FOLDER,
   package.module:function, or a file that this package wrote; without WEIGHTS its pretrained ones
-  images: a folder of class folders, a data set of data_manifests/, or both as pets:/my/copy"""
+  images: a folder of class folders, a data set of data_manifests/, or both as pets:/my/copy
+  STRICT=1: make fails unless there is no evidence (the status: python -m dejavu_utils.audit)"""
+SETTINGS = ("k", "seeds", "crop", "reading", "audit")  # parameters of 05_audit that P may change
 
 
-def audited(overrides: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the parameters of an audit, with what `make audit` was given in the environment."""
+def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    """Return the exit status of an audit of what `make audit` was given in the environment.
+
+    Settings are those of the notebook 05_audit. 0 after any verdict, or with STRICT its status.
+    """
     if not all(environment.get(name) for name in ("ENCODER", "IMAGES", "PUBLIC")):
         raise ParameterError(USAGE)
-    for name, parameter in AUDIT.items():
-        if environment.get(name):
-            group, _, key = parameter.partition(".")
-            overrides.setdefault(group, {})[key] = environment[name]
-    return overrides
+    if unknown := [name for name in overrides if name not in SETTINGS]:
+        raise ParameterError(
+            f"P: {unknown[0]} is not a setting of an audit; expected {', '.join(SETTINGS)}, such "
+            'as P="k=100 crop.kind=corner".'
+        )
+    params = declared("05_audit") | given("laptop", overrides, "05_audit")["05_audit"]
+    params["encoder"] = {"target": environment["ENCODER"]}
+    names = ("encoder", "weights", "images", "public", "held_out")
+    names += ("reference", "reference_weights")
+    asked = {name: environment.get(name.upper(), "") for name in names}
+    out = environment.get("OUT")
+
+    from dejavu_utils.audit import command  # imports torch: only now
+    from dejavu_utils.audit.settings import Settings
+
+    settings = dataclasses.asdict(Settings.of(params))
+    folder = store.runs("audit") / "reports"
+    as_json = bool(environment.get("JSON"))
+    status = command.conduct(asked, settings, Path(out) if out else None, folder, as_json)
+    return status if status == 2 or environment.get("STRICT") else 0
 
 
 def plan(profile: str, overrides: Mapping[str, Any]) -> str:
@@ -439,8 +450,7 @@ def numbers(profile: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status of `keys` (which notebooks are out of date), `run` (execute one),
-    `plan` (the cost), `numbers` (what was found) or `audit` (05_audit on what the environment
-    names).
+    `plan` (the cost), `numbers` (what was found) or `audit` (of what the environment names).
     """
     parser = argparse.ArgumentParser(prog="notebooks/batch.py", description=__doc__)
     parser.add_argument("command", choices=("keys", "run", "plan", "numbers", "audit"))
@@ -466,9 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(found)
             return 0
         if options.command == "audit":
-            overrides = audited(overrides, os.environ)
-            overrides["profile"], options.stage = "audit", "05_audit"
-            options.out = store.runs("audit") / "notebooks" / "05_audit.ipynb"
+            return audit(overrides, os.environ)
         if not options.stage:
             parser.error("run: name the notebook, such as 02_attack")
         began = time.monotonic()

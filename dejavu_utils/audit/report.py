@@ -1,28 +1,36 @@
-"""The audit's report: one HTML page that needs no network, for screen, phone and paper."""
+"""The audit's report: one HTML page that needs no network, for screen, phone and paper.
+
+The page is report.html.j2, its tables and galleries are parts.html.j2; here is what they show.
+"""
+
+from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dejavu_utils import plots, store
-from dejavu_utils.attack import scoring
-from dejavu_utils.audit.subject import Subject
+from dejavu_utils.attack import references, scoring
+from dejavu_utils.audit import estimate, evidence, membership
+from dejavu_utils.audit.findings import Findings
+
+if TYPE_CHECKING:
+    from jinja2 import TemplateModule
+    from matplotlib.figure import Figure
+
 
 SHOWN = 50  # classes in the table
+SIDE = 64  # px of a picture in a gallery
 SIGNS = {
     "memorizes": ("▲", "#B34700"),
     "no evidence": ("●", "#0072B2"),
     "undecided": ("◆", "#555555"),
-}
-READINGS = {
-    "audited": "audited images",
-    "unseen": "unseen images",
-    "calibrated": "audited images, calibrated",
 }
 KINDS = {
     "memorized": "the encoder only",
@@ -30,274 +38,334 @@ KINDS = {
     "misrepresented": "the reference only",
     "unassociated": "neither",
 }
-CSS = """
-:root{color-scheme:light}*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:62rem;margin:auto;padding:1rem}
-h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #ccc}
-h1,.facts td{overflow-wrap:anywhere}p,li{max-width:44rem}small{color:#555}
-.verdict{border:3px solid;border-radius:.5rem;padding:.5rem 1rem;margin:1rem 0}.verdict p{color:#1a1a1a;margin:.4rem 0}
-.verdict strong{font-size:1.9rem;line-height:1.2}.wide{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid #ddd;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal}
-thead th{vertical-align:bottom;white-space:normal}
-.facts td,.facts th{text-align:left;vertical-align:top;font-size:.85rem;white-space:normal}
-.facts th{width:9rem;font-weight:400}.track{position:relative;height:1rem;min-width:9rem}.track *{position:absolute}
-.track u{top:0;bottom:0;border-left:1px dashed #777}.track i{top:.5rem;border-top:3px solid #0072B2}
-.track b{top:.24rem;width:.6rem;height:.6rem;margin-left:-.3rem;border-radius:50%;background:#0072B2}
-.bar{display:flex;height:2rem;border:1px solid #777;margin:.5rem 0}.bar i{border-right:1px solid #fff}
-.key{display:inline-block;width:.9em;height:.9em;border:1px solid #777;vertical-align:-.1em;margin-right:.3em}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:0 2rem}
-.one{display:flex;gap:.3rem;margin:.2rem 0 .8rem;break-inside:avoid}
-figure{margin:0;flex:1 1 0;min-width:0;font-size:.7rem;line-height:1.2;overflow-wrap:anywhere}
-figure img{width:100%;display:block;border:3px solid #fff;image-rendering:pixelated}.own img{border-color:#777}
-.right img{border-color:#009E73}.right figcaption{font-weight:700}
-@media(max-width:40rem){body{padding:.7rem}.pair{grid-template-columns:1fr}th,td{padding:.25rem .3rem;font-size:.8rem}
-.facts th{width:6rem}.track{min-width:7.5rem}ul{padding-left:1.2rem}}
-@media print{body{font-size:10pt;max-width:none}figure{font-size:6pt}h2{break-after:avoid}
-tr,.verdict,.bar{break-inside:avoid}.wide{overflow:visible}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-"""
+STATISTICS = {
+    "deja_vu": "déjà vu",
+    "alignment_gap": "alignment gap",
+    "similarity": "similarity",
+    "norm": "embedding norm",
+}
+# a row of a table -> (what it is called, a smaller note)
+Namer = Callable[[dict], tuple[str, str]]
+
+
+# -- numbers ----------------------------------------------------------------------------------
 
 
 def points(value: float, sign: bool = True) -> str:
     """Return a share as percentage points, "+4.3" or "−0.7"; "–" where there is none."""
-    return (
-        "–"
-        if not np.isfinite(value)
-        else f"{100 * value:{'+' if sign else ''}.1f}".replace("-", "−")
-    )
+    if not np.isfinite(value):
+        return "–"
+    text = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return text.replace("-", "−")
 
 
-def gallery(
-    case: Subject,
-    inferred: dict,
-    rows: pd.DataFrame,
-    ids: list[str],
-    count: int = 4,
-    side: int = 64,
-) -> list[list[tuple]]:
-    """Return a list per id of (pixels, caption, alternative text, CSS class): crop, image, nearest
-    public pictures.
-    """
-    images, names, found = case.audited, case.public.classes, []
-    said = rows[rows["role"] == "reference"].set_index("id")["prediction"]
-    at = np.array([int(np.flatnonzero(images.ids == name)[0]) for name in ids], np.int64)
-    near, chosen = (
-        inferred["audited", case.layers[0], "target"]["neighbours"][at, :count],
-        images.subset(at),
-    )
-    sets = zip(
-        case.squares(chosen, side), chosen.squares(side), chosen.labels, near, ids, strict=True
-    )
-    for crop, picture, label, columns, name in sets:
-        line = [
-            (crop, "crop", f"background crop of {name}", "own"),
-            (
-                picture,
-                names[label],
-                f"{name}: {names[label]}; the reference says {names[said[name]]}",
-                "own",
-            ),
-        ]
-        public = case.public.subset(columns)
-        line += [
-            (
-                pixels,
-                names[other],
-                f"public picture: {names[other]}",
-                "right" if other == label else "",
-            )
-            for pixels, other in zip(public.squares(side), public.labels, strict=True)
-        ]
-        found.append(line)
-    return found
+def interval(low: float, high: float, n: int, sign: bool = True) -> str:
+    """Return "(−0.7 to +4.3)", or "too few (n = 33)" where there is no interval."""
+    if np.isfinite(low) and np.isfinite(high):
+        return f"({points(low, sign)} to {points(high, sign)})"
+    return f"too few (n = {n})" if n < scoring.FEWEST else "no interval"
 
 
-def _picture(pixels: torch.Tensor | np.ndarray, caption: str, text: str, style: str) -> str:
-    source = "data:image/png;base64," + base64.b64encode(plots.png(pixels)).decode()
-    return (
-        f'<figure class="{style}"><img src="{source}" '
-        f'alt="{escape(text)}"><figcaption>{escape(caption)}</figure>'
-    )
+def scored_images(row: dict) -> int:
+    """Return how many images a row of scores is of: the top p % of the smaller set."""
+    return int(scoring.top_count(estimate.fewest(row), row.get("p", 100)))
 
 
-def _gallery(title: str, lines: list[list[tuple]]) -> str:
-    rows = "".join(
-        f"<div class=one>{''.join(_picture(*cell) for cell in line)}</div>" for line in lines
-    )
-    return f"<section><h3>{title}</h3>{rows or '<p>There is none.</p>'}</section>"
+def numbers(found: Findings) -> str:
+    """Return the score of the verdict with its interval and its number of images, as a line."""
+    row = found.verdict
+    n = min(len(images) for images in found.case.attacked.values())
+    ends = interval(row.low, row.high, n)
+    of = f"{row.n} members, layer {found.case.layers[0]}"
+    about = f"95 % interval {ends[1:-1]}" if np.isfinite(row.low) else f"no interval: {ends}"
+    return f"{row.reading.capitalize()}: {points(row.score)} points, {about} ({of})."
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table; its cells are HTML already."""
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    titles = "".join(f"<th scope=col>{cell}</th>" for cell in head)
-    return (
-        "<div "
-        f"class=wide><table><thead><tr>{titles}</thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+# -- what the templates show ------------------------------------------------------------------
 
 
 def scored(
-    frame: pd.DataFrame, first: str, name: Callable[[dict], str], level: int, more: dict
-) -> str:
-    """Return a table of scores: `name(row)`, points, interval, a drawing of both with a line at 0,
-    and `more`.
+    frame: pd.DataFrame, first: str, name: Namer, more: dict[str, Callable], level: int = 95
+) -> dict[str, Any]:
+    """Return what the macro `scored` draws of a table with score, low, high and n: names, points
+    with interval, a line at 0, and `more`, {head: row -> text}.
     """
-    left, rows = min(frame["low"].min(), 0) - 0.02, []
-    scale = 100 / (max(frame["high"].max(), 0) + 0.02 - left)
+    values = frame[["low", "score", "high"]].to_numpy(float)  # (rows, 3)
+    left = min(np.nanmin(values), 0) - 0.02
+    right = max(np.nanmax(values), 0) + 0.02
+
+    def place(value: float) -> float:
+        return 100 * (value - left) / (right - left)
+
+    rows = []
     for row in frame.to_dict("records"):
-        zero, low, dot, high = (
-            scale * (value - left) for value in (0, row["low"], row["score"], row["high"])
-        )
-        drawn = (
-            f'<div class=track aria-hidden=true><u style="left:{zero:.1f}%"></u><i '
-            f'style="left:{low:.1f}%;width:'
-            f'{high - low:.1f}%"></i><b style="left:{dot:.1f}%"></b></div>'
-        )
-        text = f"<b>{points(row['score'])}</b> ({points(row['low'])} to {points(row['high'])})"
-        rows.append([name(row), text + drawn, *(cell(row) for cell in more.values())])
-    return table([first, f"points ({level} % interval)", *more], rows)
+        title, note = name(row)
+        has_interval = np.isfinite(row["low"]) and np.isfinite(row["high"])
+        shown = {
+            "name": title,
+            "note": note,
+            "points": points(row["score"]),
+            "interval": interval(row["low"], row["high"], scored_images(row)),
+            "zero": place(0),
+            "dot": place(row["score"]),
+            "low": place(row["low"]) if has_interval else None,
+            "width": place(row["high"]) - place(row["low"]),
+            "cells": [text(row) for text in more.values()],
+        }
+        rows.append(shown)
+    return {"head": [first, f"points ({level} % interval)", *more], "rows": rows}
 
 
-def _split(shares: dict) -> str:
-    """Return the four-way split as a bar and a table."""
-    bars = "".join(
-        f'<i style="flex:{shares[name]:.4f};background:{plots.SPLIT[name]}"></i>'
-        for name in scoring.CELLS
-    )
-    rows = [
-        [
-            f'<span class=key style="background:{plots.SPLIT[name]}"></span>{name}',
-            KINDS[name],
-            *(points(shares[name + end], sign=False) for end in ("", "_low", "_high")),
-        ]
-        for name in scoring.CELLS
-    ]
-    return f"<div class=bar aria-hidden=true>{bars}</div>" + table(
-        ["kind", "who is right", "%", "from", "to"], rows
-    )
-
-
-def page(case: Subject, found: dict) -> str:
-    """Return the report as HTML: one file, no network, no script.
-
-    `found`: title; verdict, scores, classes, controls (of audit), split (attack.four_way);
-    memorized, random (gallery); made (provenance).
+def gallery(found: Findings, ids: list[str], count: int = 4) -> list[list[dict[str, str]]]:
+    """Return a list per member of pictures: its background crop, itself, and the public pictures
+    nearest to the crop.
     """
-    verdict, classes = found["verdict"], found["classes"]
-    sign, colour = SIGNS[verdict["word"]]
-    reference = (
-        "a second model"
-        if case.reference is not None
-        else "a classifier on crops that never saw the image"
+    case = found.case
+    names = case.public.classes
+    own = evidence.part(found.guesses, case.layers[0])
+    reference = own[own["role"] == "reference"].set_index("id")["prediction"]
+    row_of = {name: i for i, name in enumerate(case.members.ids)}
+    rows = np.array([row_of[name] for name in ids], np.int64)
+    neighbours = found.inferred["members", case.layers[0], "target"]["neighbours"]
+
+    lines = []
+    for row, name in zip(rows, ids, strict=True):
+        one = case.members.subset([row])
+        label = one.labels[0]
+        crop = case.squares(one, SIDE)[0]
+        guess = names[reference[name]]
+        whole = f"{name}: {names[label]}; the reference says {guess}"
+        line = [
+            _picture(crop, "crop", f"background crop of {name}", "own"),
+            _picture(one.squares(SIDE)[0], names[label], whole, "own"),
+        ]
+        public = case.public.subset(neighbours[row, :count])
+        for pixels, other in zip(public.squares(SIDE), public.labels, strict=True):
+            style = "right" if other == label else ""
+            line.append(_picture(pixels, names[other], f"public picture: {names[other]}", style))
+        lines.append(line)
+    return lines
+
+
+def _picture(pixels: Any, caption: str, text: str, style: str) -> dict[str, str]:
+    return {"source": _source(plots.png(pixels)), "caption": caption, "text": text, "style": style}
+
+
+def _source(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def split(shares: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the four kinds of images: name, who is right, share, its text, interval, colour."""
+    found = []
+    for name in scoring.CELLS:
+        ends = shares[f"{name}_low"], shares[f"{name}_high"]
+        row = {
+            "name": name,
+            "who": KINDS[name],
+            "share": shares[name],
+            "text": points(shares[name], sign=False),
+            "interval": interval(*ends, shares["n"], sign=False),
+            "colour": plots.SPLIT[name],
+        }
+        found.append(row)
+    return found
+
+
+def membership_rows(summary: pd.DataFrame) -> list[list[str]]:
+    """Return the rows of the membership table: statistic, AUC, then TPR at each rate."""
+    rows = []
+    for name, part in summary.groupby("statistic", sort=False):
+        at = part.iloc[0]
+        area = f"{at['auc']:.3f} ({at['auc_low']:.3f} to {at['auc_high']:.3f})"
+        cells = [STATISTICS[name], area]
+        for row in part.to_dict("records"):
+            ends = interval(row["tpr_low"], row["tpr_high"], row["n"], sign=False)
+            beyond = "*" if row["fpr"] < 1 / row["held_out"] else ""
+            cells.append(f"{points(row['tpr'], sign=False)}{beyond} {ends}")
+        rows.append(cells)
+    return rows
+
+
+def provenance(found: Findings) -> dict[str, str]:
+    """Return where a report comes from: encoders and their sha256, images, settings, versions."""
+    case, settings = found.case, found.settings
+    facts = {}
+    for role, model in (("encoder", case.encoder), ("reference", case.reference)):
+        if model is not None:
+            facts[role] = f"{found.asked.get(role, '')}, {getattr(model, 'name', '')}".strip(", ")
+            facts[f"{role}, sha256"] = getattr(model, "sha256", "")
+    for name, images in (case.attacked | {"public": case.public}).items():
+        facts[f"{name} images"] = f"{len(images)}, digest {images.digest[:16]}"
+    facts["crop"] = str(case.crop)
+    facts["input"] = f"{case.size} px"
+    facts["settings"] = (
+        f"k {settings.k}, margin {settings.margin}, limit {settings.limit}, classifier "
+        f"{settings.classifier}, seed {settings.seed}"
     )
-    number = {
-        name: lambda row, key=key: f"{row[key]:.0f}"
-        for name, key in (("images", "n"), *zip(scoring.CELLS, scoring.CELLS, strict=True))
-    }
-    share = {
-        name: lambda row, key=key: points(row[key], False)
-        for name, key in (("encoder %", "target"), ("reference %", "reference"))
-    }
-    crop = {
-        "periphery": "a background crop was cut, which shows none of the object",
-        "corner": "a corner was cut, which may show a part of the object",
-    }[case.crop["kind"]]
-    assumed = ""
-    if case.assumed:
-        assumed = f"<p>Assumed of the encoder: {escape('; '.join(case.assumed))}.</p>"
-    facts = "".join(
-        f"<tr><th scope=row>{escape(name)}<td>{escape(str(value))}"
-        for name, value in found["made"].items()
+    versions = store.versions().items()
+    facts["versions"] = " · ".join(f"{name} {version}" for name, version in versions)
+    facts["code"] = store.code_version()
+    return facts
+
+
+# -- figures ----------------------------------------------------------------------------------
+
+
+def forest(found: Findings) -> tuple[Figure, str]:
+    """Return the figure of the verdict, and its description: the score that decides, its two
+    parts, and the controls, each with its interval.
+    """
+    scores = found.scores
+    own = scores[(scores["layer"] == found.case.layers[0]) & (scores["p"] == 100)]
+    deciding = own["reading"] == found.verdict.reading
+    rows = pd.concat([own[deciding], own[~deciding]]).rename(columns={"reading": "name"})
+    controls = found.controls.rename(columns={"control": "name"}).assign(p=100)
+    controls["name"] = "control: " + controls["name"]
+    table = pd.concat([rows, controls], ignore_index=True)
+    colours = [SIGNS[found.verdict.word][1]] + ["#1a1a1a"] * (len(rows) - 1)
+    colours += ["#777777"] * len(controls)
+
+    figure, axes = plots.subplots(1, 1, 7.5, 0.6 + 0.27 * len(table))
+    axis = axes[0, 0]
+    axis.axvspan(0, 100 * found.verdict.margin, color="#eeeeee")
+    axis.axvline(0, color="#777777", lw=1, ls="--")
+    for y, (row, colour) in enumerate(zip(table.to_dict("records"), colours, strict=True)):
+        axis.plot(100 * row["score"], y, "o", color=colour)
+        axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, lw=2)
+    axis.set_yticks(range(len(table)), table["name"])
+    axis.get_yticklabels()[0].set_fontweight("bold")
+    axis.invert_yaxis()
+    axis.set_xlabel(f"percentage points (grey band: up to {points(found.verdict.margin)})")
+
+    lines = [
+        f"{row['name']} {points(row['score'])} "
+        f"{interval(row['low'], row['high'], scored_images(row))}"
+        for row in table.to_dict("records")
+    ]
+    return figure, f"Scores with their intervals in percentage points: {'; '.join(lines)}."
+
+
+def roc(statistics: pd.DataFrame) -> Figure:
+    """Return the ROC of every membership statistic, on logarithmic axes."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from sklearn.metrics import roc_curve
+
+    figure, axes = plots.subplots(1, 1, 4.2, 3.6)
+    axis = axes[0, 0]
+    least = 1 / (~statistics["member"]).sum()
+    for name, label in STATISTICS.items():
+        false, true, _ = roc_curve(statistics["member"], statistics[name])
+        axis.plot(false.clip(least), true.clip(least), drawstyle="steps-post", label=label)
+    axis.plot([least, 1], [least, 1], color="#777777", lw=1, ls="--", label="chance")
+    axis.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1))
+    percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter(percent)
+        each.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("false-positive rate (held-out)")
+    axis.set_ylabel("true-positive rate (members)")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _drawn(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    return _source(file.getvalue())
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+
+def templates() -> Environment:
+    """Return the templates of this folder; whatever they show is escaped."""
+    return Environment(
+        loader=PackageLoader("dejavu_utils", "audit"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Audit of {escape(found["title"])}: {verdict["word"]}</title><style>{CSS}</style>
-<h1>Does {escape(found["title"])} remember its training images?</h1>
-<div class=verdict style="border-color:{colour}"><strong style="color:{colour}">{sign} {
-        verdict["word"]
-    }</strong>
-<p>{escape(verdict["sentence"])}</p>
-<p>Déjà vu score ({READINGS[verdict["reading"]]}; layer {escape(case.layers[0])}; {
-        verdict["n"]
-    } images):
-<b>{points(verdict["score"])} points</b>, 95 % interval {points(verdict["low"])} to {
-        points(verdict["high"])
-    }.</p>{assumed}</div>
-<h2>What was done</h2><p>From each image {
-        crop
-    }. The encoder's nearest public pictures to that crop vote for what the
-object is. The score is how much more often they are right than {
-        reference
-    }, whose guesses are correlation and no
-memory. Images that nobody trained on, where there are any, are treated alike: their score is the offset of the
-reference, which need not be 0. The calibrated score is free of it. It compares the encoder with how often it would be
-right without memory, as the unseen images tell.</p>
-{scored(found["scores"], "score", _reading, 95, share | {"images": number["images"]})}
-<h2>Four kinds of images</h2><p>Without memory, “memorized” and “misrepresented” would be equally frequent, if the
-reference were as strong as the encoder. Some “memorized” images are therefore luck.</p>{
-        _split(found["split"])
+
+
+def parts() -> TemplateModule:
+    """Return the macros of parts.html.j2, as functions."""
+    return templates().get_template("parts.html.j2").module
+
+
+def css() -> str:
+    """Return the style of all pages."""
+    return (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+
+
+def page(found: Findings) -> str:
+    """Return the report as HTML: one file, no network, no script."""
+    case = found.case
+    own = evidence.part(found.guesses, case.layers[0]).assign(layer="projector")
+    figure, description = forest(found)
+    statistics, summary = found.statistics, found.membership
+    sign, colour = SIGNS[found.verdict.word]
+
+    shares = {
+        name: _percent(key) for name, key in (("encoder %", "target"), ("reference %", "reference"))
     }
-<h2>Look at them</h2><p>Crop, whole image, and the public pictures that the encoder finds nearest to the crop. First
-the most confidently memorized images, chosen because they are; the others are drawn at random.</p>
-<div class=pair>{_gallery("Most memorized", found["memorized"])}{
-        _gallery("Drawn at random", found["random"])
-    }</div>
-<h2>Class by class</h2><p>Not calibrated, and not corrected for the number of classes: the first rows look large by
-selection.</p>{scored(classes.head(SHOWN), "class", lambda row: escape(row["class"]), 95, number)}
-<p><small>{min(SHOWN, len(classes))} of {len(classes)} classes.</small></p>
-<h2>Negative controls</h2><p>The same audit where there is nothing to find, on the same images. If one fails, there is
-no verdict. About three audits in a hundred lose theirs by chance.</p>
-{
-        scored(
-            found["controls"],
-            "control",
-            lambda row: escape(row["control"]),
-            99,
-            {
-                "images": number["images"],
-                "": lambda row: "✓ holds 0" if row["passed"] else "✗ does not hold 0",
-            },
+    images = {"images": _count("n")}
+    cells = {name: _count(name) for name in scoring.CELLS}
+    outcome = {"": lambda row: "✓ finds nothing" if row["passed"] else "✗ finds something"}
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            css=css(),
+            case=case,
+            verdict=found.verdict,
+            sign=sign,
+            colour=colour,
+            numbers=numbers(found),
+            forest=_drawn(figure),
+            description=description,
+            scores=scored(found.scores, "score", _reading, shares | images),
+            summary=summary,
+            roc="" if statistics is None else _drawn(roc(statistics)),
+            rates=[f"TPR at {100 * rate:g} % FPR" for rate in membership.RATES],
+            membership=[] if summary is None else membership_rows(summary),
+            meanings={STATISTICS[name]: text for name, text in membership.STATISTICS.items()},
+            epsilon=0 if summary is None else summary["epsilon"].max(),
+            split=split(found.split),
+            memorized=gallery(found, references.choose(own, 6, "memorized")),
+            random=gallery(found, references.choose(own, 6, "random")),
+            classes=scored(found.classes.head(SHOWN), "class", _class, images | cells),
+            shown=min(SHOWN, len(found.classes)),
+            of_classes=len(found.classes),
+            controls=scored(found.controls, "control", _control, images | outcome, 99),
+            facts=provenance(found),
         )
-    }
-<h2>What could not be checked</h2><ul>{"".join(f"<li>{escape(each)}" for each in case.limits)}</ul>
-<h2>Where this comes from</h2><div class=facts><table><tbody>{facts}</table></div>
-<p><small>Method: Meehan et al. 2023 (arXiv 2304.13850), Kokhlikyan et al. 2024 (arXiv 2504.05651). Audit your own
-models, before release; do not use this to learn about people who did not agree.</small></p></html>
-"""
+    )
 
 
-def _reading(row: dict) -> str:
+def _percent(key: str) -> Callable[[dict], str]:
+    return lambda row: points(row[key], sign=False)
+
+
+def _count(key: str) -> Callable[[dict], str]:
+    return lambda row: f"{row[key]:.0f}"
+
+
+def _reading(row: dict) -> tuple[str, str]:
     which = "all" if row["p"] == 100 else f"{row['p']:g} % most confident"
-    return f"{READINGS[row['reading']]}<br><small>{escape(row['layer'])}, {which}</small>"
+    return row["reading"], f"{row['layer']}, {which}"
+
+
+def _class(row: dict) -> tuple[str, str]:
+    return row["class"], ""
+
+
+def _control(row: dict) -> tuple[str, str]:
+    return row["control"], ""
 
 
 def write(path: str | Path, text: str, meta: dict) -> None:
     """Write a page with its sidecar, whole or not at all."""
     with store.artifact(path, meta) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def provenance(case: Subject, files: dict, params: dict) -> dict[str, str]:
-    """Return what the report says about its own making: files and their sha256, images, settings,
-    versions.
-    """
-    encoders = {"encoder": case.encoder} | (
-        {"second model": case.reference} if case.reference is not None else {}
-    )
-    found = {}
-    for (name, one), which in zip(encoders.items(), ("target", "reference"), strict=False):
-        found |= {name: f"{files[which]}, {one.name}", f"{name}, sha256": one.sha256}
-    sets = case.attacked | {"public": case.public}
-    found |= {
-        f"{name} images": f"{len(each)}, digest {each.digest[:16]}" for name, each in sets.items()
-    }
-    found |= {
-        "crop": case.crop,
-        "input": f"{case.size} px",
-        "k": params["k"],
-        "seed": params["seeds"][0],
-    }
-    versions = " · ".join(f"{name} {version}" for name, version in store.versions().items())
-    return found | {"audit": params["audit"], "versions": versions, "code": store.code_version()}

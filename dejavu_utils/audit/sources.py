@@ -1,80 +1,117 @@
-"""Where an audit's encoders and images come from: encoders by name, data sets, folders, and our own
-pairs.
-"""
+"""Where an audit's encoders and pictures come from: names, files, folders, and our own pairs."""
 
 from pathlib import Path
+from typing import Any
 
+from dejavu_utils import store
 from dejavu_utils.data import boxes, datasets, manifests
 from dejavu_utils.data.images import Images
 from dejavu_utils.models import external
+from dejavu_utils.models.encoders import Encoder
 from dejavu_utils.models.pairs import Pair
 
-SETS = {
-    "images": "IMAGES",
-    "public": "PUBLIC",
-    "held_out": "HELD_OUT",
-}  # and what `make audit` calls them
-ENCODERS = {"target": "ENCODER", "reference": "REFERENCE"}
-FILES = {"target": "weights", "reference": "reference_weights"}  # parameters of their weights
+# the arguments of `audit.run` that are pictures, and what `make audit` calls them
+SETS = {"images": "IMAGES", "public": "PUBLIC", "held_out": "HELD_OUT"}
 
 
-def pictures(name: str, what: str = "IMAGES") -> Images:
-    """Return a data set by the name of its manifest ("pets"), also with its place
-    ("pets:/my/copy"), or from a folder
-    or zip: see boxes.folder.
+def data_sets() -> list[str]:
+    """Return the names of the data sets with a manifest; none where there is no clone."""
+    try:
+        return manifests.names()
+    except store.StoreError:
+        return []
+
+
+def manifest_of(name: object) -> str:
+    """Return the data set that `name` means, such as "pets" of "pets:/my/copy"; "" for none."""
+    known = name.partition(":")[0] if isinstance(name, str) else ""
+    return known if known in data_sets() else ""
+
+
+def pictures(name: str | Path | Images, what: str = "IMAGES") -> Images:
+    """Return the pictures of a data set ("pets", or with its place "pets:/my/copy"), or of a folder
+    or zip (see `boxes.folder`); `Images` are returned as they are.
+
+    FileNotFoundError and ValueError begin with `what`, the set that was asked for.
     """
-    known, _, place = name.partition(":")
-    if known in manifests.names():
+    if isinstance(name, Images):
+        return name
+    if manifest_of(name):
+        known, _, place = name.partition(":")
         return datasets.read(known, place or None)
-    if not name or not Path(name).exists():
+
+    if not str(name) or not Path(name).exists():
+        sets = ""
+        if data_sets():
+            sets = f", or a data set of {', '.join(data_sets())}, or one and its place: pets:/copy"
+        found = str(name) or "nothing was passed"
         raise FileNotFoundError(
-            f"{what}: {name or 'nothing was passed'}; expected a folder of class folders, or a "
-            f"data set of {', '.join(manifests.names())}, or one and its place: pets:/my/copy."
+            f"{what}: {found}; expected a folder or zip of class folders{sets}."
         )
     return boxes.folder(Path(name), what)
 
 
-def given(params: dict) -> tuple[dict[str, str], dict[str, Images], str]:
-    """Return (encoders, images, data set) that `params` name: {"target", "reference"} -> encoder,
-    see `external.encoder` and `pictures`.
-
-    The data set is the name of the audited images' manifest (or their folder).
+def encoder(
+    spec: str | Encoder, weights: str, what: str = "ENCODER", prefix: str = "", unused: str = ""
+) -> Encoder:
+    """Return the encoder that `spec` names, with its weights: see `external.encoder`; one that is
+    there already is returned as it is.
     """
-    sets, wanted = params["sets"], params["encoder"]
-    specs = {which: wanted[which] for which in ENCODERS if wanted[which]}
-    for which, spec in specs.items():  # before pictures are read, which takes longer
-        try:
-            external.check(spec, wanted[FILES[which]])
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"{ENCODERS[which]}: {error}") from None
-    names = {which: sets[which] for which in SETS if sets[which] or which != "held_out"}
-    images = {which: pictures(name, SETS[which]) for which, name in names.items()}
-    return specs, images, sets["images"].partition(":")[0]
+    if isinstance(spec, Encoder):
+        return spec
+    check_encoder(spec, weights, what)
+    return external.encoder(spec, weights or None, prefix, unused)
 
 
-def demonstration(params: dict, pair: Pair) -> tuple[dict[str, str], dict[str, Images], str]:
-    """Return what `given` does, of a trained pair of ours: A is audited on the images that it was
-    trained on.
+def check_encoder(spec: str | Encoder, weights: str, what: str = "ENCODER") -> None:
+    """Raise FileNotFoundError or ValueError, in a moment, if there can be no such encoder."""
+    if isinstance(spec, Encoder):
+        return
+    try:
+        external.check(spec, weights or None)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def given(params: dict[str, Any]) -> dict[str, str]:
+    """Return the arguments of `audit.run` that the parameters of the notebook name."""
+    wanted, sets = params["encoder"], params["sets"]
+    return {
+        "encoder": wanted["target"],
+        "weights": wanted["weights"],
+        "reference": wanted["reference"],
+        "reference_weights": wanted["reference_weights"],
+        **{name: sets[name] for name in SETS},
+    }
+
+
+def demonstration(params: dict[str, Any], pair: Pair) -> dict[str, Any]:
+    """Return the arguments of `audit.run` for a trained pair of ours: encoder A is audited on the
+    images that it was trained on.
 
     `sets` may name other parts of the split, such as "b" for `images`: then the audit must say no.
     `encoder.reference` "B" takes encoder B as the second model.
     """
     usual = {"images": "a", "public": "public", "held_out": "control"}
-    wanted = {which: params["sets"][which] or part for which, part in usual.items()}
-    models = {
-        which: name
-        for which, name in (("target", "A"), ("reference", params["encoder"]["reference"]))
-        if name
+    parts = {name: params["sets"][name] or part for name, part in usual.items()}
+    models = {"encoder": "A", "reference": params["encoder"]["reference"]}
+
+    for name in parts.values():
+        _known(name, pair.parts, pair)
+    for name in models.values():
+        _known(name, ["", *pair.jobs], pair)
+
+    epoch = params["epochs"][-1]
+    files = {
+        role: str(pair.jobs[name].checkpoint(epoch)) if name else ""
+        for role, name in models.items()
     }
-    unknown = [name for name in wanted.values() if name not in pair.parts]
-    if unknown := unknown + [name for name in models.values() if name not in pair.jobs]:
+    return files | {name: pair.parts[part] for name, part in parts.items()}
+
+
+def _known(name: str, there: Any, pair: Pair) -> None:
+    if name not in there:
         raise ValueError(
-            f"{unknown[0]!r} is neither a part of our own pair's images ({', '.join(pair.parts)}) "
-            "nor "
+            f"{name!r} is neither a part of our own pair's images ({', '.join(pair.parts)}) nor "
             "one of its encoders, A and B. To audit another encoder, pass it, too (ENCODER)."
         )
-    files = {
-        which: str(pair.jobs[name].checkpoint(params["epochs"][-1]))
-        for which, name in models.items()
-    }
-    return files, {which: pair.parts[part] for which, part in wanted.items()}, params["dataset"]

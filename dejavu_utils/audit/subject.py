@@ -1,5 +1,6 @@
-"""What an audit looks at: an encoder, its training images, unseen and public ones; checked and made
-comparable.
+"""What an audit looks at: an encoder, its members, held-out and public pictures, made comparable.
+
+Members are said to be training images; held-out ones are said to be in no training set.
 """
 
 import difflib
@@ -9,30 +10,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dejavu_utils.attack import crops, knn
 from dejavu_utils.audit import sources
+from dejavu_utils.audit.settings import Settings
 from dejavu_utils.data import boxes, manifests
 from dejavu_utils.data.images import Images
-from dejavu_utils.models import external
-from dejavu_utils.models.external import External
+from dejavu_utils.models.encoders import Encoder
 
 MINIMUM = 20  # attacked images; fewer say nothing
-# grey levels of 255, root mean square over thumbnails of 8 px: closer pictures count as the same
+THUMBNAIL = 8  # px
+# grey levels of 255, root mean square over thumbnails; closer pictures count as the same
 ALIKE = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
     """Encoder and images of an audit; every attacked image has a background crop, and labels mean
-    the same in all.
+    the same in all sets.
     """
 
-    encoder: External
-    reference: External | None  # a second model, said to be trained without the audited images
-    audited: Images  # said to be training images
-    unseen: Images | None  # said to be in no training set; they calibrate the score
-    source: str  # of `unseen`: "held-out", "public" (a part of X stands in) or "" (none)
+    encoder: Encoder
+    reference: Encoder | None  # a second model, said to be trained without the members
+    members: Images
+    held_out: Images | None
+    source: str  # of `held_out`: "held-out", "public" (a part of X stands in) or "" (none)
     public: Images
     crop: dict
     size: int  # px of the squares that the encoder sees
@@ -42,43 +45,48 @@ class Subject:
 
     @property
     def attacked(self) -> dict[str, Images]:
-        """The attacked sets: "audited" and, if there are any, "unseen" images."""
-        return {"audited": self.audited} | ({"unseen": self.unseen} if self.source else {})
+        """The attacked sets: "members" and, if there are any, "held-out" images."""
+        sets = {"members": self.members}
+        if self.held_out is not None:
+            sets["held-out"] = self.held_out
+        return sets
 
     @property
     def limits(self) -> list[str]:
         """What the audit cannot check, and what was assumed, as sentences."""
-        trust = {
-            "held-out": "Whether the held-out images are like the audited ones, and were really "
-            "not trained on.",
-            "public": f"No held-out images were passed: {len(self.unseen or ())} public ones "
-            "stand in for them. "
-            "Were those trained on, or unlike the audited ones, the calibrated score is wrong.",
-            "": "No held-out images were passed, and too few public ones have a background crop "
-            "to stand in: the "
-            "offset of the reference is not known, and two of three negative controls could not "
-            "be run.",
-        }
-        second = ["Whether the second model was trained alike, and without the audited images."]
-        return [
+        found = [
             "Whether public images were training images, too: an encoder does not tell. If they "
-            "were (many "
-            "published encoders saw all of ImageNet), the score may be too low or too high.",
-            "Whether the audited images were training images at all: if not, “no evidence” is the "
-            "right answer.",
-            "Public pictures that are cut, mirrored or recoloured copies of audited ones: only "
-            "close thumbnails "
-            "were looked for.",
+            "were (many published encoders saw all of ImageNet), the score may be too low or too "
+            "high.",
+            "Whether the members were training images at all: if not, “no evidence” is the right "
+            "answer.",
+            "Public pictures that are cut, mirrored or recoloured copies of members: only close "
+            "thumbnails were looked for.",
             "Whether a box holds all of the object: what shows outside would be recognition, not "
             "memory.",
             "Single images: memory and luck cannot be told apart for one image, only for the set.",
-            trust[self.source],
-            *second[: self.reference is not None],
-            *(f"Assumed of the encoder: {note}." for note in self.assumed),
-            *(f"Of encoder and images: {note}." for note in self.notes),
+            self._trust_in_held_out(),
         ]
+        if self.reference is not None:
+            found.append("Whether the second model was trained alike, and without the members.")
+        found += [f"Assumed of the encoder: {note}." for note in self.assumed]
+        return found + [f"Of encoder and images: {note}." for note in self.notes]
 
-    def squares(self, images: Images, size: int) -> torch.Tensor:
+    def _trust_in_held_out(self) -> str:
+        if self.source == "held-out":
+            return "Whether the held-out images are like the members, and were not trained on."
+        if self.source == "public":
+            return (
+                f"No held-out images were passed: {len(self.held_out)} public ones stand in for "
+                "them. Were those trained on, or unlike the members, the score is wrong."
+            )
+        return (
+            "No held-out images were passed, and too few public ones have a background crop to "
+            "stand in: the offset of the reference is not known, and most negative controls could "
+            "not be run."
+        )
+
+    def squares(self, images: Images, size: int) -> Tensor:
         """Return the background crops of attacked images, uint8 (n, 3, size, size)."""
         return images.squares(size, self.rects(images))
 
@@ -87,165 +95,241 @@ class Subject:
         return crops.background(images, self.crop)[0]
 
 
-def _aligned(images: Images, classes: list[str]) -> Images:
-    """Return the pictures of these classes, their labels renumbered to be places in `classes`."""
-    place = {name: i for i, name in enumerate(classes)}
-    labels = np.array([place.get(name, -1) for name in images.classes], np.int64)[images.labels]
-    return replace(images.subset(labels >= 0), labels=labels[labels >= 0], classes=tuple(classes))
+def prepare(
+    encoder: Encoder,
+    images: Images,
+    public: Images,
+    held_out: Images | None = None,
+    reference: Encoder | None = None,
+    settings: Settings | None = None,
+) -> Subject:
+    """Return the subject of an audit; ValueError says which set is too small, and for what.
 
-
-def _same(images: Images, *others: Images) -> np.ndarray:
-    """Return which pictures look like one of `others`, bool (n,): their thumbnails of 8 px are
-    close.
+    Classes are matched by name. Pictures that look like an earlier one of their set are left out;
+    so are held-out pictures that look like a training image, and public ones that look like either
+    (a crop would find the picture itself). Without held-out images a part of X stands in for them.
     """
-    found = np.zeros(len(images), bool)
+    settings = settings or Settings()
+    notes = _files_not_used({"images": images, "public": public, "held_out": held_out})
+    crop, note = _crop(settings, images)
+    notes += note
+    layers = _layers(encoder, reference, settings.layer)
+
+    # members, and the classes that another member tells apart
+    trained, note = _without_repeats(_Pictures.of(images), "IMAGES")
+    notes += note
+    members = _attackable(trained.images, crop, settings)
+    classes = _classes(members)
+    _check_enough(members, images, crop, "IMAGES", len(classes))
+    if lost := len(np.unique(members.labels)) - len(classes):
+        notes.append(f"{lost} classes with one usable image were left out")
+    members = _aligned(members, classes)
+
+    # held-out images, and public ones, which are none of the others
+    fresh = _Pictures.of(_aligned(_or_none(held_out, images), classes))
+    fresh, note = _without_repeats(fresh, "HELD_OUT")
+    notes += note
+    fresh, note = _without_copies(fresh, [trained], "held-out", "training images")
+    notes += note
+    known = _Pictures.of(_aligned(public, classes))
+    before = len(known.images)
+    known, note = _without_copies(known, [trained, fresh], "public", "attacked images")
+    notes += note
+    copies = before - len(known.images)
+
+    source, unseen, bank = _held_out(fresh.images, held_out, known.images, members, crop, settings)
+    if source == "held-out":
+        _check_enough(unseen, fresh.images, crop, "HELD_OUT", len(classes))
+    _check_covers(bank, public.classes, copies, settings.k)
+
+    size, assumed = _side(settings.size, encoder, trained.images)
+    return Subject(
+        encoder,
+        reference,
+        members,
+        unseen,
+        source,
+        bank,
+        crop,
+        size,
+        layers,
+        (*getattr(encoder, "notes", ()), *notes),
+        (*getattr(encoder, "assumed", ()), *assumed),
+    )
+
+
+# -- pictures that are the same ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Pictures:
+    """Pictures and their thumbnails, by which equal ones are found."""
+
+    images: Images
+    thumbnails: Tensor  # (n, 192)
+
+    @classmethod
+    def of(cls, images: Images) -> "_Pictures":
+        squares = images.squares(THUMBNAIL)  # (n, 3, 8, 8)
+        return cls(images, squares.flatten(1).float())
+
+    def kept(self, keep: np.ndarray) -> "_Pictures":
+        return _Pictures(self.images.subset(keep), self.thumbnails[torch.from_numpy(keep)])
+
+
+def _without_repeats(pictures: _Pictures, what: str) -> tuple[_Pictures, list[str]]:
+    """Return the pictures that look like no earlier one of their set, and a note of the rest."""
+    n = len(pictures.images)
+    if n < 2:
+        return pictures, []
+    near = min(8, n)
+    distances, rows = knn.search(pictures.thumbnails, pictures.thumbnails, near)  # (n, near)
+    earlier = rows < torch.arange(n)[:, None]
+    close = distances <= _threshold(pictures.thumbnails)
+    repeats = (earlier & close).any(1).numpy()
+    if not repeats.any():
+        return pictures, []
+    note = f"{what}: {repeats.sum()} pictures look like an earlier one and were left out"
+    return pictures.kept(~repeats), [note]
+
+
+def _without_copies(
+    pictures: _Pictures, others: list[_Pictures], what: str, those: str
+) -> tuple[_Pictures, list[str]]:
+    """Return the pictures that look like none of `others`, and a note of the rest."""
+    copies = np.zeros(len(pictures.images), bool)
     for other in others:
-        if len(images) and len(other):
-            one, two = (each.squares(8).flatten(1).float() for each in (images, other))
-            found |= (knn.search(one, two, 1)[0][:, 0] <= one.shape[1] * ALIKE**2).numpy()
-    return found
+        if len(copies) and len(other.images):
+            distances, _ = knn.search(pictures.thumbnails, other.thumbnails, 1)  # (n, 1)
+            copies |= (distances[:, 0] <= _threshold(pictures.thumbnails)).numpy()
+    if not copies.any():
+        return pictures, []
+    note = f"{copies.sum()} {what} pictures look like one of the {those} and were left out"
+    return pictures.kept(~copies), [note]
 
 
-def _crop(crop: dict, dataset: str, images: Images) -> tuple[dict, list[str]]:
+def _threshold(thumbnails: Tensor) -> float:
+    """Return the squared distance up to which thumbnails count as the same."""
+    return thumbnails.shape[1] * ALIKE**2
+
+
+# -- which pictures, and of which classes -----------------------------------------------------
+
+
+def _files_not_used(sets: dict[str, Images | None]) -> list[str]:
+    """Return a line for each set of which files could not be used."""
+    notes = []
+    for name, images in sets.items():
+        left_out = boxes.unused(images) if images is not None else ""
+        if left_out:
+            notes.append(f"{sources.SETS[name]}: {left_out}")
+    return notes
+
+
+def _or_none(images: Images | None, others: Images) -> Images:
+    """Return the images, or no image of the classes of `others`."""
+    return others.subset(np.zeros(len(others), bool)) if images is None else images
+
+
+def _crop(settings: Settings, images: Images) -> tuple[dict, list[str]]:
     """Return the crop for all sets, and a note: corners where there are no boxes; min_side 0 is
     what fits the data.
     """
+    crop = settings.crop
     if crop["kind"] == "periphery" and not any(map(len, images.boxes)):
-        return crop | {"kind": "corner"}, [
-            "the images have no boxes, so corners are cropped, which may show a part "
-            "of the object: a part of the score may be recognition, not memory"
-        ]
-    usual = (
-        manifests.read(dataset)["min_side"]
-        if dataset in manifests.names()
-        else np.median(images.sizes.min(1)) // 4
-    )
-    return crop | {"min_side": crop["min_side"] or int(usual)}, []
+        note = (
+            "the images have no boxes, so corners are cropped, which may show a part of the "
+            "object: a part of the score may be recognition, not memory"
+        )
+        return crop | {"kind": "corner"}, [note]
+
+    if crop["min_side"]:
+        return crop, []
+    if settings.dataset in sources.data_sets():
+        return crop | {"min_side": manifests.read(settings.dataset)["min_side"]}, []
+    shorter = np.median(images.sizes.min(1))
+    return crop | {"min_side": int(shorter // 4)}, []
 
 
-def _attackable(images: Images, crop: dict, limit: int, seed: int) -> Images:
-    """Return the pictures that have a background crop, at most `limit`, drawn by the sha256 of
-    (seed, id); 0: all.
+def _attackable(images: Images, crop: dict, settings: Settings, limit: int = -1) -> Images:
+    """Return the pictures that have a background crop, at most `limit` (settings.limit; 0: all),
+    drawn by the sha256 of (seed, id).
     """
     images = images.subset(crops.background(images, crop)[1])
-    order = np.argsort(
-        [hashlib.sha256(f"{seed}/audit/{name}".encode()).hexdigest() for name in images.ids]
-    )
-    return images.subset(np.sort(order[: limit or None]))
+    names = [f"{settings.seed}/audit/{name}" for name in images.ids]
+    order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    limit = settings.limit if limit < 0 else limit
+    drawn = order[:limit] if limit else order
+    return images.subset(np.sort(drawn))
 
 
-def _stand_in(public: Images, crop: dict, limit: int, seed: int) -> Images:
-    """Return public pictures to attack as unseen ones where nobody gave any: every fourth of its
-    class, with a crop.
+def _classes(members: Images) -> list[str]:
+    """Return the classes of two members or more: each is judged by a classifier of the others."""
+    count = np.bincount(members.labels, minlength=len(members.classes))
+    return [name for name, n in zip(members.classes, count, strict=True) if n > 1]
+
+
+def _aligned(images: Images, classes: list[str]) -> Images:
+    """Return the pictures of these classes, their labels renumbered to be places in `classes`."""
+    place = {name: i for i, name in enumerate(classes)}
+    new = np.array([place.get(name, -1) for name in images.classes], np.int64)
+    labels = new[images.labels]
+    kept = images.subset(labels >= 0)
+    return replace(kept, labels=labels[labels >= 0], classes=tuple(classes))
+
+
+def _held_out(
+    fresh: Images,
+    passed: Images | None,
+    public: Images,
+    members: Images,
+    crop: dict,
+    settings: Settings,
+) -> tuple[str, Images | None, Images]:
+    """Return (source, held-out images, public images): where none were passed, every fourth public
+    picture of its class stands in, if there are enough.
     """
-    place = pd.Series(public.labels).groupby(public.labels).cumcount()
-    return _attackable(public.subset(place.to_numpy() % 4 == 3), crop, limit, seed)
+    if passed is not None:
+        return "held-out", _attackable(fresh, crop, settings), public
+
+    place = pd.Series(public.labels).groupby(public.labels).cumcount().to_numpy()
+    fourth = public.subset(place % 4 == 3)
+    unseen = _attackable(fourth, crop, settings, 2 * len(members))
+    if len(unseen) < MINIMUM:
+        return "", None, public
+    return "public", unseen, public.subset(~np.isin(public.ids, unseen.ids))
 
 
-def load(params: dict, files: dict[str, str], images: dict[str, Images], dataset: str) -> Subject:
-    """Return the subject of what sources.given or sources.demonstration found; its encoders are
-    read here.
-    """
-    how = {name: params["reading"][name] for name in ("prefix", "unused")}
-    encoders = {}
-    for which, spec in files.items():
-        file = params["encoder"][sources.FILES[which]]
-        encoders[which] = external.encoder(spec, file, **how)
-    return prepare(encoders, images, params, dataset)
+# -- errors -----------------------------------------------------------------------------------
 
 
-def prepare(encoders: dict, images: dict[str, Images], params: dict, dataset: str = "") -> Subject:
-    """Return the subject of {"target", "reference"} -> encoder and {"images", "public",
-    "held_out"} -> Images.
-
-    Classes are matched by name. Public pictures that look like an attacked one are left out (its
-    crop would find the picture itself), and held-out ones that look like a training image. Where no
-    images are held out, a part of X is attacked instead. `params`: reading, audit, crop, k, seeds.
-    ValueError says which set is too small, and for what.
-    """
-    target, reference = encoders["target"], encoders.get("reference")
-    given, limit, seed = images["images"], params["audit"]["limit"], params["seeds"][0]
-    crop, notes = _crop(params["crop"], dataset, given)
-    for name, each in images.items():
-        if left_out := boxes.unused(each):
-            notes.append(f"{sources.SETS.get(name, name)}: {left_out}")
-    audited = _attackable(given, crop, limit, seed)
-    classes = [
-        given.classes[label] for label in np.flatnonzero(np.bincount(audited.labels) > 1)
-    ]  # to judge by others
-    _enough(audited, given, crop, "IMAGES", len(classes))
-    none = given.subset(np.zeros(len(given), bool))
-    given, public, held = (
-        _aligned(images.get(name, none), classes) for name in ("images", "public", "held_out")
-    )
-    if lost := len(np.unique(audited.labels)) - len(classes):
-        notes.append(f"{lost} classes with one usable image were left out")
-    trained = _same(held, given)
-    held = held.subset(~trained)
-    alike = _same(public, given, held)
-    public = public.subset(~alike)
-    notes += [
-        f"{drop.sum()} {name} pictures look like one of the {others} and were left out"
-        for drop, name, others in (
-            (trained, "held-out", "training images"),
-            (alike, "public", "attacked images"),
-        )
-        if drop.any()
-    ]
-    audited, unseen = _aligned(audited, classes), _attackable(held, crop, limit, seed)
-    source = "held-out" if "held_out" in images else "public"
-    if source == "public":
-        unseen = _stand_in(public, crop, 2 * len(audited), seed)
-        source = "public" if len(unseen) >= MINIMUM else ""
-        public = public.subset(~np.isin(public.ids, unseen.ids)) if source else public
-    else:
-        _enough(unseen, held, crop, "HELD_OUT", len(classes))
-    _covers(public, images["public"].classes, int(alike.sum()), params["k"])
-    size, assumed = _side(params["reading"]["size"] or target.size, target, given)
-    return Subject(
-        target,
-        reference,
-        audited,
-        unseen if source else None,
-        source,
-        public,
-        crop,
-        size,
-        _layers(target, reference, params["reading"]["layer"]),
-        (*target.notes, *notes),
-        (*target.assumed, *assumed),
-    )
-
-
-def _enough(usable: Images, given: Images, crop: dict, what: str, classes: int) -> None:
+def _check_enough(usable: Images, given: Images, crop: dict, what: str, classes: int) -> None:
     """Raise ValueError unless there are images enough, of two classes at least."""
     if classes < 2:
         raise ValueError(
             f"{what}: two or more usable images of {classes} classes; at least 2 classes are "
-            "needed, "
-            "else any guess is right. Pass more images."
+            "needed, else any guess is right. Pass more images."
         )
-    if len(usable) < MINIMUM:
-        smaller = (
-            f", a crop.min_side below {crop['min_side']} px" if crop["kind"] == "periphery" else ""
+    if len(usable) >= MINIMUM:
+        return
+    advice = "Pass more pictures."
+    if crop["kind"] == "periphery":
+        advice = (
+            f"Pass more pictures, a crop.min_side below {crop['min_side']} px, or crop.kind=corner."
         )
-        raise ValueError(
-            f"{what}: {len(usable)} of {len(given)} pictures have a usable {crop['kind']} crop, "
-            "at least "
-            f"{MINIMUM} are needed. Pass more pictures{smaller}, or crop.kind=corner."
-        )
+    raise ValueError(
+        f"{what}: {len(usable)} of {len(given)} pictures have a usable {crop['kind']} crop, at "
+        f"least {MINIMUM} are needed. {advice}"
+    )
 
 
-def _covers(public: Images, there: tuple[str, ...], alike: int, k: int) -> None:
+def _check_covers(public: Images, there: tuple[str, ...], copies: int, k: int) -> None:
     """Raise ValueError unless X, whose own classes are `there`, has every class that is attacked,
     and k pictures.
     """
-    missing = [
-        name
-        for label, name in enumerate(public.classes)
-        if label not in set(public.labels.tolist())
-    ]
-    left_out = f" ({alike} were left out: they look like attacked ones)" if alike else ""
+    left_out = f" ({copies} were left out: they look like attacked ones)" if copies else ""
+    count = np.bincount(public.labels, minlength=len(public.classes))
+    missing = [name for name, n in zip(public.classes, count, strict=True) if n == 0]
     if missing:
         meant = _nearest(missing[0], there)
         raise ValueError(
@@ -257,8 +341,7 @@ def _covers(public: Images, there: tuple[str, ...], alike: int, k: int) -> None:
     if len(public) < k:
         raise ValueError(
             f"PUBLIC: {len(public)} pictures{left_out}, fewer than k = {k} neighbours. Pass more, "
-            "or a "
-            "smaller k."
+            "or a smaller k."
         )
 
 
@@ -271,36 +354,45 @@ def _nearest(name: str, there: tuple[str, ...]) -> str:
     return f" (PUBLIC has {plain[close[0]]!r})" if close else ""
 
 
-def _side(size: int, encoder: External, images: Images) -> tuple[int, list[str]]:
+# -- the encoder ------------------------------------------------------------------------------
+
+
+def _side(size: int, encoder: Encoder, images: Images) -> tuple[int, list[str]]:
     """Return the side (px) of the squares that the encoder sees, and a note if it had to be
     assumed.
     """
+    size = size or getattr(encoder, "size", 0)
     if size:
         return size, []
-    convolutions = (m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d))
-    stem = next(convolutions, None)
     size = 224
-    if stem is not None and stem.kernel_size[0] < 7:  # made for small pictures
+    convolutions = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    if convolutions and convolutions[0].kernel_size[0] < 7:  # made for small pictures
         size = min(size, int(np.median(images.sizes.min(1))))
     return size, [f"input of {size} px (set reading.size)"]
 
 
-def _names(encoder: External) -> list[str]:
-    """Return the layers of an encoder, as its `layers` names them."""
-    blocks = len(encoder.projector)
-    return ["backbone", *(f"block{i}" for i in range(1, blocks)), *["projector"][:blocks]]
-
-
-def _layers(target: External, reference: External | None, wanted: str) -> tuple[str, ...]:
+def _layers(target: Encoder, reference: Encoder | None, wanted: str) -> tuple[str, ...]:
     """Return the layers to look at, the one to judge first: the projector's output where there is
     one.
     """
     judged = wanted or _names(target)[-1]
-    for name, one in (("encoder", target), ("reference model", reference)):
-        if one is not None and judged not in _names(one):
-            raise ValueError(
-                f"reading.layer: the {name} has no layer {judged!r}, it has "
-                f"{', '.join(_names(one))}. "
-                "Pass reading.layer=backbone, which all have."
-            )
-    return tuple(dict.fromkeys((judged, "backbone")))
+    _check_layer(judged, target, "encoder")
+    if reference is not None:
+        _check_layer(judged, reference, "reference model")
+    return (judged,) if judged == "backbone" else (judged, "backbone")
+
+
+def _check_layer(layer: str, encoder: Encoder, what: str) -> None:
+    names = _names(encoder)
+    if layer not in names:
+        raise ValueError(
+            f"reading.layer: the {what} has no layer {layer!r}, it has {', '.join(names)}. Pass "
+            "reading.layer=backbone, which all have."
+        )
+
+
+def _names(encoder: Encoder) -> list[str]:
+    """Return the layers of an encoder, as its `layers` names them."""
+    blocks = len(encoder.projector)
+    inner = [f"block{i}" for i in range(1, blocks)]
+    return ["backbone", *inner, *["projector"][:blocks]]

@@ -90,7 +90,7 @@ def shell(title: str, body: str, links: dict[str, str], here: str) -> str:
     from pygments.formatters import HtmlFormatter
 
     style = (
-        report.CSS
+        report.css()
         + (HERE / "style.css").read_text()
         + HtmlFormatter(style="default").get_style_defs(".highlight")
     )
@@ -139,16 +139,17 @@ def results(folder: Path) -> str:
     table = store.read_table(path).query("ranking == 'own' and layer == 'projector'")
     table = table[table["epoch"] == table["epoch"].max()]
 
-    def name(row: dict) -> str:
+    def name(row: dict) -> tuple[str, str]:
         rho = "" if row["rho"] != row["rho"] else f", ρ = {row['rho']:g}"
         which = "all" if row["p"] == 100 else f"{row['p']:g} % most confident"
-        return f"{NAMES.get(row['criterion'], row['criterion'])}{rho}<br><small>{which}</small>"
+        return f"{NAMES.get(row['criterion'], row['criterion'])}{rho}", which
 
     more = {
-        f"{role} %": lambda row, role=role: report.points(row[role], False)
-        for role in ("target", "reference")
+        "target %": lambda row: report.points(row["target"], False),
+        "reference %": lambda row: report.points(row["reference"], False),
+        "images": lambda row: str(row["n"]),
     }
-    return report.scored(table, "criterion", name, 95, more | {"images": lambda row: str(row["n"])})
+    return report.parts().scored(report.scored(table, "criterion", name, more))
 
 
 def verdicts() -> str:
@@ -157,20 +158,14 @@ def verdicts() -> str:
     if not path.is_file():
         return f"<p>There is no {path.name}: results/claims.py makes it from a study.</p>"
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    cells = [
-        [
-            escape(row["id"]),
-            escape(row["claim"]),
-            escape(row["value"]),
-            row["n"].strip("0") and escape(row["n"]),
-            f"{VERDICTS.get(row['verdict'].split(' for ')[0], '')}&nbsp;{escape(row['verdict'])}",
-        ]
-        for row in rows
-    ]
-    return (
-        "<div "
-        f"class=claims>{report.table(['', 'claim', 'what we found', 'images', 'verdict'], cells)}</div>"
-    )
+    head = ["", "claim", "what we found", "images", "verdict"]
+    cells = []
+    for row in rows:
+        sign = VERDICTS.get(row["verdict"].split(" for ")[0], "")
+        n = row["n"] if row["n"].strip("0") else ""
+        verdict = f"{sign}\N{NO-BREAK SPACE}{row['verdict']}"
+        cells.append([row["id"], row["claim"], row["value"], n, verdict])
+    return f"<div class=claims>{report.parts().table(head, cells)}</div>"
 
 
 def figures(folder: Path, texts: dict[str, tuple[str, str]]) -> str:
@@ -248,10 +243,11 @@ def build(profile: str) -> Path:
     metas = [store.verify(path) for path in paths]
     books = {path.stem: nbformat.read(path, as_version=4) for path in paths}
     links = {"index.html": "Results"} | {f"{stem}.html": stem for stem in books}
-    audit, out, export = folder / "audit" / "05_audit.html", folder / "report", exporter()
-    if audit.is_file():
-        links["audit.html"] = "an audit's report"
-        report.write(out / "audit.html", audit.read_text(encoding="utf-8"), store.verify(audit))
+    out, export = folder / "report", exporter()
+    for audit in sorted((folder / "audit").glob("*.html")):
+        name = f"audit-{audit.name}"
+        links[name] = f"audit of {audit.stem}"
+        report.write(out / name, audit.read_text(encoding="utf-8"), store.verify(audit))
     for stem, book in books.items():
         body, _ = export.from_notebook_node(book)
         report.write(

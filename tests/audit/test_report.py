@@ -3,6 +3,7 @@ the tables say.
 """
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -15,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from dejavu_utils import store
-from dejavu_utils.attack import scoring
-from dejavu_utils.audit import audit, report, subject
+from dejavu_utils.audit import audit, conclusion, report, subject
+from dejavu_utils.audit.settings import Settings
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.external import External
 
@@ -51,10 +52,8 @@ class Noise(nn.Module):
 
 def images(n, seed, sides=(40,)):
     """Return n noisy pictures of three classes, one of which has a dangerous name."""
-    random, sizes = (
-        np.random.default_rng(seed),
-        np.array([[sides[i % len(sides)]] * 2 for i in range(n)]),
-    )
+    random = np.random.default_rng(seed)
+    sizes = np.array([[sides[i % len(sides)]] * 2 for i in range(n)])
     pixels = [
         torch.from_numpy(random.integers(0, 256, (3, side, side), dtype=np.uint8))
         for side, _ in sizes
@@ -79,51 +78,16 @@ class Stack(list):
         return Stack(self[i] for i in index)
 
 
-def examined(sides=(40,), reference=False):
+def examined(n=60, sides=(40,), reference=False):
     encoder = External(
-        Noise(), name="noise", notes=(f"read as {EVIL}",), assumed=(EVIL,), sha256="ab" * 32
+        Noise(), name=f"noise {EVIL}", notes=(f"read as {EVIL}",), assumed=(EVIL,), sha256="ab" * 32
     )
-    params = {
-        "reading": {"size": 16, "layer": ""},
-        "audit": {"limit": 0},
-        "k": 3,
-        "seeds": [0],
-        "crop": {
-            "kind": "periphery",
-            "rule": "paper",
-            "min_side": 8,
-            "fraction": 0.3,
-            "corner": "lower-left",
-        },
-    }
-    encoders = {"target": encoder} | ({"reference": encoder} if reference else {})
-    sets = {
-        "images": images(30, 1, sides),
-        "public": images(30, 2, sides),
-        "held_out": images(30, 3, sides),
-    }
-    case = subject.prepare(encoders, sets, params)
-    inferred = audit.infer(case, 3)
-    rows = audit.table(case, inferred, None if reference else audit.judge(case, inferred, folds=2))
-    own, scores, controls = (
-        audit.part(rows, "backbone"),
-        audit.scores(rows),
-        audit.controls(case, rows, inferred),
-    )
-    pictures = report.gallery(case, inferred, own, list(case.audited.ids[[3, 1]]))
-    files = {"target": f"/home/{EVIL}.pt", "reference": "second.pt"}
-    found = {
-        "title": EVIL,
-        "verdict": audit.verdict(case, scores, controls),
-        "scores": scores,
-        "controls": controls,
-        "split": scoring.four_way(own, resamples=50),
-        "classes": audit.by_class(own, case.public.classes, 50),
-        "memorized": pictures,
-        "random": [],
-        "made": report.provenance(case, files, params),
-    }
-    return case, found, inferred
+    settings = Settings(k=3, size=16, limit=0, crop={"min_side": 8})
+    sets = [images(n, seed, sides) for seed in (1, 2, 3)]
+    second = encoder if reference else None
+    case = subject.prepare(encoder, *sets, second, settings)
+    asked = {"encoder": f"/home/{EVIL}.pt", "reference": "second.pt"}
+    return audit.examine(case, settings, asked)
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +97,13 @@ def one():
 
 @pytest.fixture(scope="module")
 def page(one):
-    return report.page(*one[:2])
+    return one.html()
 
 
 def test_nothing_is_fetched_and_nothing_runs(page):
     read = Reader(page)
-    assert not {tag for tag, _ in read.tags} & {
-        "script",
-        "link",
-        "iframe",
-        "object",
-        "embed",
-        "form",
-    }
+    active = {"script", "link", "iframe", "object", "embed", "form"}
+    assert not {tag for tag, _ in read.tags} & active
     assert not re.search(r"https?://|url\(|@import|\bon\w+=", page)
     assert all(image["src"].startswith("data:image/png;base64,") for image in read.all("img"))
     policy = [
@@ -162,77 +120,79 @@ def test_names_from_outside_are_text(page):
     assert text.count(EVIL) > 5 and "a & b" in text
 
 
-def test_every_picture_is_described_and_is_the_right_one(one, page):
-    case, found, inferred = one
-    pictures = Reader(page).all("img")
-    assert len(pictures) == 2 * (2 + 3) and all(image["alt"] for image in pictures)
-    assert pictures[0]["alt"] == f"background crop of {case.audited.ids[3]}"
-    shown = np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(pictures[1]["src"].partition(",")[2])))
-    )
-    assert np.array_equal(shown, case.audited.subset([3]).squares(64)[0].permute(1, 2, 0).numpy())
-    near = inferred["audited", "backbone", "target"]["neighbours"][3, 0]
-    assert found["memorized"][0][2][1] == case.public.classes[case.public.labels[near]]
+def test_every_picture_is_described_and_is_the_right_one(one):
+    case = one.case
+    ids = list(case.members.ids[[3, 1]])
+    lines = report.gallery(one, ids)
+    assert len(lines) == 2 and all(len(line) == 2 + 3 for line in lines)
+    assert all(picture["text"] for line in lines for picture in line)
+    assert lines[0][0]["text"] == f"background crop of {ids[0]}"
+
+    png = base64.b64decode(lines[0][1]["source"].partition(",")[2])
+    shown = np.asarray(Image.open(io.BytesIO(png)))
+    expected = case.members.subset([3]).squares(64)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(shown, expected)
+
+    near = one.inferred["members", "backbone", "target"]["neighbours"][3, 0]
+    assert lines[0][2]["caption"] == case.public.classes[case.public.labels[near]]
+    assert all(image["alt"] for image in Reader(one.html()).all("img"))
 
 
 def test_it_says_what_the_tables_say(one, page):
-    case, found, _ = one
-    text, verdict = Reader(page).text, found["verdict"]
-    assert verdict["sentence"] in text and verdict["word"] in text
-    box = text.partition("What was done")[0]
-    assert f"Assumed of the encoder: {case.assumed[0]}" in box
-    for row in found["scores"].to_dict("records"):
-        assert (
-            f"{report.points(row['score'])} ( {report.points(row['low'])}".replace("( ", "(")
-            in text
-        )
+    text = Reader(page).text
     assert not re.search(r"\bnan\b|None", text)
-    assert all(limit in text for limit in case.limits)
-    made = (
-        "ab" * 32,
-        f"/home/{EVIL}.pt",
-        store.versions()["torch"],
-        store.code_version(),
-        case.public.digest[:16],
-    )
-    for value in made:
+    for row in one.scores.to_dict("records"):
+        n = report.scored_images(row)
+        ends = report.interval(row["low"], row["high"], n)
+        comma = "" if ends.startswith("(") else ","
+        assert f"{report.points(row['score'])} {comma} {ends}".replace("  ", " ") in text
+    for row in one.membership.to_dict("records"):
+        assert f"{row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})" in text
+    assert all(limit in text for limit in one.case.limits)
+    made = ("ab" * 32, f"/home/{EVIL}.pt", store.versions()["torch"], store.code_version())
+    for value in (*made, one.case.public.digest[:16]):
         assert value in text
-    assert "There is none." in text  # the empty gallery
+
+
+def test_the_verdict_stands_first_with_one_sentence_one_interval_and_one_figure(one, page):
+    box = page.partition("<div class=verdict")[2].partition("</div>")[0]
+    read = Reader(box)
+    assert one.verdict.sentence in read.text and report.numbers(one) in read.text
+    assert read.text.count("95 % interval") == 1 and len(read.all("img")) == 1
+    assert f"Assumed of the encoder: {one.case.assumed[0]}" in read.text
+    described = read.all("img")[0]["alt"]
+    for name in (*one.scores["reading"].unique(), *one.controls["control"]):
+        assert name in described
 
 
 def test_it_is_a_page_for_phones_paper_and_readers_aloud(page):
     read = Reader(page)
-    assert (
-        read.all("html") == [{"lang": "en"}]
-        and "width=device-width" in page
-        and "@media print" in page
-    )
+    assert read.all("html") == [{"lang": "en"}]
+    assert "width=device-width" in page and "@media print" in page
     assert len(read.all("h1")) == len(read.all("title")) == 1
     assert all(header.get("scope") in ("col", "row") for header in read.all("th"))
     drawings = [div for div in read.all("div") if div.get("class") in ("track", "bar")]
-    assert drawings and all(
-        "aria-hidden" in div for div in drawings
-    )  # their numbers stand beside them
+    assert drawings  # their numbers stand beside them
+    assert all("aria-hidden" in div for div in drawings)
 
 
 def test_each_verdict_has_a_sign_and_a_word_beside_its_colour(one):
-    case, found, _ = one
+    assert set(report.SIGNS) == set(conclusion.STATUS)
     for word, (sign, colour) in report.SIGNS.items():
-        page = report.page(case, found | {"verdict": found["verdict"] | {"word": word}})
-        assert f'<strong style="color:{colour}">{sign} {word}</strong>' in page
+        other = dataclasses.replace(one, verdict=dataclasses.replace(one.verdict, word=word))
+        assert f'<strong style="color:{colour}">{sign} {word}</strong>' in other.html()
 
 
 def test_a_second_model_and_pictures_of_many_sizes():
-    case, found, _ = examined(sides=(40, 52), reference=True)
-    text = Reader(report.page(case, found)).text
-    assert "than a second model" in text and "second.pt, noise" in text
+    found = examined(sides=(40, 52), reference=True)
+    text = Reader(found.html()).text
+    assert "than a second model" in text and f"second.pt, noise {EVIL}" in text
     assert "Whether the second model was trained alike" in text
 
 
 def test_at_most_fifty_classes_are_shown(one):
-    case, found, _ = one
-    many = pd.concat([found["classes"].assign(**{"class": f"class {i}"}) for i in range(40)])
-    text = Reader(report.page(case, found | {"classes": many})).text
+    many = pd.concat([one.classes.assign(**{"class": f"class {i}"}) for i in range(40)])
+    text = Reader(dataclasses.replace(one, classes=many).html()).text
     assert f"50 of {len(many)} classes" in text and "class 16" in text and "class 17" not in text
 
 
@@ -243,7 +203,32 @@ def test_points(value, text):
     assert report.points(value) == text
 
 
+@pytest.mark.parametrize(
+    ("ends", "n", "text"),
+    [
+        ((-0.01, 0.02), 90, "(−1.0 to +2.0)"),
+        ((float("nan"), float("nan")), 33, "too few (n = 33)"),
+        ((float("nan"), float("nan")), 90, "no interval"),
+    ],
+)
+def test_interval(ends, n, text):
+    assert report.interval(*ends, n) == text
+
+
 def test_the_page_is_written_whole_with_a_sidecar(tmp_path):
     report.write(tmp_path / "new" / "r.html", "<p>é", {"seed": 3})
     assert (tmp_path / "new" / "r.html").read_bytes() == "<p>é".encode()
     assert store.verify(tmp_path / "new" / "r.html")["seed"] == 3
+
+
+def test_a_report_overwrites_its_own_and_no_other(one, tmp_path):
+    path = tmp_path / "report.html"
+    one.write(path)
+    one.write(path)
+    other = dataclasses.replace(one, settings=dataclasses.replace(one.settings, margin=0.2))
+    with pytest.raises(FileExistsError, match="is not the report of this audit.*another OUT"):
+        other.write(path)
+    path.with_name("notes.html").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes.html is there already"):
+        one.write(path.with_name("notes.html"))
+    assert store.verify(path)["audit"] == one.name

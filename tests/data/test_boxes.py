@@ -13,10 +13,11 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 
-from dejavu_utils import parameters, plots, store
-from dejavu_utils.audit import sources, subject
+from dejavu_utils import plots, store
+from dejavu_utils.audit import sources
+from dejavu_utils.audit.audit import load
+from dejavu_utils.audit.settings import Settings
 from dejavu_utils.data import boxes, datasets, manifests, split
-from dejavu_utils.models import external
 
 COLUMNS = "image,width,height,x0,y0,x1,y1,class"
 
@@ -435,14 +436,9 @@ def audit(root, sets=("train", "public", "heldout")):
     """Return the subject of an audit of a random ResNet-18 on folders of pictures."""
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), root / "encoder.pt")
-    params = parameters.declared("05_audit")
-    params["reading"]["size"] = 64
-    given = {
-        which: boxes.folder(root / place, sources.SETS[which])
-        for which, place in zip(sources.SETS, sets, strict=True)
-    }
-    encoder = external.encoder("torchvision:resnet18", str(root / "encoder.pt"))
-    return subject.prepare({"target": encoder}, given, params, str(root / sets[0]))
+    places = [str(root / place) for place in sets]
+    weights = str(root / "encoder.pt")
+    return load("torchvision:resnet18", *places, weights=weights, settings=Settings(size=64))
 
 
 def three_sets(root, names=("ant", "bee", "cat", "dog")):

@@ -1,0 +1,133 @@
+"""Membership inference: can one statistic of an image tell members from held-out images?
+
+The block that other audit tools report: ROC, AUC, the true-positive rate at low false-positive
+rates (Carlini et al., arXiv 2112.03570), and a lower bound of the empirical epsilon (Jagielski et
+al., arXiv 2006.07709). Statistics and their sign (larger means member) are fixed in advance.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest, bootstrap, mannwhitneyu
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from dejavu_utils.audit.evidence import Found, part
+from dejavu_utils.audit.subject import Subject
+
+LEVEL = 0.95
+RATES = (0.1, 0.01, 0.001)  # false-positive rates
+RESAMPLES = 1000
+STATISTICS = {
+    "deja_vu": "the encoder's votes for the true class minus the reference's probability of it",
+    "alignment_gap": "similarity minus that under the reference",
+    "similarity": "cosine of the embeddings of crop and whole picture",
+    "norm": "length of the whole picture's embedding",
+}
+
+
+def statistics(case: Subject, rows: pd.DataFrame, inferred: Found) -> pd.DataFrame:
+    """Return a row per attacked image, members first: id, member (bool), and the STATISTICS, all at
+    the judged layer.
+
+    The reference of the alignment gap is the second model, or else the untrained network.
+    """
+    layer = case.layers[0]
+    other = "untrained" if case.reference is None else "reference"
+    parts = []
+    for name, images in case.attacked.items():
+        own = part(rows, layer, which=name)
+        wide = own.pivot(index="id", columns="role", values="probability").loc[images.ids]
+        target = inferred[name, layer, "target"]
+        columns = {
+            "id": images.ids,
+            "member": name == "members",
+            "deja_vu": (wide["target"] - wide["reference"]).to_numpy(),
+            "alignment_gap": target["alignment"] - inferred[name, layer, other]["alignment"],
+            "similarity": target["alignment"],
+            "norm": target["norm"],
+        }
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def summary(found: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
+    """Return a row per statistic of `statistics` and false-positive rate of RATES.
+
+    `auc`, `auc_low`, `auc_high` (bootstrap); `fpr` that is asked for and `fpr_found`, the largest
+    not above it; `tpr` there, with `tpr_low`, `tpr_high` (Clopper-Pearson); `epsilon`, a lower
+    bound that holds for all rows together at `level` (Bonferroni); n, held_out. Rates below 1 /
+    held_out have threshold above all held-out images, and show little.
+    """
+    member = found["member"].to_numpy()
+    tests = len(STATISTICS) * len(RATES)
+    rows = []
+    for name in STATISTICS:
+        score = found[name].to_numpy(float)
+        area = auc(score[member], score[~member], level)
+        about = {"statistic": name, "auc": area["auc"]}
+        about |= {"auc_low": area["low"], "auc_high": area["high"]}
+        false, true, _ = roc_curve(member, score, drop_intermediate=False)
+        for rate in RATES:
+            at = np.flatnonzero(false <= rate)[-1]
+            hits = round(true[at] * member.sum())
+            errors = round(false[at] * (~member).sum())
+            counts = (hits, int(member.sum()), errors, int((~member).sum()))
+            rows.append(about | {"fpr": rate} | at_threshold(*counts, tests, level))
+    return pd.DataFrame(rows)
+
+
+def at_threshold(
+    hits: int, members: int, errors: int, held_out: int, tests: int = 1, level: float = LEVEL
+) -> dict[str, float]:
+    """Return what one threshold shows: `hits` of the members and `errors` of the held-out images
+    lie above it.
+
+    The bound of epsilon is log(lower end of TPR / upper end of FPR), or 0: each end errs with
+    (1 - level) / 2 / tests.
+    """
+    tpr = binomtest(hits, members)
+    fpr = binomtest(errors, held_out)
+    interval = tpr.proportion_ci(level, method="exact")
+    both = 1 - (1 - level) / tests
+    surely = tpr.proportion_ci(both, method="exact").low
+    at_most = fpr.proportion_ci(both, method="exact").high
+    return {
+        "fpr_found": errors / held_out,
+        "tpr": hits / members,
+        "tpr_low": float(interval.low),
+        "tpr_high": float(interval.high),
+        "epsilon": max(0.0, math.log(surely / at_most)) if surely > 0 else 0.0,
+        "n": members,
+        "held_out": held_out,
+    }
+
+
+def auc(members: np.ndarray, held_out: np.ndarray, level: float = LEVEL) -> dict[str, float]:
+    """Return the area under the ROC curve with its bootstrap interval: auc, low, high."""
+    member = np.repeat([True, False], [len(members), len(held_out)])
+    area = roc_auc_score(member, np.concatenate([members, held_out]))
+    drawn = bootstrap(
+        (members, held_out),
+        _area,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=100,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = drawn.confidence_interval
+    return {"auc": float(area), "low": float(low), "high": float(high)}
+
+
+def _area(members: np.ndarray, held_out: np.ndarray, axis: int = -1) -> np.ndarray:
+    pairs = members.shape[axis] * held_out.shape[axis]
+    found = mannwhitneyu(members, held_out, axis=axis, method="asymptotic")
+    return found.statistic / pairs
+
+
+def as_csv(found: pd.DataFrame) -> pd.DataFrame:
+    """Return id, score, member (1 or 0) of the déjà vu statistic: what other audit tools read."""
+    columns = {"id": found["id"], "score": found["deja_vu"], "member": found["member"].astype(int)}
+    return pd.DataFrame(columns)
