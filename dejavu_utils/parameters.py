@@ -134,6 +134,10 @@ def _message(error: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) 
         pointed = re.sub(r"^([+-]?\d+)(e[+-]?\d+)$", r"\1.0\2", value, flags=re.IGNORECASE)
         if pointed != value:
             hint = f" YAML reads {value} as text: write {pointed}."
+        if isinstance(default, list | dict) and value.startswith(("[", "{")):
+            hint = (
+                f' papermill -p passes text: use -y "{name}: {value}", or notebooks/batch.py run.'
+            )
 
     expected = type(default).__name__
     return f"{found} is {type(value).__name__}, expected {expected} such as {default!r}.{hint}"

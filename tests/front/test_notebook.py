@@ -67,6 +67,16 @@ def test_values_that_fit_are_taken_and_dicts_filled_in(given, expected):
         ({"rho": None}, r"rho = None is NoneType, expected float"),
         ({"name": 3}, r"name = 3 is int, expected str"),
         ({"percents": 5}, r"percents = 5 is int, expected list"),
+        (
+            {"percents": "[5, 10]"},
+            r"percents = '.5, 10.' is str, expected list such as .*papermill -p passes text: use "
+            r"-y \"percents: .5, 10.\", or notebooks/batch.py run\.$",
+        ),
+        (
+            {"sizes": "{attacked: 3}"},
+            r"expected dict such as .*papermill -p passes text: use -y \"sizes: .attacked: 3.\"",
+        ),
+        ({"percents": "many"}, r"percents = 'many' is str, expected list such as [^.]*\.$"),
         ({"percents": [1, "2"]}, r"percents\[1\] = '2' is str, expected int"),
         ({"sizes": 3}, r"sizes = 3 is int, expected dict"),
         (
