@@ -170,6 +170,7 @@ def kernel_manager(folder: str) -> type:
     from jupyter_client.manager import AsyncKernelManager
 
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv += ["--log-level=CRITICAL"]  # else its own interruption at the end is printed
     spec = KernelSpec(argv=argv, display_name="Python 3", language="python", name="python3")
 
     class Here(AsyncKernelManager):
