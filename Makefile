@@ -60,7 +60,7 @@ AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT J
 $(foreach name,$(AUDIT),$(eval override $(name) := $$(value $(name))))
 export $(AUDIT)
 
-audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder PUBLIC=… [HELD_OUT= REFERENCE= OUT= STRICT=1]
+audit: .venv/.installed  ## audit an encoder: ENCODER=name [WEIGHTS=file] IMAGES=folder PUBLIC=folder [HELD_OUT=folder]
 	@$(PYTHON) notebooks/batch.py audit --set="$$P"
 
 reference: .venv/.installed  ## real photographs in pieces of some minutes, on a GPU: PIECES="vicreg-100 …", MINUTES=25
