@@ -25,7 +25,7 @@ LIMIT_GIB = 8.0  # the budget, where nobody names another
 def run(work: Callable[[], object], path: Path, limit_gib: float) -> None:
     """Call `work`, which reads `path`; what it returns is lost, files that it writes stay.
 
-    It may take `limit_gib` GiB of memory beyond what this process has, and ten seconds of processor
+    It may take `budget` GiB of memory beyond what this process has, and ten seconds of processor
     time with ten more a GiB of the file; StoreError if that is too little, and with the words of
     `work` if that raises.
 
@@ -44,12 +44,13 @@ def run(work: Callable[[], object], path: Path, limit_gib: float) -> None:
         def child(parent: int) -> None:
             store.end_with_parent(parent)
             torch.set_num_threads(1)  # the parent's threads are not there after a fork
-            _limit(limit_gib, seconds)
+            _limit(budget(path, limit_gib), seconds)
             try:
                 work()
                 done.touch()
             except Exception as error:  # nothing ends this process with a traceback
-                refusal.write_text(str(as_refusal(error, path, limit_gib)))
+                words = str(as_refusal(error, path, limit_gib))
+                refusal.write_text(words, encoding="utf-8", errors="backslashreplace")
 
         process = multiprocessing.get_context("fork").Process(target=child, args=(os.getpid(),))
         process.start()
@@ -61,7 +62,7 @@ def run(work: Callable[[], object], path: Path, limit_gib: float) -> None:
         if done.is_file():
             return
         if refusal.is_file():
-            raise StoreError(refusal.read_text())
+            raise StoreError(refusal.read_text(encoding="utf-8"))
 
     if process.exitcode == -signal.SIGXCPU:
         raise StoreError(
@@ -70,17 +71,24 @@ def run(work: Callable[[], object], path: Path, limit_gib: float) -> None:
         )
     raise StoreError(
         f"{path} could not be read: the process that read it ended with {process.exitcode}, within "
-        f"a budget of limit_gib={limit_gib:g} GiB. It is damaged: fetch it again."
+        f"a budget of {budget(path, limit_gib):.2g} GiB. It is damaged: fetch it again."
     )
 
 
-def _limit(limit_gib: float, seconds: int) -> None:
+def budget(path: Path, limit_gib: float) -> float:
+    """Return how much memory reading `path` may take, in GiB: thrice its size and 1, at most
+    `limit_gib`.
+    """
+    return min(limit_gib, 1 + 3 * path.stat().st_size / GIB)
+
+
+def _limit(memory: float, seconds: int) -> None:
     """Limit what this process may take from now on: memory (GiB) and processor time (s)."""
     import resource
 
     taken = psutil.Process().memory_info().vms
     wanted = {
-        resource.RLIMIT_AS: taken + int(limit_gib * GIB),
+        resource.RLIMIT_AS: taken + int(memory * GIB),
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_CORE: 0,
     }
@@ -91,11 +99,12 @@ def _limit(limit_gib: float, seconds: int) -> None:
 
 
 def over_budget(path: Path, limit_gib: float) -> StoreError:
-    """Return the error for a file that takes more memory to read than `limit_gib` allows."""
+    """Return the error for a file that takes more memory to read than its budget."""
+    larger = ", or pass a larger limit_gib" if budget(path, limit_gib) == limit_gib else ""
     return StoreError(
-        f"{path} takes more memory than the budget, limit_gib={limit_gib:g} GiB: it was not read. "
-        "Where you trust the file, save its weights alone, torch.save(model.state_dict(), NEW), "
-        "or pass a larger limit_gib."
+        f"{path} takes more memory than its budget of {budget(path, limit_gib):.2g} GiB (1 GiB and "
+        f"thrice its size, at most limit_gib={limit_gib:g}): it was not read. Where you trust the "
+        f"file, save its weights alone: torch.save(model.state_dict(), NEW){larger}."
     )
 
 
