@@ -4,6 +4,7 @@ What no check foresaw (an allocation of any size, a loop without end, a crash in
 and is one StoreError here. Linux only: elsewhere the work is done in this process, without limits.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -43,6 +44,7 @@ def run(work: Callable[[], object], path: Path, limit_gib: float) -> None:
 
         def child(parent: int) -> None:
             store.end_with_parent(parent)
+            faulthandler.disable()  # a crash is told in one line, below
             torch.set_num_threads(1)  # the parent's threads are not there after a fork
             _limit(budget(path, limit_gib), seconds)
             try:
