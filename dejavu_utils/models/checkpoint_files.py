@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dejavu_utils.models import limited
@@ -67,9 +67,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            _check_names(path, names)
-            return {name: file.get_tensor(name) for name in names}
+            _check_names(path, list(file.keys()))
+        return load_file(path)
     except (SafetensorError, RuntimeError, OverflowError) as error:
         raise StoreError(f"{path} is truncated or damaged: {error}.") from error
 

@@ -269,7 +269,7 @@ def contents(state, rng):
             plain = tensor.dtype in (torch.float32, torch.int64) and tensor.numel()
             try:
                 state[name] = changed[what](tensor) if plain else tensor
-            except RuntimeError:  # NaN has no integer
+            except (RuntimeError, IndexError):  # NaN has no integer, a scalar no slice
                 del state[name]
     return state
 

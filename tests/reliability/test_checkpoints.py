@@ -284,6 +284,14 @@ def test_any_name_of_a_tensor_that_is_not_used(tmp_path, name):
     assert judge(SMALL, path) == "read"
 
 
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_tensors_keep_the_order_of_the_file(tmp_path, form):
+    """Of two copies of a network the first is read."""
+    content = {name: torch.zeros(1) for name in ("b.10", "b.9", "a", "z")}
+    write(form, tmp_path / "file.pt", content, random.Random(0))
+    assert list(checkpoint_files.read(tmp_path / "file.pt")) == [f"model.{n}" for n in content]
+
+
 def test_names_and_numbers_of_tensors_are_bounded(tmp_path):
     words = refusal({"a." * 600: torch.zeros(1)}, tmp_path / "file.pt")
     assert "has 1206 characters: expected at most 1000" in words
