@@ -251,7 +251,7 @@ def verify(path: str | Path) -> dict:
         raise StoreError(
             f"{path} is damaged: sha256 {found[:12]}… ({path.stat().st_size} bytes), its sidecar "
             "says "
-            f"{entry['sha256'][:12]}… ({entry.get('bytes')} bytes). {_AGAIN}"
+            f"{str(entry['sha256'])[:12]}… ({entry.get('bytes')} bytes). {_AGAIN}"
         )
     return by_digest[found]
 

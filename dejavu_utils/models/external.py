@@ -6,13 +6,15 @@ the input's mean and standard deviation) comes from the named network and stands
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from dejavu_utils import store
-from dejavu_utils.models import encoders, own_format, weights
+from dejavu_utils.models import checkpoint_files, encoders, limited, own_format, weights
 from dejavu_utils.models.encoders import Encoder
+from dejavu_utils.models.limited import LIMIT_GIB
 from dejavu_utils.models.views import MEAN, STD
+from dejavu_utils.store import StoreError
 
 FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".tar", ".torch", ".bin")
 FORMS = (
@@ -120,16 +124,29 @@ class External(Encoder):
         self.notes, self.assumed, self.sha256 = tuple(notes), tuple(assumed), sha256
 
 
-def encoder(spec: str, file: str | None = None, prefix: str = "", unused: str = "") -> External:
+def encoder(
+    spec: str,
+    file: str | None = None,
+    prefix: str = "",
+    unused: str = "",
+    limit_gib: float = LIMIT_GIB,
+) -> External:
     """Return the encoder that `spec` names, in evaluation mode on the CPU, in float32.
 
     `spec`: FORMS. `file` holds its weights; without one they are the pretrained ones of its source.
     Of several copies in a file the one whose prefix contains `prefix` is read. `unused` is a
     regular expression of tensors that no forward pass uses, where `weights.unexplained` asks.
+    Reading a file takes at most `limit_gib` GiB of memory; on other systems than Linux only its
+    headers are compared with that.
+
+    StoreError says what is wrong with a file, ValueError with a name, FileNotFoundError what is not
+    there.
     """
     check(spec, file)
+    _check_pattern(unused)
     if Path(spec).is_file():
-        return _ours(Path(spec))
+        with _one_error(Path(spec), limit_gib):
+            return _ours(Path(spec), limit_gib)
 
     with torch.random.fork_rng(devices=[]):  # reading an encoder draws no numbers
         made = _make(spec, pretrained=not file)
@@ -140,7 +157,8 @@ def encoder(spec: str, file: str | None = None, prefix: str = "", unused: str = 
 
     head = None
     if file:
-        head = _load(made, width, spec, Path(file), prefix, unused)
+        with _one_error(Path(file), limit_gib):
+            head = _load(made, width, spec, Path(file), prefix, unused, limit_gib)
         digest = store.digest(Path(file))
     else:
         made.notes += ["weights: its source's own", "projector: none"]
@@ -168,7 +186,9 @@ def check(spec: str, file: str | None = None) -> None:
         raise FileNotFoundError(f"there is no file {file}; expected a file of weights.")
     if Path(spec).is_file():
         if not store.sidecar(spec).is_file():
-            raise ValueError(_unnamed(spec))
+            with _one_error(Path(spec), LIMIT_GIB):
+                advice = _unnamed(spec)
+            raise ValueError(advice)
         return
     kind, _, name = spec.partition(":")
     if spec.endswith(FILES) or "/" in kind:
@@ -177,6 +197,27 @@ def check(spec: str, file: str | None = None) -> None:
         raise ValueError(
             f"{spec} names no encoder: expected {FORMS}, such as torchvision:{spec} or timm:{spec}."
         )
+
+
+@contextmanager
+def _one_error(file: Path, limit_gib: float) -> Iterator[None]:
+    """Turn whatever reading `file` raises into one StoreError; a missing file stays one."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise limited.as_refusal(error, file, limit_gib) from error
+
+
+def _check_pattern(unused: str) -> None:
+    try:
+        re.compile(unused)
+    except re.error as error:
+        raise ValueError(
+            f"reading.unused={unused!r} is no regular expression ({error}): expected one such as "
+            "'decoder|mask_token'."
+        ) from error
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -389,10 +430,16 @@ def _function(module: str, name: str) -> Factory:
 
 
 def _load(
-    made: Factory, width: int, spec: str, file: Path, prefix: str, unused: str
+    made: Factory,
+    width: int,
+    spec: str,
+    file: Path,
+    prefix: str,
+    unused: str,
+    limit_gib: float,
 ) -> weights.Head | None:
     """Fill the network from a file and return the head; StoreError with the next command."""
-    flat = weights.read(file)
+    flat = checkpoint_files.read(file, limit_gib)
     try:
         found = weights.find(flat, made.network, prefix, made.convert)
         head = weights.projector(found, width)
@@ -403,11 +450,11 @@ def _load(
         weights.copy_into(made.network, found.tensors)
     except weights.Misfit as error:
         advice = error.advice or _advice(spec, flat)
-        raise store.StoreError(
+        raise StoreError(
             f"{file} does not fit {spec}: {error}. Next: {advice} WEIGHTS={shlex.quote(str(file))}"
         ) from error
-    except store.StoreError as error:
-        raise store.StoreError(f"{file}: {error}") from error
+    except StoreError as error:
+        raise StoreError(f"{file}: {error}") from error
 
     made.notes += _described(found, head)
     made.assumed += _assumed(made.network, spec, head)
@@ -497,11 +544,17 @@ def _advice(spec: str, flat: dict[str, Tensor]) -> str:
     return f"ENCODER={next(fitting, named)}"
 
 
+@functools.cache
+def _outline(spec: str) -> Factory:
+    """Return a named network without its weights: no memory, and little time."""
+    with torch.device("meta"):
+        return _make(spec, pretrained=False)
+
+
 def _fits(spec: str, flat: dict[str, Tensor]) -> bool:
     """Return whether a file has all tensors of a named network, and none that it lacks."""
     try:
-        with torch.device("meta"):  # no memory, no time
-            made = _make(spec, pretrained=False)
+        made = _outline(spec)
         found = weights.find(flat, made.network, "", made.convert)
     except ValueError:
         return False
@@ -510,7 +563,7 @@ def _fits(spec: str, flat: dict[str, Tensor]) -> bool:
 
 def _unnamed(file: str) -> str:
     """Return the advice for a file that is given as the encoder."""
-    advice = f"{_advice('', weights.read(file))} WEIGHTS={shlex.quote(file)}"
+    advice = f"{_advice('', checkpoint_files.read(file))} WEIGHTS={shlex.quote(file)}"
     return f"{file} holds weights, and not the network that they are of. Next: {advice}"
 
 
@@ -534,22 +587,60 @@ def _numbers(values: tuple) -> str:
 # -- files of this package ------------------------------------------------------------------------
 
 
-def _ours(path: Path) -> External:
+def _ours(path: Path, limit_gib: float) -> External:
     """Return an encoder that this package trained, or that VISSL trained for it."""
     meta = store.verify(path)
-    build = meta["parameters"]
+    build = _build(path, meta)
     known = {"name": "/".join(path.parts[-2:]), "size": build["size"], "sha256": meta["sha256"]}
     if path.suffix == ".safetensors":
-        own = own_format.load(path)
+        checkpoint_files.read(path, limit_gib)
+        limited.run(lambda: _own(path), path, limit_gib)  # the sidecar could ask for any size
+        own = _own(path)
         note = (f"network: {build['encoder']}, projector {build['projector'] or 'none'}, ours",)
         found = External(own.trunk, own.projector, notes=note, **known)
         found.classifier = own.classifier
         return found.eval()
 
+    if not re.fullmatch(r"resnet(50|101|152|200)(-w[24])?", build["encoder"]):
+        raise StoreError(
+            f"{store.sidecar(path)} names {build['encoder']!r}: expected a ResNet of VISSL's, such "
+            "as resnet50 or resnet50-w2."
+        )
     with torch.random.fork_rng(devices=[]):
         made = Factory(resnet(build["encoder"]), classifier=("fc",))
         made.network.fc = nn.Identity()
     made.network.eval()
     width = made.network.layer4[-1].bn3.num_features
-    head = _load(made, width, "VISSL's " + build["encoder"], path, "classy_state_dict", "")
-    return External(made.network, head.blocks, notes=tuple(made.notes), **known).eval()
+    spec = "VISSL's " + build["encoder"]
+    head = _load(made, width, spec, path, "classy_state_dict", "", limit_gib)
+    blocks = head.blocks if head else None
+    return External(made.network, blocks, notes=tuple(made.notes), **known).eval()
+
+
+def _own(path: Path) -> Encoder:
+    """Return the encoder of a file of this package; StoreError if its sidecar describes none."""
+    try:
+        return own_format.load(path)
+    except Exception as error:  # whatever its numbers make torch stumble over
+        if isinstance(error, StoreError) or limited.out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error)[:150]}"
+        raise StoreError(
+            f"{store.sidecar(path)} describes no encoder ({reason}). Take the sidecar that was "
+            "written with the file."
+        ) from error
+
+
+def _build(path: Path, meta: dict) -> dict:
+    """Return the part of a sidecar that says how to build the network; StoreError if it cannot."""
+    build = meta.get("parameters")
+    wanted = {"encoder": str, "projector": str, "size": int}
+    for name, kind in wanted.items():
+        value = build.get(name) if isinstance(build, dict) else None
+        if not isinstance(value, kind):
+            raise StoreError(
+                f"{store.sidecar(path)} says {name}={value!r} under parameters: expected "
+                f"{'a text' if kind is str else 'a number of pixels'}. Take the sidecar that was "
+                "written with the file."
+            )
+    return build

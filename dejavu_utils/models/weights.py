@@ -1,26 +1,19 @@
-"""Weights in other people's files: read as data, and found under whatever prefix they have.
+"""Weights in other people's files: found under whatever prefix they have.
 
-`read` returns every tensor of a file by its dotted path; nothing in the file is executed. `find`
-returns those that fill a given network, all of them and with their shapes; `projector` the MLP that
-stands on it. StoreError says what is damaged, unsafe, or does not fit.
+`checkpoint_files.read` returns the tensors of a file. `find` returns those that fill a given
+network, all of them and with their shapes; `projector` the MLP that stands on it. StoreError says
+what does not fit.
 """
 
-import builtins
 import os
 import re
-import sys
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dejavu_utils.models import own_format
 from dejavu_utils.store import StoreError
 
 # Copies that their projects evaluate: an average over training steps.
@@ -32,148 +25,7 @@ UNUSED = re.compile(
     r"(?i)mask_?(ed|token)|queue|decoder|predict|prototype|last_layer|classifier|probe|callbacks"
     r"|criterion|loss|center|temperature|averaged"
 )
-# Modules of the standard library whose classes hold settings and nothing else.
-SETTINGS = {"argparse", "collections", "datetime", "decimal", "enum", "pathlib", "types", "typing"}
-SETTINGS |= {"uuid"}
-
-
-# -- a file ---------------------------------------------------------------------------------------
-
-
-def read(path: str | Path) -> dict[str, Tensor]:
-    """Return {dotted path: tensor} of everything in a safetensors or torch file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: expected a checkpoint (.safetensors, .pt, …).")
-
-    with path.open("rb") as file:
-        first = file.read(9)
-
-    if first[8:9] == b"{":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise StoreError(f"{path} is truncated or damaged: {error}.") from error
-
-    zipped = first.startswith(b"PK\x03\x04")
-    if zipped:
-        _check_zip(path)
-    elif not first.startswith(b"\x80"):
-        raise StoreError(
-            f"{path} begins with {first[:4]!r}: it is no checkpoint. Expected safetensors or a "
-            "torch file, not compressed."
-        )
-
-    tensors = dict(_tensors(_load(path, zipped)))
-    if not tensors:
-        raise StoreError(f"{path} holds no tensor.")
-
-    for name, tensor in tensors.items():  # one row, said to be repeated a million times
-        if tensor.layout == torch.strided and tensor.nbytes > path.stat().st_size:
-            raise StoreError(f"{path}: {name} would be larger than the file; nothing was loaded.")
-    return tensors
-
-
-def _check_zip(path: Path) -> None:
-    """Raise StoreError unless every entry is stored plainly, as torch writes it, and undamaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
-            program = any(entry.filename.endswith("/constants.pkl") for entry in entries)
-            if not plain or not fits or program:
-                raise StoreError(
-                    f"{path} is a TorchScript program, compressed, or larger inside than outside: "
-                    "expected what torch.save(model.state_dict(), FILE) writes."
-                )
-            summed = any(entry.CRC for entry in entries)  # torch can be told to write none
-            damaged = archive.testzip() if summed else None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise StoreError(f"{path} is truncated or damaged: {error}.") from error
-    if damaged:
-        raise StoreError(f"{path} is truncated or damaged: {damaged}. Fetch it again.")
-
-
-class Settings:
-    """What stands in for every class that torch does not know: an empty dict with attributes.
-
-    Nothing of the class itself is imported or called, so whatever the file asks for, none of its
-    code runs.
-    """
-
-    def __new__(cls, *arguments: object) -> OrderedDict:
-        return OrderedDict()
-
-
-def _load(path: Path, zipped: bool) -> object:
-    """Return what torch.load reads with weights_only, settings of unknown classes as dicts."""
-    known, seen = _numpy_globals(), set()
-    while True:
-        try:
-            with torch.serialization.safe_globals(known):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except Exception as error:  # torch raises six types here; the text tells them apart
-            name = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
-            if name is None or name[1] in seen or not _is_setting(name[1]):
-                raise _refusal(path, error) from error
-            seen.add(name[1])
-            whole = name[1] if "." in name[1] else f"builtins.{name[1]}"
-            known.append((Settings, whole))
-
-
-def _numpy_globals() -> list:
-    """Return what numbers and arrays of numpy are made of, by the names of numpy 1 and 2."""
-    scalar = np.float64(0).__reduce__()[0]
-    array = np.zeros(0).__reduce__()[0]
-    found = [np.dtype, np.ndarray, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-    for core in ("numpy.core", "numpy._core"):
-        found.append((scalar, f"{core}.multiarray.scalar"))
-        found.append((array, f"{core}.multiarray._reconstruct"))
-    return found
-
-
-def _is_setting(name: str) -> bool:
-    """Return whether a global in a pickle is a class of values, and not a call of something."""
-    module, _, last = name.rpartition(".")
-    root = module.partition(".")[0]
-    if root in ("", "builtins"):
-        return isinstance(getattr(builtins, last, None), type)
-    if root in sys.stdlib_module_names:
-        return root in SETTINGS
-    return last[:1].isupper()
-
-
-def _refusal(path: Path, error: Exception) -> StoreError:
-    text = str(error)
-    called = re.search(r"(?:unsupported GLOBAL|global: GLOBAL) ([\w.]+)", text)
-    if called:
-        return StoreError(
-            f"{path} asks for {called[1]}, which is no value but code to run: refused. Where you "
-            "trust it, save its weights alone, in the environment that wrote it: "
-            "torch.save(model.state_dict(), NEW)."
-        )
-    lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-    reason = lines[0][:150] if lines else type(error).__name__
-    return StoreError(f"{path} is no whole torch file: {reason}. Fetch it again.")
-
-
-def _tensors(
-    tree: object, path: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (dotted path, tensor) of everything in nested dicts, also in the attributes of one."""
-    seen = set() if seen is None else seen
-    if isinstance(tree, np.ndarray) and tree.dtype.kind in "fiu":
-        tree = torch.from_numpy(tree)
-    if isinstance(tree, Tensor):
-        yield path, tree.detach()
-    if not isinstance(tree, Mapping) or id(tree) in seen:  # settings may point to their parents
-        return
-    seen.add(id(tree))
-    for name, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
-        hidden = name in ("_modules", "_parameters", "_buffers")  # of a module saved whole
-        below = path if hidden else f"{path}.{name}" if path else str(name)
-        yield from _tensors(value, below, seen)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 # -- a network's weights in it --------------------------------------------------------------------
@@ -237,7 +89,7 @@ def find(
     renamed = _converted(flat, best, network, convert)
     if renamed is None:
         raise Misfit(problems[best])
-    return find(renamed, network, best)
+    return find(renamed, network, best, convert=None)
 
 
 def _prefixes(flat: dict[str, Tensor], names: dict[str, str]) -> dict[str, int]:
@@ -314,18 +166,24 @@ def unexplained(found: Found, network: nn.Module, classifier: tuple, unused: str
     return suspects
 
 
-def copy_into(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors` into a network, strictly; StoreError unless they are plain and finite."""
+def copy_into(network: nn.Module, tensors: dict[str, Tensor], part: str = "the network") -> None:
+    """Copy `tensors` into a network, strictly; StoreError unless they fit, are floating-point
+    numbers where it has such, and finite. `part` names it in errors.
+    """
+    own = network.state_dict()
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
-            raise StoreError(f"{name} is {tensor.layout}, {tensor.dtype}: expected plain numbers.")
-        if not tensor.isfinite().all():
+        if name in own and own[name].is_floating_point() and tensor.dtype not in FLOATS:
+            raise StoreError(
+                f"{name} of {part} is {tensor.dtype}: expected float16, bfloat16, float32 or "
+                "float64."
+            )
+        if tensor.dtype in FLOATS and not tensor.isfinite().all():
             raise StoreError(
                 f"{name} holds NaN or infinity: the training diverged; take an earlier checkpoint."
             )
 
-    counters = {n: t for n, t in network.state_dict().items() if "num_batches_tracked" in n}
-    network.load_state_dict(counters | tensors, strict=True)
+    counters = {name: tensor for name, tensor in own.items() if "num_batches_tracked" in name}
+    own_format.fill(network, counters | tensors, "what it holds", part, "Is it whole?")
 
 
 # -- the MLP on top -------------------------------------------------------------------------------
@@ -373,7 +231,7 @@ def projector(found: Found, width: int) -> Head | None:
 def _group(path: str) -> str:
     """Return the part of a path before its first number, or before the layer's name."""
     parts = path.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     cut = numbers[0] if numbers else max(0, len(parts) - 2)
     return "".join(f"{part}." for part in parts[:cut])
 
@@ -385,9 +243,12 @@ def _chain(paths: list[str], tensors: dict[str, Tensor], width: int) -> list[str
 
     linear = 0
     for layer in layers:
-        weight, mean = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.running_mean")
-        if weight is not None and weight.ndim == 2 and weight.shape[1] == width:
-            width = weight.shape[0]
+        weight = tensors.get(f"{layer}.weight")
+        mean = tensors.get(f"{layer}.running_mean")
+        is_matrix = weight is not None and weight.ndim == 2 and mean is None
+        # a layer of no width could claim any size after it
+        if is_matrix and weight.shape[1] == width and len(weight) > 0:
+            width = len(weight)
             linear += 1
         elif mean is None or linear == 0 or mean.shape != (width,):
             return []
@@ -411,5 +272,5 @@ def _blocks(
             wide, into = own["weight"].shape
             module = nn.Linear(into, wide, bias="bias" in own)
             blocks.append([module])
-        copy_into(module, own)
+        copy_into(module, own, f"a layer {layer}")
     return nn.ModuleList(nn.Sequential(*block) for block in blocks)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dejavu_utils import store
-from dejavu_utils.models import external, views, weights
+from dejavu_utils.models import checkpoint_files, external, views, weights
 from dejavu_utils.models.encoders import Encoder, embed
 
 VIT = "timm:vit_tiny_patch16_224"
@@ -764,7 +764,7 @@ def test_harmless_values_beside_the_weights(tmp_path, value, zipped):
     state = network.state_dict()
     for content in ({"state_dict": state, "value": value}, state | {"value": value}):
         torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-        found = weights.find(weights.read(tmp_path / "file.pt"), network)
+        found = weights.find(checkpoint_files.read(tmp_path / "file.pt"), network)
         assert found.tensors and all(torch.equal(found.tensors[n], state[n]) for n in found.tensors)
 
 
@@ -820,7 +820,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, kind, evil):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
     with pytest.raises(store.StoreError, match="code to run: refused|no whole torch file"):
-        weights.read(path)
+        checkpoint_files.read(path)
     assert not trap.exists()
 
 
@@ -836,7 +836,7 @@ def test_truncated_file(tmp_path, name, zipped, keep):
         save_file(state, path)
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(store.StoreError, match="truncated or damaged|no whole|no checkpoint"):
-        weights.read(path)
+        checkpoint_files.read(path)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -846,7 +846,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(store.StoreError, match="truncated or damaged"):
-        weights.read(path)
+        checkpoint_files.read(path)
 
 
 def test_compressed_zip_and_program_are_refused(tmp_path):
@@ -859,10 +859,10 @@ def test_compressed_zip_and_program_are_refused(tmp_path):
             archive.writestr(name, data)
     assert path.stat().st_size < 100_000
     with pytest.raises(store.StoreError, match="compressed"):
-        weights.read(path)
+        checkpoint_files.read(path)
     torch.jit.script(nn.Linear(2, 2)).save(str(path))
     with pytest.raises(store.StoreError, match="TorchScript"):
-        weights.read(path)
+        checkpoint_files.read(path)
 
 
 @pytest.mark.parametrize(
@@ -876,10 +876,10 @@ def test_compressed_zip_and_program_are_refused(tmp_path):
 def test_what_is_no_checkpoint(tmp_path, content, message):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(store.StoreError, match=message):
-        weights.read(tmp_path / "x.pt")
+        checkpoint_files.read(tmp_path / "x.pt")
     torch.save([1, "two"], tmp_path / "list.pt")
     with pytest.raises(store.StoreError, match="holds no tensor"):
-        weights.read(tmp_path / "list.pt")
+        checkpoint_files.read(tmp_path / "list.pt")
 
 
 # -- the command line -----------------------------------------------------------------------------
