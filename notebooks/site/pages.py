@@ -136,7 +136,7 @@ def results(folder: Path) -> str:
     path = folder / "tables" / "scores.csv"
     if not path.is_file():
         return "<p>02_attack has not run with this profile.</p>"
-    table = store.read_table(path).query("ranking == 'own' and layer == 'projector'")
+    table = store.read_table(path).query("layer == 'projector'")
     table = table[table["epoch"] == table["epoch"].max()]
 
     def name(row: dict) -> tuple[str, str]:

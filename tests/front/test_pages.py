@@ -100,7 +100,6 @@ def site(repository, pages):
         "epoch": 5,
         "layer": "projector",
         "p": 100,
-        "ranking": "own",
         "score": 0.0434,
         "low": -0.01,
         "high": 0.09,
@@ -111,7 +110,6 @@ def site(repository, pages):
     others = [
         {"epoch": 1, "score": 0.77},
         {"layer": "backbone", "score": 0.66},
-        {"ranking": "paired", "score": 0.55},
     ]
     store.write_table(
         folder / "tables" / "scores.csv", pd.DataFrame([row | other for other in [{}, *others]])
@@ -185,9 +183,7 @@ def test_a_notebook_page_shows_results_first_and_folds_code_and_solutions(site):
 def test_the_index_says_what_the_tables_say(site):
     soup = site["index"]
     assert "It works." in soup.text and "+4.3" in soup.text and "(−1.0 to +9.0)" in soup.text
-    assert not re.search(
-        r"77|66\.|55\.", soup.find("table").text
-    )  # other epochs, layers and rankings
+    assert not re.search(r"77|66\.|55\.", soup.find("table").text)  # other epochs and layers
     assert (
         soup.img["alt"] == 'a "curve" that rises'
         and soup.find("figure").a["href"] == "02_attack.html"

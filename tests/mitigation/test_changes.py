@@ -86,7 +86,6 @@ def _table(
                             "role": role,
                             "prediction": 0,
                             "correct": rng.random(n) < share,
-                            "correct5": True,
                             "confidence": rng.random(n),
                             "seed": seed,
                             "held_out": held + 0.01 * seed,
