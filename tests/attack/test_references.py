@@ -25,7 +25,7 @@ PARAMS = {
     "sizes": {"classes": 4, "attacked": 12, "shared": 4, "public": 20, "probe": 10, "control": 12},
     "k": 5,
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
 }
 
 
