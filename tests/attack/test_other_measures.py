@@ -3,9 +3,9 @@ against libraries, by hand, and on planted data.
 """
 
 import ast
+import functools
 from types import SimpleNamespace
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +14,7 @@ from scipy.stats.contingency import odds_ratio
 from sklearn.metrics import roc_auc_score
 
 import dejavu_utils as dv
-from dejavu_utils import notebook, store
+from dejavu_utils import notebook
 from dejavu_utils.attack import measures, scoring
 
 pytestmark = pytest.mark.usefixtures("any_number")
@@ -32,14 +32,11 @@ def cells():
     return SimpleNamespace(**names)
 
 
-def after(identifiers, **names):
-    """Return all names once these cells of the notebook have run, given what stands before them."""
-    book = nbformat.read(store.PACKAGE.parent / "notebooks/07_other_measures.ipynb", as_version=4)
-    source = {cell["id"]: cell["source"] for cell in book["cells"]}
-    names = {"np": np, "pd": pd, "dv": dv, "run": SimpleNamespace(table=lambda *_: None)} | names
-    for identifier in identifiers:
-        exec(compile(source[identifier], identifier, "exec"), names)
-    return names
+@pytest.fixture(scope="module")
+def after(run_cells, cells):
+    """A function that returns all names after cells of the notebook have run on given ones."""
+    defined = {"renamed": cells.renamed, "log_odds": cells.log_odds}
+    return functools.partial(run_cells, "07_other_measures", np=np, pd=pd, dv=dv, **defined)
 
 
 def _code(stage):
@@ -179,7 +176,7 @@ def first(count, n=100):
     return np.arange(n) < count
 
 
-def test_the_member_difference_is_free_of_the_classifier(cells):
+def test_the_member_difference_is_free_of_the_classifier(after):
     """Own images 60 % against 45 %, others 40 % against 35 %: 15 - 5 points. A better classifier
     changes both scores and not their difference.
     """
@@ -192,19 +189,19 @@ def test_the_member_difference_is_free_of_the_classifier(cells):
         )
         scores = [{"criterion": "vicreg", "reference": "resnet"}]
         given = {"own": own, "neither": neither, "scores": scores, "kinds": ("resnet",)}
-        row = after(["offset"], renamed=cells.renamed, **given)["scores"][0]
+        row = after(["offset"], **given)["scores"][0]
         assert row["offset"] == pytest.approx(0.05 - better / 100)
         assert row["member_difference_low"] < 0.1 < row["member_difference_high"]
         differences.append(row["member_difference"])
     assert differences == pytest.approx([0.1, 0.1])
 
 
-def test_the_member_difference_is_of_classifiers_alone(cells):
+def test_the_member_difference_is_of_classifiers_alone(after):
     own = guessed({"target": first(60), "reference": first(45)})
     neither = guessed({"target": first(40), "reference": first(35)}, which="control")
     scores = [{"criterion": "vicreg", "reference": "two-model"}]
     given = {"own": own, "neither": neither, "scores": scores, "kinds": ("resnet",)}
-    row = after(["offset"], renamed=cells.renamed, **given)["scores"][0]
+    row = after(["offset"], **given)["scores"][0]
     assert row["offset"] == pytest.approx(0.05) and "member_difference" not in row
 
 
@@ -219,7 +216,7 @@ def by_gap(n, which):
     return pd.DataFrame(rows).assign(attacked=which, seed=0)
 
 
-def atypical(attacked, control):
+def atypical(after, attacked, control):
     """Return the row of the cell `atypical`; both are {role: (100,) right or not}, by gap."""
     sets = {"attacked": attacked, "control": control}
     sets = {which: right for which, right in sets.items() if right}
@@ -229,22 +226,22 @@ def atypical(attacked, control):
     return after(["atypical"], known=bool(control), **given)["atypical"]
 
 
-def test_what_is_atypical_is_compared_with_what_no_encoder_saw():
+def test_what_is_atypical_is_compared_with_what_no_encoder_saw(after):
     """The target alone is right of the ten images with the largest gap, the reference alone of the
     ten with the smallest: scores of 1 and -1. Among images of neither set 1 and 0.
     """
     top, bottom, none = np.arange(100) >= 90, np.arange(100) < 10, np.zeros(100, bool)
-    row = atypical({"target": top, "reference": bottom}, {"target": top, "reference": none})
+    row = atypical(after, {"target": top, "reference": bottom}, {"target": top, "reference": none})
     assert row["difference"] == 2 and row["net"] == 1
     assert row["n"] == 20  # a tenth of both sets
-    unknown = atypical({"target": top, "reference": bottom}, {})
+    unknown = atypical(after, {"target": top, "reference": bottom}, {})
     assert unknown["difference"] == 2 and "net" not in unknown
 
 
-def test_atypical_images_of_no_memory_have_a_net_of_nothing():
+def test_atypical_images_of_no_memory_have_a_net_of_nothing(after):
     """Where whether an image is easy goes with its gap, in both sets alike, nothing is left."""
     easy = {"target": np.arange(100) >= 50, "reference": np.arange(100) >= 95}
-    row = atypical(easy, easy)
+    row = atypical(after, easy, easy)
     assert row["difference"] == pytest.approx(0.5) and row["net"] == pytest.approx(0)
     assert row["net_low"] < 0 < row["net_high"]
 
@@ -258,21 +255,20 @@ def called(counts, which):
     return frame.assign(**about).set_index(list(about))
 
 
-def agreement(cells, attacked, control):
+def agreement(after, attacked, control):
     """Return the row of the cells `agreement` and `net` for counts in either set."""
     labels = pd.concat([called(attacked, "attacked"), called(control, "control")])
     names = after(
         ["agreement", "net"],
         labels=labels,
-        log_odds=cells.log_odds,
         known=True,
         criteria=["vicreg"],
     )
     return names["agreed"].loc["vicreg", "resnet", "memorized"]
 
 
-def test_net_odds_are_the_quotient_of_the_odds_of_both_sets(cells):
-    row = agreement(cells, (40, 10, 10, 40), (20, 20, 20, 40))
+def test_net_odds_are_the_quotient_of_the_odds_of_both_sets(after):
+    row = agreement(after, (40, 10, 10, 40), (20, 20, 20, 40))
     assert row["odds"] == pytest.approx(40.5**2 / 10.5**2)
     assert row["control_odds"] == pytest.approx(20.5 * 40.5 / 20.5**2)
     assert row["net"] == pytest.approx(row["odds"] / row["control_odds"])
@@ -281,7 +277,7 @@ def test_net_odds_are_the_quotient_of_the_odds_of_both_sets(cells):
     assert row["n"] == 100
 
 
-def test_agreement_that_images_of_neither_set_show_too_is_no_memory(cells):
-    row = agreement(cells, (40, 10, 10, 40), (40, 10, 10, 40))
+def test_agreement_that_images_of_neither_set_show_too_is_no_memory(after):
+    row = agreement(after, (40, 10, 10, 40), (40, 10, 10, 40))
     assert row["odds_low"] > 1 and row["net"] == pytest.approx(1)
     assert row["net_low"] < 1 < row["net_high"]
