@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dejavu_utils import store
-from dejavu_utils.data import boxes, datasets, manifests, split
+from dejavu_utils.data import datasets, manifests, split
 from dejavu_utils.data.images import Images
 
 REAL = Path(os.environ.get("DEJAVU_DATA", "-"))
@@ -167,7 +167,7 @@ def test_only_the_classes_and_pictures_asked_for_are_read(tiny):
 
 def test_a_manifest_that_lists_its_classes_reads_only_those(tiny):
     entry = manifests.read("tiny_imagenet") | {"classes": ["n03", "n01", "n77"]}
-    assert set(boxes.load(entry, tiny).ids) == {f"n0{c}_{i}" for c in (1, 3) for i in range(4)}
+    assert set(datasets.load(entry, tiny).ids) == {f"n0{c}_{i}" for c in (1, 3) for i in range(4)}
 
 
 def test_bad_pictures_are_listed_not_fatal(tiny, tmp_path):
