@@ -24,6 +24,8 @@ from dejavu_utils.parameters import (
     stages,
 )
 
+ROWS = 24  # of a table that a notebook shows
+
 
 def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Return the names that the parameters cell has just assigned, and those that papermill's cell
@@ -209,6 +211,24 @@ def _seed(params: Mapping[str, Any]) -> Any:
     return params.get("seed", params.get("seeds", 0))
 
 
+def _display_plainly() -> None:
+    """Show texts without quotes, and tables without row numbers and at most 24 rows long."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return
+    import pandas as pd
+
+    def table(frame: pd.DataFrame) -> str:
+        numbered = frame.index.name is None and pd.api.types.is_integer_dtype(frame.index)
+        return frame.to_html(index=not numbered, border=0, na_rep="–", max_rows=ROWS)
+
+    formatters = shell.display_formatter.formatters
+    formatters["text/html"].for_type(pd.DataFrame, table)
+    formatters["text/plain"].for_type(str, lambda text, printer, cycle: printer.text(text))
+
+
 def start(stage: str, names: dict[str, Any]) -> Run:
     """Return the `Run` of a notebook: parameters checked, generators seeded from (seed, stage),
     threads set.
@@ -248,6 +268,8 @@ def start(stage: str, names: dict[str, Any]) -> Run:
         if run.device == "cuda"
         else f"cpu, {torch.get_num_threads()} thread(s)"
     )
+    if "IPython" in sys.modules:
+        _display_plainly()
     print(
         f"{stage} · profile {run.profile} · seed {_seed(params)} · {where} · precision "
         f"{params.get('precision') or recipe.get('precision', 'fp32')}"

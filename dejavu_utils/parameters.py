@@ -22,6 +22,10 @@ OPEN = {"constants", "trained"}
 class ParameterError(ValueError):
     """A parameter that the notebook does not declare, or a value of another type."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the message; where it was raised is of no use here."""
+        return [f"ParameterError: {self}"]
+
 
 def stages() -> list[str]:
     """Return the names of the notebooks, in order: notebooks/NN_name.ipynb."""

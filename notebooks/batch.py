@@ -222,18 +222,15 @@ def _problem(notebook: Path, error: Exception | None) -> str | None:
 def _outputs(profile: str, stage: str, since: float) -> list[str]:
     """Return the results that `stage` wrote since a time, as paths inside the profile's folder."""
     folder = store.runs(profile)
-    sides = [
-        side
-        for kind in ("figures", "tables", "metrics")
-        for side in sorted((folder / kind).rglob("*.json"))
-    ]
-    recent = [
-        side
-        for side in sides
-        if side.with_suffix("").is_file() and side.stat().st_mtime >= since - 1
-    ]
-    mine = [side for side in recent if json.loads(side.read_text()).get("stage") == stage]
-    return [str(side.with_suffix("").relative_to(folder)) for side in mine]
+    mine = []
+    for kind in ("figures", "tables", "metrics"):
+        for path in sorted((folder / kind).rglob("*")):
+            side = store.sidecar(path)
+            if not path.is_file() or not side.is_file() or side.stat().st_mtime < since - 1:
+                continue
+            if json.loads(side.read_text()).get("stage") == stage:
+                mine.append(str(path.relative_to(folder)))
+    return mine
 
 
 def _figures(notebook: Path) -> list[str]:

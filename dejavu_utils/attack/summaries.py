@@ -130,10 +130,13 @@ def truth(curve: pd.DataFrame, classes: int) -> pd.DataFrame:
 
 def readable(table: pd.DataFrame, value: str = "score", ends: str = "") -> pd.DataFrame:
     """Return a table to look at: `value` and its interval as one text (or "too few"), other numbers
-    rounded.
+    rounded; of the top p % `n` is how many images those are.
     """
-    texts = [scoring.interval_text(row, value, ends) for row in table.to_dict("records")]
+    rows = table.to_dict("records")
+    texts = [scoring.interval_text(row, value, ends) for row in rows]
     shown = table.assign(**{value: texts}).drop(columns=[f"{ends}low", f"{ends}high"])
+    if {"n", "p"} <= set(shown):
+        shown["n"] = [int(scoring.top_count(row["n"], row["p"])) for row in rows]
     return shown.round(3)
 
 

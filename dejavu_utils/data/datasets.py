@@ -8,9 +8,6 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-import pandas as pd
-
-from dejavu_utils import store
 from dejavu_utils.data import converted, manifests, pictures, readers, scenes
 from dejavu_utils.data.boxes import Table, class_text, read_table
 from dejavu_utils.data.images import Images
@@ -180,13 +177,6 @@ def _advice(tree: Tree, flat: int, folder: str) -> str:
     if folder:
         return f"Pass its folder {folder} if the class folders are in there."
     return "No picture was found."
-
-
-def write_skipped(images: Images, path: str | Path) -> None:
-    """Write the pictures that could not be read, and why, as a table (name, reason) to `path`, e.g.
-    skipped.csv.
-    """
-    store.write_table(path, pd.DataFrame(images.skipped, columns=["name", "reason"]))
 
 
 def unused(images: Images) -> str:
