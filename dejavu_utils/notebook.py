@@ -19,13 +19,17 @@ from dejavu_utils.parameters import (
     declared,
     literals,
     merged,
+    of_profile,
     recipe_defaults,
     stages,
 )
 
+ROWS = 24  # of a table that a notebook shows
 
-def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> set[str]:
-    """Return the names that the parameters cell, and papermill's cell after it, have just assigned.
+
+def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Return the names that the parameters cell has just assigned, and those that papermill's cell
+    after it has.
 
     With IPython they are read from the cells that ran: the last one of literals that sets at least
     half of the declared names, and the cells of literals right after it. So neither a typo that was
@@ -35,26 +39,49 @@ def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> set[str]
     if "get_ipython" not in names:
         plain = (bool, int, float, str, list, tuple, dict, type(None))
         public = {name: value for name, value in names.items() if not name.startswith("_")}
-        return {name for name, value in public.items() if type(value) in plain}
+        return {name for name, value in public.items() if type(value) in plain}, set()
 
     assigned: set[str] = set()
+    passed: set[str] = set()
     open_ended = False  # the last cell was the parameters cell, or one of literals after it
     for source in names["In"]:
         cell = literals(source) or {}
-        declares = len(cell.keys() & defaults.keys())
+        declares = 2 * len(cell.keys() & defaults.keys()) >= len(defaults)
 
-        if cell and 2 * declares >= len(defaults):
+        if cell and open_ended and source.startswith("# Parameters"):  # papermill's
+            passed |= cell.keys()
+        elif cell and declares:
             assigned = set(cell)
+            passed = set()
             open_ended = True
         elif cell and open_ended:
             assigned |= cell.keys()
         else:
             open_ended = False
-    return assigned
+    return assigned, passed
+
+
+def _from_profile(
+    stage: str, given: Mapping[str, Any], defaults: Mapping[str, Any], passed: set[str]
+) -> dict[str, Any]:
+    """Return the profile's values of those parameters that nobody has set: they stand at the
+    notebook's own value, and papermill was not given them.
+
+    The notebook's own values are those of its own profile.
+    """
+    profile = given.get("profile")
+    if profile == defaults.get("profile") or not isinstance(profile, str):
+        return {}
+    values = of_profile(profile, stage)
+    left = [name for name in values if name not in passed and given[name] == defaults[name]]
+    return {name: values[name] for name in left}
 
 
 def parameters(stage: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Return the checked parameters of a running notebook, and write them back into `names`."""
+    """Return the checked parameters of a running notebook, and write them back into `names`.
+
+    What the profile says counts where neither the cell nor papermill says anything else.
+    """
     defaults = declared(stage)
     missing = [name for name in defaults if name not in names]
     if missing:
@@ -63,8 +90,10 @@ def parameters(stage: str, names: dict[str, Any]) -> dict[str, Any]:
         )
 
     given = {name: names[name] for name in defaults}
-    unknown = dict.fromkeys(sorted(_assigned(names, defaults) - defaults.keys()))
+    assigned, passed = _assigned(names, defaults)
+    unknown = dict.fromkeys(sorted((assigned | passed) - defaults.keys()))
     values = merged(unknown | given, defaults, f"{stage}: ")
+    values |= merged(_from_profile(stage, given, defaults, passed), defaults, f"{stage}: ")
     names.update(values)
     return values
 
@@ -182,6 +211,24 @@ def _seed(params: Mapping[str, Any]) -> Any:
     return params.get("seed", params.get("seeds", 0))
 
 
+def _display_plainly() -> None:
+    """Show texts without quotes, and tables without row numbers and at most 24 rows long."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return
+    import pandas as pd
+
+    def table(frame: pd.DataFrame) -> str:
+        numbered = frame.index.name is None and pd.api.types.is_integer_dtype(frame.index)
+        return frame.to_html(index=not numbered, border=0, na_rep="–", max_rows=ROWS)
+
+    formatters = shell.display_formatter.formatters
+    formatters["text/html"].for_type(pd.DataFrame, table)
+    formatters["text/plain"].for_type(str, lambda text, printer, cycle: printer.text(text))
+
+
 def start(stage: str, names: dict[str, Any]) -> Run:
     """Return the `Run` of a notebook: parameters checked, generators seeded from (seed, stage),
     threads set.
@@ -221,6 +268,8 @@ def start(stage: str, names: dict[str, Any]) -> Run:
         if run.device == "cuda"
         else f"cpu, {torch.get_num_threads()} thread(s)"
     )
+    if "IPython" in sys.modules:
+        _display_plainly()
     print(
         f"{stage} · profile {run.profile} · seed {_seed(params)} · {where} · precision "
         f"{params.get('precision') or recipe.get('precision', 'fp32')}"

@@ -1,4 +1,4 @@
-"""What a notebook declares as parameters, and the check of names and types against it."""
+"""What a notebook declares as parameters, the check of names and types against it, and profiles."""
 
 import ast
 import dataclasses
@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import yaml
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
@@ -20,6 +21,10 @@ OPEN = {"constants", "trained"}
 
 class ParameterError(ValueError):
     """A parameter that the notebook does not declare, or a value of another type."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the message; where it was raised is of no use here."""
+        return [f"ParameterError: {self}"]
 
 
 def stages() -> list[str]:
@@ -172,3 +177,38 @@ def merged(
         raise ParameterError(_message(error.errors()[0], where, known)) from None
 
     return {name: _filled(value, defaults[name], name) for name, value in checked.items()}
+
+
+def profiled(name: str) -> dict[str, dict]:
+    """Return the sections of notebooks/profiles/<name>.yaml, each name checked to be declared where
+    it is given.
+    """
+    folder = store.root() / "notebooks" / "profiles"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise ParameterError(f"no profile {name!r}; there are: {', '.join(known)}.")
+
+    path = folder / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(part, dict) for part in content.values()
+    ):
+        raise ParameterError(
+            f"{path}: expected sections `all:` and notebook names, each with `name: value` lines."
+        )
+    merged(content, {"all": {}} | {stage: {} for stage in stages()}, f"{path.name}: ")
+    return content
+
+
+def of_profile(name: str, stage: str) -> dict[str, Any]:
+    """Return what a profile gives to a notebook: the values of `all` that the notebook declares,
+    then those of its own section.
+    """
+    sections = profiled(name)
+    known = declared(stage)
+    general = {"profile": name} | sections.get("all", {})
+    own = merged(sections.get(stage, {}), known, f"{name}.yaml, {stage}: ")
+    return {key: value for key, value in general.items() if key in known} | own

@@ -237,14 +237,16 @@ def examples(
 def losses(table: pd.DataFrame) -> Figure:
     """Return the training loss over epochs, a panel a criterion, a line an encoder.
 
-    Columns: criterion, epoch, loss, name.
+    Columns: criterion, epoch, loss, name, which ends in A or B.
     """
-    figure, panels = _panels(table)
-    for (axis,), part in panels:
-        for _, one in part.groupby("name"):
-            axis.plot(one["epoch"], one["loss"], lw=1, alpha=0.7)
-        axis.set(xlabel="epoch", ylabel="training loss")
-    return figure
+    import seaborn.objects as so
+
+    rows = table.replace({"criterion": NAMES}).assign(encoder=table["name"].str[-1])
+    plot = so.Plot(rows, x="epoch", y="loss", color="encoder", linestyle="encoder", group="name")
+    plot = plot.facet("criterion", wrap=3).share(y=False).scale(color=[TARGET, REFERENCE])
+    plot = plot.add(so.Line(linewidth=1.2, alpha=0.8)).label(y="training loss", title="{}".format)
+    panels = rows["criterion"].nunique()
+    return drawn(plot, 3.4 * min(panels, 3) + 1, 2.8 * -(-panels // 3))
 
 
 def over_p(curve: pd.DataFrame) -> Figure:
@@ -270,21 +272,6 @@ def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
     for quantity, one in table.groupby("quantity", sort=False):
         _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, ends="")
     axis.set(xlabel="epoch", ylim=(min(0, low), 1))
-
-
-def probes(table: pd.DataFrame) -> Figure:
-    """Return what the linear probe shows over epochs, a panel a criterion.
-
-    Columns: criterion, epoch, quantity, mean, low, high.
-    """
-    figure, panels = _panels(table, sharey=True)
-    for (axis,), part in panels:
-        _probe_lines(axis, part, table["low"].min())
-    label_left(figure.axes, "linear probe (backbone)")
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3
-    )
-    return figure
 
 
 def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:

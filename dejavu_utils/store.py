@@ -1,8 +1,8 @@
 """Everything on disk: atomic writes, verified reads, cache keys, code versions, locks.
 
 An artifact is a file and its sidecar `<file>.json` (sha256, size, parameters, seed, versions,
-device, code version). The sidecar is written before the file appears under its name, so a file that
-is there always has one.
+device, code version; beside figures it is hidden). The sidecar is written before the file appears
+under its name, so a file that is there always has one.
 """
 
 import ctypes
@@ -173,8 +173,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def sidecar(path: str | Path) -> Path:
-    """Return the path of the sidecar of `path`."""
-    return Path(f"{path}.json")
+    """Return the path of the sidecar of `path`; beside figures, which people browse, it is
+    hidden.
+    """
+    path = Path(path)
+    hidden = "." if path.parent.name == "figures" else ""
+    return path.with_name(f"{hidden}{path.name}.json")
 
 
 def _text(path: Path, content: Any) -> None:

@@ -27,38 +27,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import imports, store
 from dejavu_utils.data import manifests
-from dejavu_utils.parameters import OPEN, ParameterError, cells, declared, merged, stages
+from dejavu_utils.parameters import (
+    OPEN,
+    ParameterError,
+    cells,
+    declared,
+    merged,
+    of_profile,
+    profiled,
+    stages,
+)
 
 RATE = (
     200e12  # operations a second that a plan assumes of one GPU: a fifth of an H100's peak in bf16
 )
 RUNNER = Path(__file__)  # a change of it makes every notebook run again
-
-
-def _profile(name: str) -> dict[str, dict]:
-    """Return the sections of notebooks/profiles/<name>.yaml, each name checked to be declared where
-    it is given.
-    """
-    import yaml
-
-    folder = store.root() / "notebooks" / "profiles"
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in known:
-        raise ParameterError(f"no profile {name!r}; there are: {', '.join(known)}.")
-
-    path = folder / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ParameterError(f"{path} is not YAML: {error}") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(part, dict) for part in content.values()
-    ):
-        raise ParameterError(
-            f"{path}: expected sections `all:` and notebook names, each with `name: value` lines."
-        )
-    merged(content, {"all": {}} | {stage: {} for stage in stages()}, f"{path.name}: ")
-    return content
 
 
 def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -> dict[str, dict]:
@@ -67,7 +50,7 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
 
     A name that no notebook declares (or that `only` does not) is a ParameterError.
     """
-    sections = _profile(profile)
+    sections = profiled(profile)
     defaults = {stage: declared(stage) for stage in stages()}
     anywhere = {name: value for stage in defaults.values() for name, value in stage.items()}
     if only and only not in defaults:
@@ -80,9 +63,7 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
     values = {}
     for stage in [only] if only else defaults:
         known = defaults[stage]
-        general = {"profile": profile} | sections.get("all", {})
-        mine = {name: value for name, value in general.items() if name in known}
-        mine |= merged(sections.get(stage, {}), known, f"{profile}.yaml, {stage}: ")
+        mine = of_profile(profile, stage)
         for name, value in overrides.items():
             # One key of a dict overrides that key only; of an open one, such as `trained`, all.
             if name in known:
@@ -241,18 +222,15 @@ def _problem(notebook: Path, error: Exception | None) -> str | None:
 def _outputs(profile: str, stage: str, since: float) -> list[str]:
     """Return the results that `stage` wrote since a time, as paths inside the profile's folder."""
     folder = store.runs(profile)
-    sides = [
-        side
-        for kind in ("figures", "tables", "metrics")
-        for side in sorted((folder / kind).rglob("*.json"))
-    ]
-    recent = [
-        side
-        for side in sides
-        if side.with_suffix("").is_file() and side.stat().st_mtime >= since - 1
-    ]
-    mine = [side for side in recent if json.loads(side.read_text()).get("stage") == stage]
-    return [str(side.with_suffix("").relative_to(folder)) for side in mine]
+    mine = []
+    for kind in ("figures", "tables", "metrics"):
+        for path in sorted((folder / kind).rglob("*")):
+            side = store.sidecar(path)
+            if not path.is_file() or not side.is_file() or side.stat().st_mtime < since - 1:
+                continue
+            if json.loads(side.read_text()).get("stage") == stage:
+                mine.append(str(path.relative_to(folder)))
+    return mine
 
 
 def _figures(notebook: Path) -> list[str]:

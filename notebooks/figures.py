@@ -127,7 +127,8 @@ def figures(environment: dict[str, str]) -> int:
     found = batch.numbers(profile)
     if found:
         print(found)
-    print(f"the figures are in {os.path.relpath(store.runs(profile), store.root())}/figures/")
+    folder = os.path.relpath(store.runs(profile), store.root())
+    print(f"the figures are in {folder}/figures/; `make report PROFILE={profile}` writes pages")
     return 0
 
 

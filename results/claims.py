@@ -20,6 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from results.seeds import plain  # the path comes first
+
 HERE = Path(__file__).resolve().parent
 SSL = ("vicreg", "barlow_twins", "simclr", "byol", "dino")
 LATER = (
@@ -86,11 +89,14 @@ def read(name: str) -> Tables:
         table = pd.DataFrame() if empty else pd.read_csv(path, dtype={"value": str})
         tables[key] = table.rename(columns={"knob": "setting"})  # its name in older tables
 
+    for key in ("scores", "sweeps"):
+        tables[key] = plain(tables[key])
+
     rho = tables["scores"]["rho"].iloc[0]
     for key in ("scores", "shares", "differences"):
         table = tables[key]
         tables[key] = table[(table["rho"] == rho) | table["rho"].isna()]
-    tables["scores"] = tables["scores"].query("layer == 'projector' and ranking == 'own'")
+    tables["scores"] = tables["scores"].query("layer == 'projector'")
     return tables
 
 
@@ -398,9 +404,7 @@ def corner(tables: Tables) -> Finding:
     """P11."""
     if tables["sweeps"].empty:
         return NOT_RUN
-    rows = tables["sweeps"].query(
-        "sweep == 'fraction' and value == '0.3' and p == 100 and top == 1"
-    )
+    rows = tables["sweeps"].query("sweep == 'fraction' and value == '0.3' and p == 100")
     value = f"share .3 of each side: {number(rows.iloc[0])} over images"
     return Finding(value, verdict(rows), int(rows["n"].iloc[0]))
 
@@ -409,7 +413,7 @@ def neighbours(tables: Tables) -> Finding:
     """P13."""
     if tables["sweeps"].empty:
         return NOT_RUN
-    rows = tables["sweeps"].query("sweep == 'k' and p == 100 and top == 1")
+    rows = tables["sweeps"].query("sweep == 'k' and p == 100")
     rows = rows[rows["value"].astype(float) >= 5]
     text = "; ".join(f"k = {row['value']} {number(row)}" for _, row in rows.iterrows())
     return Finding(f"over images: {text}", verdict(rows), int(rows["n"].iloc[0]))
@@ -651,6 +655,5 @@ def write(name: str) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
     judged = write(sys.argv[1])
     print(judged[["id", "verdict", "unit", "value"]].to_string(index=False))

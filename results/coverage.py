@@ -65,8 +65,8 @@ def measured(name: str = "study", folder: Path = HERE) -> World:
     shares = shares[(shares["criterion"] == "vicreg") & (shares["rho"] == shares["rho"].iloc[0])]
     end = shares[shares["epoch"] == shares["epoch"].max()].iloc[0]
 
-    table = pd.read_csv(folder / name / "scores.csv")
-    table = table.query("layer == 'projector' and ranking == 'own' and top == 1")
+    table = measured_seeds.plain(pd.read_csv(folder / name / "scores.csv"))
+    table = table.query("layer == 'projector'")
     table = table[(table["criterion"] == "vicreg") & (table["rho"] == table["rho"].iloc[0])]
     table = table[table["epoch"] == table["epoch"].max()].set_index("p")
 

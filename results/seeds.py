@@ -108,11 +108,21 @@ def summary(name: str, folder: Path = HERE) -> pd.DataFrame:
     return pd.DataFrame(rows)[COLUMNS]
 
 
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the score itself: tables of older runs hold a second ranking and the five
+    most voted classes, too.
+    """
+    for column, value in (("ranking", "own"), ("top", 1)):
+        if column in table:
+            table = table[table[column] == value]
+    return table
+
+
 def _image_intervals(name: str, folder: Path) -> pd.DataFrame:
     """Return low and high over the images of all seeds, by criterion and quantity."""
-    scores = pd.read_csv(folder / name / "scores.csv")
+    scores = plain(pd.read_csv(folder / name / "scores.csv"))
     rho = scores["rho"].iloc[0]
-    scores = scores.query("layer == 'projector' and ranking == 'own' and top == 1 and p == 100")
+    scores = scores.query("layer == 'projector' and p == 100")
     scores = scores[(scores["epoch"] == scores["epoch"].max()) & (scores["rho"] == rho)]
     scores = scores.assign(quantity="score")
 

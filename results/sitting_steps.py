@@ -31,7 +31,7 @@ TINY_PLAN = {
     "dataset": "scenes",
     "sizes": {"classes": 4, "attacked": 16, "shared": 0, "public": 20, "probe": 10, "control": 10},
     "recipe": {"encoder": "small8", "projector": "32-32-32", "batch": 16},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
     "k": 5,
     "seconds": 1,
 }

@@ -156,7 +156,7 @@ def _by_seed(name: str) -> pd.DataFrame:
 
 def _last_scores(name: str) -> pd.DataFrame:
     """Return the scores at the end of training and at the first rho."""
-    scores = _read(name, "scores").query("layer == 'projector' and ranking == 'own'")
+    scores = seeds.plain(_read(name, "scores")).query("layer == 'projector'")
     scores = _first(scores, scores["rho"].iloc[0])
     return scores[scores["epoch"] == scores["epoch"].max()]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,26 @@ def any_number(monkeypatch):
     check.
     """
     monkeypatch.setattr("dejavu_utils.attack.scoring.FEWEST", 1)
+
+
+@pytest.fixture(scope="session")
+def run_cells():
+    """A function that runs cells of a real notebook, by id, on given names and returns all names
+    afterwards; nothing is written.
+    """
+    import nbformat
+
+    def run(stage, identifiers, **names):
+        path = store.PACKAGE.parent / "notebooks" / f"{stage}.ipynb"
+        book = nbformat.read(path, as_version=4)
+        source = {cell["id"]: cell["source"] for cell in book["cells"]}
+        quiet = SimpleNamespace(table=lambda *_: None, figure=lambda *_: None)
+        names = {"run": quiet} | names
+        for identifier in identifiers:
+            exec(compile(source[identifier], identifier, "exec"), names)
+        return names
+
+    return run
 
 
 @pytest.fixture(scope="session")

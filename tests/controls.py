@@ -21,7 +21,7 @@ from dejavu_utils.data import datasets, manifests, scenes, split
 from dejavu_utils.models.encoders import Encoder, embed
 from dejavu_utils.models.train import stream
 
-CROP = {"kind": "periphery", "rule": "paper", "min_side": 8}
+CROP = {"kind": "periphery", "min_side": 8}
 CLASSES, K = 10, 10
 
 

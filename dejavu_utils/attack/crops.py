@@ -17,7 +17,6 @@ KINDS = ("periphery", "corner")
 CORNERS = ("lower-left", "lower-right", "upper-left", "upper-right")
 CROP = {
     "kind": "periphery",
-    "rule": "paper",
     "min_side": 16,
     "fraction": 0.3,
     "corner": "lower-left",
@@ -124,16 +123,16 @@ def background(images: Images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
     bool.
 
     `images` has `boxes`, `sizes` (n, 2) width, height and `ids`. `crop` holds any of kind
-    ("periphery" or "corner"), rule ("paper", the only one), min_side, fraction, corner; CROP has
-    the defaults. Where no periphery crop is large enough, keep is False and the rectangle 0.
-    ValueError on an unknown key, kind or rule; AssertionError if a periphery crop meets a box.
+    ("periphery" or "corner"), min_side, fraction, corner; CROP has the defaults. Where no periphery
+    crop is large enough, keep is False and the rectangle 0. ValueError on an unknown key or kind;
+    AssertionError if a periphery crop meets a box.
     """
     unknown = sorted(set(crop) - set(CROP))
     crop = {**CROP, **crop}
-    if unknown or crop["kind"] not in KINDS or crop["rule"] != "paper":
+    if unknown or crop["kind"] not in KINDS:
         raise ValueError(
-            f"crops.background: keys {unknown}, kind {crop['kind']!r}, rule {crop['rule']!r}; "
-            f"expected keys among {sorted(CROP)}, kind one of {KINDS}, rule 'paper'."
+            f"crops.background: keys {unknown}, kind {crop['kind']!r}; expected keys "
+            f"among {sorted(CROP)}, kind one of {KINDS}."
         )
 
     rects = np.zeros((len(images.boxes), 4), dtype=np.int64)

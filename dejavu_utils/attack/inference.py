@@ -2,7 +2,7 @@
 
 A *table* is a pandas frame with one row per attacked image and role: id, label, direction ("a" or
 "b": the attacked set), role ("target": trained with the image; "reference": without), prediction,
-correct, correct5, confidence. What is computed from it stands in `scoring` (paper section 4).
+correct, confidence. What is computed from it stands in `scoring` (paper section 4).
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,7 @@ def infer(
     classes: int,
     ties: str = "nearest",
 ) -> dict[str, np.ndarray]:
-    """Return prediction (q,), top5 (q, 5; -1 = no vote), confidence (q,) nats, neighbours (q, k),
-    distances (q, k).
+    """Return prediction (q,), confidence (q,) nats, neighbours (q, k), distances (q, k).
 
     `queries` (q, d) and `bank` (n, d) are embeddings, `bank_labels` (n,) ints; `neighbours` are
     rows of `bank`. The bank is searched in the order of its labels, so a tie at the k-th neighbour
@@ -74,16 +73,14 @@ def infer(
     neighbours = order.to(columns.device)[columns]
     neighbour_labels = labels.to(columns.device)[neighbours]
 
-    ranking, confidence = [], []
+    prediction, confidence = [], []
     for voters, near in zip(neighbour_labels.split(BLOCK), distances.split(BLOCK), strict=True):
         votes = knn.vote(voters, near, classes, ties)
-        ranking.append(votes.ranking)
+        prediction.append(votes.prediction)
         confidence.append(votes.confidence)
 
-    top5 = torch.cat(ranking).cpu().numpy()
     return {
-        "prediction": top5[:, 0],
-        "top5": top5,
+        "prediction": torch.cat(prediction).cpu().numpy(),
         "confidence": torch.cat(confidence).cpu().numpy(),
         "neighbours": neighbours.cpu().numpy(),
         "distances": distances.cpu().numpy(),
@@ -91,8 +88,8 @@ def infer(
 
 
 def infer_scores(scores: torch.Tensor, confidence: str = "entropy") -> dict[str, np.ndarray]:
-    """Return prediction (q,), top5 (q, 5) and confidence (q,) nats of class scores (q, classes),
-    without neighbours.
+    """Return prediction (q,) and confidence (q,) nats of class scores (q, classes), without
+    neighbours.
 
     The attack on the supervised baseline's logits (paper §2.3): the largest score is the guess,
     ties go to the lower class. The confidence is minus the entropy of their softmax, comparable
@@ -100,16 +97,14 @@ def infer_scores(scores: torch.Tensor, confidence: str = "entropy") -> dict[str,
     """
     scores = torch.as_tensor(scores).double()  # (q, classes)
     logs = scores.log_softmax(1)
-    best = logs.argsort(dim=1, descending=True, stable=True)[:, :5]
-    top5 = torch.nn.functional.pad(best, (0, 5 - best.shape[1]), value=-1)
+    best = logs.argsort(dim=1, descending=True, stable=True)[:, 0]
 
     certainty = (logs.exp() * logs).nan_to_num().sum(1)  # 0 log 0 = 0
     if confidence == "logit":
         certainty = scores.amax(1)
 
     return {
-        "prediction": top5[:, 0].cpu().numpy(),
-        "top5": top5.cpu().numpy(),
+        "prediction": best.cpu().numpy(),
         "confidence": certainty.cpu().numpy(),
     }
 
@@ -163,7 +158,6 @@ def label_inference(
                 "role": role,
                 "prediction": found["prediction"],
                 "correct": found["prediction"] == truth,
-                "correct5": (found["top5"] == truth[:, None]).any(1),
                 "confidence": found["confidence"],
             }
             parts.append(pd.DataFrame(rows).sort_values("id", kind="stable"))

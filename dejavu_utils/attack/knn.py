@@ -26,12 +26,12 @@ CACHE = 1 << 17  # values of float64 differences at a time
 
 
 class Votes(NamedTuple):
-    """The neighbours' votes: `counts` (q, classes) int64, `ranking` (q, 5) int64, `confidence` (q,)
-    float64 in nats.
+    """The neighbours' votes: `counts` (q, classes) int64, `prediction` (q,) int64, `confidence`
+    (q,) float64 in nats.
     """
 
     counts: Tensor
-    ranking: Tensor
+    prediction: Tensor
     confidence: Tensor
 
 
@@ -292,13 +292,12 @@ def _largest(name: str, values: Tensor) -> float:
 
 
 def vote(labels: Tensor, distances: Tensor, classes: int, ties: str = "nearest") -> Votes:
-    """Return the votes of k neighbours: counts (q, classes), top 5 classes (q, 5), confidence (q,)
-    = -entropy in nats.
+    """Return the votes of k neighbours: counts (q, classes), prediction (q,), confidence (q,) =
+    -entropy in nats.
 
-    `labels` (q, k) int, `distances` (q, k) ascending. A class with more votes comes first; ties go
-    to the lower mean distance, then to the lower class index, or with `ties="lowest class"` to the
-    lower class index at once (the paper's code leaves them to the order of its classes). -1 fills
-    `ranking` where fewer than 5 classes have a vote.
+    `labels` (q, k) int, `distances` (q, k) ascending. The class with most votes is predicted; ties
+    go to the lower mean distance, then to the lower class index, or with `ties="lowest class"` to
+    the lower class index at once (the paper's code leaves them to the order of its classes).
     """
     if ties not in TIES:
         raise ValueError(f"knn.vote: ties {ties!r}; expected one of {TIES}.")
@@ -323,16 +322,11 @@ def vote(labels: Tensor, distances: Tensor, classes: int, ties: str = "nearest")
     if ties == "lowest class":
         mean = torch.zeros_like(mean)  # all equally near: argmin takes the first
 
-    left = counts.clone()
-    ranking = labels.new_full((len(labels), 5), -1)
-    for place in range(min(5, classes)):
-        most = left.amax(1, keepdim=True)  # (q, 1)
-        nearest = torch.where(left == most, mean, torch.inf)
-        best = nearest.argmin(1, keepdim=True)  # the first of equals
-        ranking[:, place : place + 1] = torch.where(most > 0, best, -1)
-        left.scatter_(1, best, 0)
+    most = counts.amax(1, keepdim=True)  # (q, 1)
+    tied = torch.where(counts == most, mean, torch.inf)
+    prediction = tied.argmin(1)  # the first of equals
 
-    return Votes(counts, ranking, _negative_entropy(counts, k))
+    return Votes(counts, prediction, _negative_entropy(counts, k))
 
 
 def _negative_entropy(counts: Tensor, k: int) -> Tensor:

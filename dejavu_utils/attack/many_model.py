@@ -20,7 +20,7 @@ from dejavu_utils.models.pairs import Pair
 
 LEAST = 8  # encoders
 SINGLE = 32  # encoders
-AVERAGED = ["correct", "correct5", "confidence"]
+AVERAGED = ["correct", "confidence"]
 
 
 def again(pair: Pair, start: int) -> Pair:
@@ -91,8 +91,8 @@ def table(pair: Pair, trained: list[Pair], epoch: int, k: int, device: str = "cp
     """Return the attack's table, at the projector, of all encoders of `halves(pair, many)`,
     trained: a row per image and role.
 
-    "target": those that saw the image, "reference": those that did not. `correct`, `correct5` and
-    `confidence` are means over them, and `encoders` says how many each. Other columns: those of
+    "target": those that saw the image, "reference": those that did not. `correct` and `confidence`
+    are means over them, and `encoders` says how many each. Other columns: those of
     `references.two_model`.
     """
     tables = []

@@ -239,7 +239,7 @@ def resampled(
         )
     ordered = table.sort_values(["direction", "seed", "id", "model"])
     roles = np.where(ordered["member"], "target", "reference")
-    strata = scoring.stratify(ordered.assign(role=roles), 1, "own")
+    strata = scoring.stratify(ordered.assign(role=roles))
     drawn = [
         chain.from_iterable(scoring.bootstrap_weights(stratum, resamples, seed))
         for stratum in strata

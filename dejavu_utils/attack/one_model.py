@@ -27,7 +27,7 @@ EPOCHS = 30  # of the network, in which it reaches the accuracy that it keeps
 KINDS = ("resnet", "naive_bayes")
 # What the network takes from a pair's recipe.
 KEPT = ("encoder", "projector", "size", "batch", "precision", "threads")
-GUESS = ["prediction", "correct", "correct5", "confidence"]
+GUESS = ["prediction", "correct", "confidence"]
 # features or crops (n, ...) -> class probabilities (n, classes)
 Predictor = Callable[[torch.Tensor | np.ndarray], np.ndarray]
 # (x, labels, classes, name of its random stream) -> Predictor
@@ -179,7 +179,8 @@ def table(
     alone, what an auditor of encoder A (B) has. `attacked="control"`: the same classifiers judge
     images of neither set: their score is the offset that is there without memory. A confidence is
     minus an entropy in nats, of k votes for the target, of probabilities for the reference: not on
-    one scale, so rank with "own". Columns: those of two_model, and `reference`, the kind.
+    one scale, but each model is ranked by its own. Columns: those of two_model, and `reference`,
+    the kind.
     """
     target = references.at_layer(pair, epoch, k, layer, attacked, device).query("role == 'target'")
     judged = _judged(pair, epoch, kind, folds, device)
@@ -229,8 +230,8 @@ def _judge(
         chances = cross_fit(fit, x, labels, fold, classes, learn, f"{seed}/{side}")
 
         guess = inference.infer_scores(torch.from_numpy(chances).log())
-        right = guess["top5"] == labels[:, None]  # (n, 5)
-        rows = {"id": ids, "prediction": guess["prediction"], "correct": right[:, 0]}
-        rows |= {"correct5": right.any(1), "confidence": guess["confidence"]}
-        tables.append(pd.DataFrame(rows))
+        rows = pd.DataFrame({"id": ids, "prediction": guess["prediction"]})
+        rows["correct"] = guess["prediction"] == labels
+        rows["confidence"] = guess["confidence"]
+        tables.append(rows)
     return pd.concat(tables, ignore_index=True)

@@ -229,4 +229,4 @@ def knn_accuracy(
     z, t = _pair(test_x, test_y, classes, "test", x.device)
     distances, columns = knn.search(z, x, min(k, len(x)))
     votes = knn.vote(y.to(columns.device)[columns], distances, classes)
-    return float((votes.ranking[:, 0] == t.to(columns.device)).double().mean())
+    return float((votes.prediction == t.to(columns.device)).double().mean())

@@ -4,6 +4,7 @@ reference (§3).
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,93 +231,106 @@ def probes(
     view as in the authors' code (crop, flip, jitter, grey, solarise, no blur), and are judged on
     the images as they are. The second probe has more images, and so as many fewer views of each.
     """
-    encoders = {model: pair.encoder(model, epoch) for model in ("A", "B")}
-    keep = inference.Rules(**pair.rules).keep
-    embed_here = functools.partial(
-        embed_images, size=pair.size(), layers=(layer,), device=device, keep=keep
-    )
-    embed_augmented = functools.partial(_augmented, pair, encoders, layer, device)
-    fit = functools.partial(
-        probe.linear_probe,
-        classes=len(pair.parts["probe"].classes),
-        method=method,
-        seed=pair.setting["seed"],
-    )
-
-    held, t = held_out(pair, encoders, (layer,), device)
-    first = np.arange(len(t)) % 2 == 0
-    fewer = max(1, round(views * len(pair.parts["a"]) / first.sum()))
-    held_views = _held_out_views(pair, embed_augmented, min(views, fewer)) if augment else None
+    encoders = {model: pair.encoder(model, epoch) for model in "AB"}
+    classes = len(pair.parts["probe"].classes)
+    seed = pair.setting["seed"]
+    fit = functools.partial(probe.linear_probe, classes=classes, method=method, seed=seed)
+    held, held_labels = held_out(pair, encoders, (layer,), device)
+    held_views = {"A": None, "B": None}
+    views = views if augment else 0
+    if views:
+        half = math.ceil(len(held_labels) / 2)
+        fewer = max(1, round(views * len(pair.parts["a"]) / half))
+        held_views = _held_out_views(pair, encoders, layer, min(views, fewer), device)
 
     rows = []
     for model, encoder in encoders.items():
-        side = model.lower()
-        own = pair.parts[side]
-        x, y = embed_here({model: encoder}, own)[layer][model], own.labels
-        z = held[layer][model]
-        seen = embed_augmented(own, views, f"probe {side}", (model,))[model] if augment else None
-        paper = fit(x, y, z, t, views=seen)
-
-        folds = []
-        for half in (first, ~first):
-            seen = held_views[model][:, half] if augment else None
-            folds.append(fit(z[half], t[half], z[~half], t[~half], extra=(x, y), views=seen))
-        member = np.mean([fold["extra"] for fold in folds])
-        non_member = np.mean([fold["test"] for fold in folds])
-
-        rows.append(
-            {
-                "model": model,
-                "train": paper["train"],
-                "held_out": paper["test"],
-                "gap": paper["gap"],
-                "member": member,
-                "non_member": non_member,
-                "fresh_gap": member - non_member,
-                "knn": probe.knn_accuracy(x, y, z, t, classes=len(own.classes)),
-                "n_train": len(y),
-                "n_held_out": len(t),
-            }
-        )
-    about = {"layer": layer, "method": method, "views": views if augment else 0}
+        x, labels, own_views = _own_set(pair, model, encoder, layer, views, device)
+        own = x, labels
+        others = held[layer][model], held_labels
+        paper = fit(*own, *others, views=own_views)
+        row = {"model": model, "train": paper["train"], "held_out": paper["test"]}
+        row |= {"gap": paper["gap"]} | _fresh_gap(fit, own, others, held_views[model])
+        row["knn"] = probe.knn_accuracy(*own, *others, classes=classes)
+        rows.append(row | {"n_train": len(labels), "n_held_out": len(held_labels)})
+    about = {"layer": layer, "method": method, "views": views}
     return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, **about)
+
+
+def _own_set(
+    pair: Pair, model: str, encoder: Encoder, layer: str, views: int, device: str
+) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
+    """Return features (n, d) and labels (n,) of the images unique to an encoder's training set, and
+    `views` augmented views of them (views, n, d): None for none.
+    """
+    side = model.lower()
+    images = pair.parts[side]
+    keep = inference.Rules(**pair.rules).keep
+    found = embed_images({model: encoder}, images, pair.size(), (layer,), device=device, keep=keep)
+    seen = None
+    if views:
+        purpose = f"probe {side}"
+        seen = _augmented(pair, {model: encoder}, layer, images, views, purpose, device)[model]
+    return found[layer][model], images.labels, seen
+
+
+def _fresh_gap(
+    fit: Callable[..., dict[str, float]],
+    own: tuple[torch.Tensor, np.ndarray],
+    others: tuple[torch.Tensor, np.ndarray],
+    views: torch.Tensor | None,
+) -> dict[str, float]:
+    """Return the accuracies of a probe trained on half of the held-out images: "member" on the
+    encoder's own images, "non_member" on the other half, and their difference.
+
+    The mean over both halves. `views` (v, n, d) are of all held-out images.
+    """
+    features, labels = others
+    first = np.arange(len(labels)) % 2 == 0
+    member, non_member = [], []
+    for half in (first, ~first):
+        seen = None if views is None else views[:, half]
+        judged = features[~half], labels[~half]
+        found = fit(features[half], labels[half], *judged, extra=own, views=seen)
+        member.append(found["extra"])
+        non_member.append(found["test"])
+    gap = np.mean(member) - np.mean(non_member)
+    return {"member": np.mean(member), "non_member": np.mean(non_member), "fresh_gap": gap}
 
 
 def _augmented(
     pair: Pair,
     encoders: dict[str, Encoder],
     layer: str,
-    device: str,
     images: Images,
     views: int,
     purpose: str,
-    models: Sequence[str] = ("A", "B"),
+    device: str,
 ) -> dict[str, torch.Tensor]:
-    """Return {model: (views, n, d)}: augmented views of images under these models, which all see
+    """Return {model: (views, n, d)}: augmented views of images under these encoders, which all see
     the same views.
     """
     drawn = view_embeddings.draws(pair, images, views, purpose)
-    found: dict[str, list[torch.Tensor]] = {model: [] for model in models}
+    found: dict[str, list[torch.Tensor]] = {model: [] for model in encoders}
     for rows, pixels in view_embeddings.sources(pair, images):
         part = [each.part(rows) for each in drawn]
-        for model in models:
-            seen = view_embeddings.embed_views(
-                encoders[model], pixels, part, pair.size(), (layer,), device
-            )
+        for model, encoder in encoders.items():
+            seen = view_embeddings.embed_views(encoder, pixels, part, pair.size(), (layer,), device)
             found[model].append(seen[layer])
     return {model: torch.cat(parts, 1) for model, parts in found.items()}
 
 
 def _held_out_views(
-    pair: Pair, embed_augmented: Callable[..., dict[str, torch.Tensor]], views: int
+    pair: Pair, encoders: dict[str, Encoder], layer: str, views: int, device: str
 ) -> dict[str, torch.Tensor]:
     """Return {model: (views, n, d)} of the images that no encoder saw, in the order of
     `held_out`.
     """
     found = []
     for part in _held_out_parts(pair):
-        found.append(embed_augmented(pair.parts[part], views, f"probe {part}"))
-    return {model: torch.cat([each[model] for each in found], 1) for model in ("A", "B")}
+        images = pair.parts[part]
+        found.append(_augmented(pair, encoders, layer, images, views, f"probe {part}", device))
+    return {model: torch.cat([each[model] for each in found], 1) for model in encoders}
 
 
 def bayes(pair: Pair) -> float:

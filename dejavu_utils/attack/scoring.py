@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, t
 
-RANKINGS = ("own", "paired")
 CELLS = ("memorized", "correlated", "misrepresented", "unassociated")
 CLUSTER_FROM = 50  # from so many classes on, the bootstrap draws classes rather than images
 CHUNK = 1 << 21  # resampled weights held at a time
@@ -37,15 +36,14 @@ class Stratum(NamedTuple):
     stream: int  # of its random numbers
 
 
-def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
+def stratify(table: pd.DataFrame) -> list[Stratum]:
     """Return the strata of a table, target and reference joined by id; ValueError if they do not
     pair up.
     """
     keys = ["direction", "seed"] if "seed" in table else ["direction"]
-    _check(table, keys, top, ranking)
+    _check(table, keys)
 
-    value = "correct" if top == 1 else "correct5"
-    rows = table.set_index([*keys, "id", "label", "role"])[[value, "confidence"]]
+    rows = table.set_index([*keys, "id", "label", "role"])[["correct", "confidence"]]
     wide = rows.unstack("role")  # a row per image, sorted by id
     if len(table) != 2 * len(wide):
         raise ValueError(
@@ -58,10 +56,8 @@ def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     strata = []
 
     for name, part in wide.groupby(level=keys):
-        hits = part[value][["target", "reference"]].to_numpy(float).T  # (2, n)
+        hits = part["correct"][["target", "reference"]].to_numpy(float).T  # (2, n)
         confidence = part["confidence"][["target", "reference"]].to_numpy(float).T
-        if ranking == "paired":
-            confidence = np.repeat(confidence.sum(0, keepdims=True), 2, 0)
 
         cluster = np.arange(len(part))
         if by_class:
@@ -80,14 +76,8 @@ def stratify(table: pd.DataFrame, top: int, ranking: str) -> list[Stratum]:
     return strata
 
 
-def _check(table: pd.DataFrame, keys: list[str], top: int, ranking: str) -> None:
+def _check(table: pd.DataFrame, keys: list[str]) -> None:
     """Raise ValueError unless a table has one row per image, role and stratum."""
-    if top not in (1, 5) or ranking not in RANKINGS:
-        raise ValueError(
-            f"attack: top = {top!r}, ranking = {ranking!r}; expected top 1 or 5, ranking "
-            f"{RANKINGS}."
-        )
-
     repeated = table.duplicated([*keys, "role", "id"]).sum()
     if repeated or not len(table):
         raise ValueError(
@@ -227,28 +217,19 @@ def scored(strata: list[Stratum], p: float, rounding: str = "up") -> int:
     return sum(int(top_count(len(stratum.cluster), p, rounding)) for stratum in strata)
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Return the exact two-sided McNemar p-value of `gained` and `lost` discordant pairs; 1 when
-    there are none.
-    """
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
 def accuracies(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Return the accuracy of target and reference over all examples (2, 1 + resamples); column 0 is
     the data itself.
     """
-    return _accuracies(stratify(table, 1, "own"), [100], resamples, seed)[0]
+    return _accuracies(stratify(table), [100], resamples, seed)[0]
 
 
-def matched(
-    one: pd.DataFrame, two: pd.DataFrame, top: int = 1, ranking: str = "own"
-) -> tuple[list[Stratum], list[Stratum]]:
+def matched(one: pd.DataFrame, two: pd.DataFrame) -> tuple[list[Stratum], list[Stratum]]:
     """Return the strata of two tables of the same images, which are resampled alike; ValueError if
     they are not.
     """
-    left = stratify(one, top, ranking)
-    right = stratify(two, top, ranking)
+    left = stratify(one)
+    right = stratify(two)
     if [stratum.stream for stratum in left] != [stratum.stream for stratum in right]:
         raise ValueError(
             "attack: the tables do not judge the same images and seeds. Attack the same sets."
@@ -256,29 +237,9 @@ def matched(
     return left, right
 
 
-def _discordant(strata: list[Stratum], p: float, rounding: str = "up") -> tuple[int, int]:
-    """Return how many of the top p % only the target, and only the reference, got right; a tied
-    group comes whole.
-    """
-    gained = lost = 0
-    for stratum in strata:
-        confidence = stratum.confidence[0]
-        count = int(top_count(len(confidence), p, rounding))
-        last = np.sort(confidence)[::-1][count - 1]
-
-        sign = stratum.hits[0] - stratum.hits[1]
-        sign = sign[(confidence >= last) | (p == 100)]
-        gained += int((sign > 0).sum())
-        lost += int((sign < 0).sum())
-
-    return gained, lost
-
-
 def curve(
     table: pd.DataFrame,
     shares: Iterable[float],
-    ranking: str = "own",
-    top: int = 1,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -288,22 +249,17 @@ def curve(
     dicts).
     """
     shares = list(shares)
-    strata = stratify(table, top, ranking)
+    strata = stratify(table)
     accuracies = _accuracies(strata, shares, resamples, seed, rounding)  # (shares, 2, 1 + r)
 
     rows = []
     for p, (target, reference) in zip(shares, accuracies, strict=True):
-        row = {"p": p, "n": len(table) // 2, "ranking": ranking, "top": top}
-        row |= {"level": level, "resamples": resamples}
+        row = {"p": p, "n": len(table) // 2, "level": level, "resamples": resamples}
 
         n = scored(strata, p, rounding)
         row |= bounds(target - reference, "score", "", level, n)
         row |= bounds(target, "target", level=level, n=n)
         row |= bounds(reference, "reference", level=level, n=n)
-
-        row["mcnemar"] = math.nan
-        if ranking == "paired" or p == 100:  # both models are judged on one subset
-            row["mcnemar"] = mcnemar(*_discordant(strata, p, rounding))
         rows.append(row)
 
     return rows
@@ -312,8 +268,6 @@ def curve(
 def score(
     table: pd.DataFrame,
     p: float = 100,
-    ranking: str = "own",
-    top: int = 1,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -323,17 +277,16 @@ def score(
     percentile-bootstrap intervals.
 
     Keys: score, low, high; target, target_low, target_high; reference, reference_low,
-    reference_high; n (images), p, ranking, top, level, resamples, mcnemar (exact p-value; NaN where
-    the two subsets differ). `ranking="own"`: each model's own most confident examples (the
-    paper's); "paired": ranked by the sum of both confidences. The bootstrap is stratified and ranks
-    anew in every resample; from 50 classes it draws classes. `rounding`: see `top_count`.
+    reference_high; n (images), p, level, resamples. Each model is judged on its own most confident
+    examples, as in the paper. The bootstrap is stratified and ranks anew in every resample; from 50
+    classes it draws classes. `rounding`: see `top_count`.
     ValueError if the table is not one row per image, role, direction and seed.
     """
-    return curve(table, [p], ranking, top, resamples, seed, level, rounding)[0]
+    return curve(table, [p], resamples, seed, level, rounding)[0]
 
 
 def four_way(
-    table: pd.DataFrame, top: int = 1, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    table: pd.DataFrame, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict:
     """Return the shares memorized, correlated, misrepresented, unassociated, each with _low and
     _high, and their ratio.
@@ -343,7 +296,7 @@ def four_way(
     `misrepresented_count`), interval: exact binomial given their sum, or the bootstrap's where
     classes are drawn. memorized - misrepresented = score at p = 100, exactly.
     """
-    strata = stratify(table, top, "own")
+    strata = stratify(table)
     shares = 0  # mean over strata (4, 1 + resamples)
     counts = 0  # sum over strata
 
@@ -363,7 +316,7 @@ def four_way(
         shares = shares + found / found.sum(0) / len(strata)
 
     n = len(table) // 2
-    row = {"n": n, "top": top, "level": level, "resamples": resamples}
+    row = {"n": n, "level": level, "resamples": resamples}
     for name, values in zip(CELLS, shares, strict=True):
         row |= bounds(values, name, level=level, n=n)
 
@@ -404,8 +357,6 @@ def difference(
     one: pd.DataFrame,
     two: pd.DataFrame,
     p: float | tuple[float, float] = 100,
-    ranking: str = "own",
-    top: int = 1,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -419,7 +370,7 @@ def difference(
     and `scored`, how many images the smaller p is of. ValueError if the ids differ.
     """
     p_one, p_two = p if isinstance(p, tuple) else (p, p)
-    strata, others = matched(one, two, top, ranking)
+    strata, others = matched(one, two)
 
     target, reference = _accuracies(strata, [p_one], resamples, seed, rounding)[0]
     left = target - reference  # (1 + resamples,)

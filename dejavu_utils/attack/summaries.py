@@ -130,10 +130,13 @@ def truth(curve: pd.DataFrame, classes: int) -> pd.DataFrame:
 
 def readable(table: pd.DataFrame, value: str = "score", ends: str = "") -> pd.DataFrame:
     """Return a table to look at: `value` and its interval as one text (or "too few"), other numbers
-    rounded.
+    rounded; of the top p % `n` is how many images those are.
     """
-    texts = [scoring.interval_text(row, value, ends) for row in table.to_dict("records")]
+    rows = table.to_dict("records")
+    texts = [scoring.interval_text(row, value, ends) for row in rows]
     shown = table.assign(**{value: texts}).drop(columns=[f"{ends}low", f"{ends}high"])
+    if {"n", "p"} <= set(shown):
+        shown["n"] = [int(scoring.top_count(row["n"], row["p"])) for row in rows]
     return shown.round(3)
 
 
@@ -180,34 +183,3 @@ def interval(
         return {name: found["mean"], f"{ends}low": found["low"], f"{ends}high": found["high"]}
     half = 1.96 * variance**0.5
     return {name: values[0], f"{ends}low": values[0] - half, f"{ends}high": values[0] + half}
-
-
-def criteria(log: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per criterion: what a linear probe gains by training, and what the training
-    took.
-
-    `log` is `pairs.losses`, `probes` is `references.probes` of the same pairs at all epochs.
-    `held_out` accuracy at the end, `untrained` before, `gain` their difference with its 95 %
-    interval (over seeds; with one seed, of the images judged); at the end `gap` and `fresh_gap`, of
-    the probe that saw neither side; the loss of the first and last epoch, `images_per_second` of
-    one encoder (median over epochs) and `minutes` for one encoder.
-    """
-    rows = []
-    for criterion, judged in probes.groupby("criterion", sort=False):
-        by_seed = judged.groupby(["seed", "epoch"])["held_out"].mean().unstack("epoch")
-        before, after = by_seed.iloc[:, 0], by_seed.iloc[:, -1]  # (seeds,)
-        n = int(judged.groupby("seed")["n_held_out"].first().sum())
-        row = {"criterion": criterion, "held_out": after.mean(), "untrained": before.mean()}
-        variance = sum(share.mean() * (1 - share.mean()) for share in (after, before)) / n
-        row |= interval((after - before).to_numpy(), variance, "gain")
-        end = judged[judged["epoch"] == judged["epoch"].max()]
-        row |= end[["gap", "fresh_gap"]].mean().to_dict()
-        row |= {"n": n, "seeds": len(by_seed)}
-
-        lines = log[log["criterion"] == criterion]
-        loss = lines.groupby("epoch")["loss"].mean()
-        row |= {"first_loss": loss.iloc[0], "last_loss": loss.iloc[-1]}
-        row["images_per_second"] = (lines["images"] / lines["seconds"]).median()
-        row["minutes"] = lines["seconds"].sum() / 60 / lines["name"].nunique()
-        rows.append(row)
-    return pd.DataFrame(rows)

@@ -67,7 +67,7 @@ def permuted(case: Subject, found: dict[str, np.ndarray]) -> dict[str, float]:
     for seed in range(PERMUTATIONS):
         labels = np.random.default_rng(seed).permutation(case.public.labels)
         voted = torch.from_numpy(labels[found["neighbours"]])  # (n, k)
-        guess = knn.vote(voted, distances, classes).ranking[:, 0].numpy()
+        guess = knn.vote(voted, distances, classes).prediction.numpy()
         of_guess = np.bincount(guess, minlength=classes)
         chance = (of_truth * of_guess).sum() / len(truth) ** 2
         values.append(round((guess == truth).mean() - chance, 12))

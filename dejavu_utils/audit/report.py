@@ -21,7 +21,6 @@ from dejavu_utils.audit import estimate, evidence, membership
 from dejavu_utils.audit.findings import Findings
 
 if TYPE_CHECKING:
-    from jinja2 import TemplateModule
     from matplotlib.figure import Figure
 
 
@@ -287,11 +286,6 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def parts() -> TemplateModule:
-    """Return the macros of parts.html.j2, as functions."""
-    return templates().get_template("parts.html.j2").module
 
 
 def css() -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dejavu_utils import store
-from dejavu_utils.data import boxes, datasets, manifests
+from dejavu_utils.data import datasets, manifests
 from dejavu_utils.data.images import Images
 from dejavu_utils.models import external
 from dejavu_utils.models.encoders import Encoder
@@ -30,7 +30,7 @@ def manifest_of(name: object) -> str:
 
 def pictures(name: str | Path | Images, what: str = "IMAGES") -> Images:
     """Return the pictures of a data set ("pets", or with its place "pets:/my/copy"), or of a folder
-    or zip (see `boxes.folder`); `Images` are returned as they are.
+    or zip (see `datasets.folder`); `Images` are returned as they are.
 
     FileNotFoundError and ValueError begin with `what`, the set that was asked for.
     """
@@ -48,7 +48,7 @@ def pictures(name: str | Path | Images, what: str = "IMAGES") -> Images:
         raise FileNotFoundError(
             f"{what}: {found}; expected a folder or zip of class folders{sets}."
         )
-    return boxes.folder(Path(name), what)
+    return datasets.folder(Path(name), what)
 
 
 def encoder(

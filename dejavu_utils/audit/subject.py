@@ -15,7 +15,7 @@ from torch import Tensor
 from dejavu_utils.attack import crops, knn
 from dejavu_utils.audit import sources
 from dejavu_utils.audit.settings import Settings
-from dejavu_utils.data import boxes, manifests
+from dejavu_utils.data import datasets, manifests
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.encoders import Encoder
 
@@ -220,7 +220,7 @@ def _files_not_used(sets: dict[str, Images | None]) -> list[str]:
     """Return a line for each set of which files could not be used."""
     notes = []
     for name, images in sets.items():
-        left_out = boxes.unused(images) if images is not None else ""
+        left_out = datasets.unused(images) if images is not None else ""
         if left_out:
             notes.append(f"{sources.SETS[name]}: {left_out}")
     return notes

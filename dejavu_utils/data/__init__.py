@@ -7,6 +7,5 @@ NAMES = {
     "partition": "split",
     "parts": "split",
     "read": "datasets",
-    "write_skipped": "datasets",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, NAMES)

@@ -1,16 +1,19 @@
-"""A data set by the name of its manifest, as `Images`."""
+"""Data sets as `Images`: by the name of their manifest (`read`), or a folder or zip of one's own
+(`folder`).
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import re
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
-from dejavu_utils import store
-from dejavu_utils.data import boxes, manifests, scenes
+from dejavu_utils.data import converted, manifests, pictures, readers, scenes
+from dejavu_utils.data.boxes import Table, class_text, read_table
 from dejavu_utils.data.images import Images
+from dejavu_utils.data.lazy import Tree, printable
 
-if TYPE_CHECKING:
-    pass
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def read(
@@ -20,18 +23,174 @@ def read(
 
     "scenes" is made from `options` (see `scenes.make`); every other is looked for in `folder`
     ($DEJAVU_DATA, else data/), which may also be the data set itself, and read with the options of
-    `boxes.load`. FileNotFoundError says how to get a data set that is missing.
+    `load`. FileNotFoundError says how to get a data set that is missing.
     """
     entry = manifests.read(name)
     if entry["layout"] == "scenes":
         return scenes.make(**options)
-    return boxes.load(entry, manifests.locate(entry, folder), **options)
+    return load(entry, manifests.locate(entry, folder), **options)
 
 
-def write_skipped(images: Images, path: str | Path) -> None:
-    """Write the pictures that could not be read, and why, as a table (name, reason) to `path`, e.g.
-    skipped.csv.
+def load(entry: dict, path: Path, classes: int | None = None) -> Images:
+    """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
+
+    `classes`: the first so many (sorted; None all).
     """
-    import pandas as pd
+    if path.is_file() and path.name == entry.get("file") and entry.get("sha256"):
+        manifests.verify(entry, path)
+    tree = Tree(path)
+    images = tree.find(entry["images"])
+    if images is None:
+        raise FileNotFoundError(
+            f"{path} is not data set {entry['name']}: expected a folder "
+            f"{' or '.join(entry['images'])} with its pictures. See "
+            f"data_manifests/{entry['name']}.yaml."
+        )
+    images = images or _single_top(tree)
+    made = converted.boxes_csv(entry, tree)
+    if made is not None:
+        table = read_table(made, made.with_name("boxes.unused.csv"))
+    else:
+        table = _own_table(tree)
+    if entry["layout"] == "boxes" and not table.columns:
+        raise FileNotFoundError(
+            f"{path} holds no boxes.csv. Write it with data_manifests/convert.py, or name its "
+            f"layout in data_manifests/{entry['name']}.yaml (`convert: voc`)."
+        )
 
-    store.write_table(path, pd.DataFrame(images.skipped, columns=["name", "reason"]))
+    return pictures.read(tree, images, table, _rules(entry, tree), classes, entry["name"])
+
+
+def _rules(entry: dict, tree: Tree) -> pictures.Rules:
+    """Return what a manifest says of ids, classes and sizes."""
+    size = entry.get("image_size")
+    listed = entry.get("classes")
+    return pictures.Rules(
+        class_from=entry.get("class_from", "folder"),
+        ids=entry.get("ids", "path"),
+        classes=tuple(map(class_text, listed)) if isinstance(listed, list) else (),
+        order=tuple(map(str, entry.get("names", ()))),
+        titles=_words(tree, entry.get("words", "")),
+        size=tuple(size) if size else None,
+    )
+
+
+def _words(tree: Tree, name: str) -> dict[str, str]:
+    """Return the titles of classes from a table of the data set: class, then its names."""
+    files = [file for file in tree.files if name and PurePosixPath(file).name == name]
+    lines = tree.lines(files[0]) if files else []
+    return {line[0]: line[1].split(",")[0] for line in lines if len(line) > 1}
+
+
+def folder(path: Path, what: str = "IMAGES") -> Images:
+    """Return the pictures of a folder or zip with a folder for each class, or with a boxes.csv.
+
+    Where boxes.csv has classes, they count; else the class is the folder. ids are relative paths.
+    ValueError, with what to do, if the pictures are in no class folders; `what` names the set.
+    """
+    tree = Tree(path)
+    table = _own_table(tree)
+    named = any(mark.name for mark in table.found.values())
+    top = _single_top(tree)
+    if not named:
+        _check_folders(tree, top, what)
+    rules = pictures.Rules(class_from="column" if named else "folder")
+    return pictures.read(tree, top, table, rules, what=what)
+
+
+def _own_table(tree: Tree) -> Table:
+    """Return the boxes.csv at the top of a data set, if it has one; paths are relative to it."""
+    place = next((name for name in ("boxes.csv", *_top_tables(tree)) if name in tree), None)
+    if place is None:
+        return Table()
+    unused = place.removesuffix("boxes.csv") + "boxes.unused.csv"
+    with tree.open(place) as file:
+        if unused not in tree:
+            table = read_table(file)
+        else:
+            with tree.open(unused) as listed:
+                table = read_table(file, listed)
+
+    start = place.removesuffix("boxes.csv")
+    found = {_placed(tree, start, name): mark for name, mark in table.found.items()}
+    refused = {_placed(tree, start, name): reason for name, reason in table.refused.items()}
+    return Table(found, refused, table.columns, table.listed)
+
+
+def _top_tables(tree: Tree) -> list[str]:
+    """Return the tables one folder below the top, where archives often begin."""
+    return [name for name in tree.files if name.count("/") == 1 and name.endswith("/boxes.csv")]
+
+
+def _placed(tree: Tree, start: str, name: str) -> str:
+    """Return the name of a picture in `tree` that boxes.csv in the folder `start` calls `name`."""
+    return f"{start}{name}" if f"{start}{name}" in tree else name
+
+
+def _single_top(tree: Tree) -> str:
+    """Return the folder that holds all of a zip, as archives often have one; "" if none does."""
+    tops = {file.partition("/")[0] for file in tree.files if not readers.not_a_picture(file)}
+    flat = any("/" not in file for file in tree.files)
+    return tops.pop() if tree.zip and len(tops) == 1 and not flat else ""
+
+
+def _check_folders(tree: Tree, top: str, what: str) -> None:
+    """Raise ValueError unless the pictures are in class folders, at least two of them."""
+    start = f"{top}/" if top else ""
+    inner = [file.removeprefix(start) for file in tree.below(top)]
+    inner = [file for file in inner if not readers.not_a_picture(file)]
+    depth: dict[str, set[int]] = {}  # how deep the pictures of each folder are
+    for file in inner:
+        if "/" in file:
+            depth.setdefault(file.partition("/")[0], set()).add(file.count("/"))
+
+    splits = sorted(name for name in depth if name.lower() in SPLITS)
+    nested = all(min(depth[name]) > 1 for name in splits)
+    if splits and (set(depth) == set(splits) or nested):
+        raise ValueError(
+            f"{what}: {tree.path} holds {', '.join(splits)}, which are splits and no classes. "
+            f"Pass one of them, such as {tree.path}/{splits[0]}."
+        )
+    if len(depth) < 2:
+        flat = sum("/" not in file for file in inner)
+        raise ValueError(
+            f"{what}: the pictures in {tree.path} are in {len(depth)} folders, and {flat} lie "
+            "directly in it; expected at least two folders, one for each class. "
+            f"{_advice(tree, flat, next(iter(depth), ''))}"
+        )
+
+
+def _advice(tree: Tree, flat: int, folder: str) -> str:
+    """Return what to do with pictures of which `flat` lie in no folder, the others in `folder`."""
+    tables = [name for name in tree.files if name.endswith(("val_annotations.txt", "_boxes.txt"))]
+    if tables:
+        command = f"python data_manifests/convert.py tiny_imagenet {tree.path}"
+        return (
+            f"{printable(tables[0])} has their classes; write boxes.csv: "
+            f"`{command} --out {tree.path}/boxes.csv`."
+        )
+    if flat:
+        return (
+            "Move them into a folder for each class, or write a boxes.csv with their classes "
+            "(data_manifests/README.md)."
+        )
+    if folder:
+        return f"Pass its folder {folder} if the class folders are in there."
+    return "No picture was found."
+
+
+def unused(images: Images) -> str:
+    """Return in one line how many files were not used, by reason and suffix; empty if all were."""
+    if not images.skipped:
+        return ""
+    count = Counter()
+    for name, reason in images.skipped:
+        suffix = PurePosixPath(name).suffix.lower() or "no suffix"
+        count[f"{suffix}: {_short(reason)}"] += 1
+    listed = "; ".join(f"{number} {reason}" for reason, number in count.most_common())
+    return f"{len(images.skipped)} files not used ({listed})"
+
+
+def _short(reason: str) -> str:
+    """Return a reason without its detail, which is of one picture only."""
+    return re.split(r" \(|: ", reason, maxsplit=1)[0]

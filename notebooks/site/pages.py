@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 import re
 import sys
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nbformat
+import pandas as pd
 from bs4 import BeautifulSoup
-from jinja2 import FileSystemLoader, pass_context
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined, pass_context
+from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from traitlets.config import Config
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
 
 HERE = Path(__file__).resolve().parent
+MAIN = ("tour_epochs", "fig1_accuracy_over_p")  # the first figure of the first page
 VERDICTS = {
     "supported": "✓",
     "contradicted": "✗",
@@ -85,26 +88,22 @@ def exporter() -> Exporter:
     )
 
 
+def templates() -> Environment:
+    """Return the templates beside this file, and those of the audit's report."""
+    loader = ChoiceLoader([FileSystemLoader(HERE), report.templates().loader])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+
+
 def shell(title: str, body: str, links: dict[str, str], here: str) -> str:
-    """Return a page: `body` below links to the other pages; `links` maps file names to texts."""
+    """Return a page: `body`, HTML, below links to the other pages; `links` maps file names to
+    texts.
+    """
     from pygments.formatters import HtmlFormatter
 
-    style = (
-        report.css()
-        + (HERE / "style.css").read_text()
-        + HtmlFormatter(style="default").get_style_defs(".highlight")
-    )
-    current = {True: " aria-current=page", False: ""}
-    nav = "".join(
-        f'<a href="{name}"{current[name == here]}>{escape(text)}</a>'
-        for name, text in links.items()
-    )
-    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel=icon href="data:,"><title>{escape(title)}</title>
-<style>{style}</style>
-<nav aria-label="all pages">{nav}</nav><main>{body}</main></html>
-"""
+    code = HtmlFormatter(style="default").get_style_defs(".highlight")
+    style = report.css() + (HERE / "style.css").read_text() + code
+    page = templates().get_template("page.html.j2")
+    return page.render(title=title, body=Markup(body), links=links, here=here, style=style)
 
 
 def described(book: nbformat.NotebookNode) -> dict[str, str]:
@@ -131,103 +130,117 @@ def claim(book: nbformat.NotebookNode) -> tuple[str, str]:
     return soup.h1.text.removesuffix("¶"), "".join(map(str, said.contents[1:])) if said else ""
 
 
-def results(folder: Path) -> str:
-    """Return the déjà vu scores at the end of training as a table with drawn intervals."""
+def at_the_end(folder: Path) -> pd.DataFrame | None:
+    """Return the déjà vu scores at the projector at the end of training; None if there are none."""
     path = folder / "tables" / "scores.csv"
     if not path.is_file():
-        return "<p>02_attack has not run with this profile.</p>"
-    table = store.read_table(path).query("ranking == 'own' and layer == 'projector'")
-    table = table[table["epoch"] == table["epoch"].max()]
+        return None
+    table = store.read_table(path).query("layer == 'projector'")
+    return table[table["epoch"] == table["epoch"].max()]
+
+
+def answer(scores: pd.DataFrame | None) -> str:
+    """Return what was found of the first criterion, in a sentence or two."""
+    if scores is None:
+        return "Nothing has been attacked yet."
+    row = scores[scores["p"] == 100].iloc[0].to_dict()
+    name = NAMES.get(row["criterion"], row["criterion"])
+    seen, unseen = (report.points(row[role], sign=False) for role in ("target", "reference"))
+    interval = report.interval(row["low"], row["high"], row["n"])
+    found = "so it is undecided whether it remembers them"
+    if row["low"] > 0:
+        found = "so it remembers some of them"
+    return (
+        f"Shown nothing but background, {name} names the objects of images that it was trained on "
+        f"in {seen} % of cases, and an encoder that was not in {unseen} %. The difference is the "
+        f"déjà vu score: {report.points(row['score'])} points {interval}, {found}. The 95 % "
+        f"interval is over {row['n']} images of these encoders."
+    )
+
+
+def results(scores: pd.DataFrame) -> dict:
+    """Return what the macro `scored` draws of the scores."""
 
     def name(row: dict) -> tuple[str, str]:
-        rho = "" if row["rho"] != row["rho"] else f", ρ = {row['rho']:g}"
+        rho = "" if math.isnan(row["rho"]) else f", ρ = {row['rho']:g}"
         which = "all" if row["p"] == 100 else f"{row['p']:g} % most confident"
         return f"{NAMES.get(row['criterion'], row['criterion'])}{rho}", which
 
     more = {
         "target %": lambda row: report.points(row["target"], False),
         "reference %": lambda row: report.points(row["reference"], False),
-        "images": lambda row: str(row["n"]),
+        "images": lambda row: str(report.scored_images(row)),
     }
-    return report.parts().scored(report.scored(table, "criterion", name, more))
+    return report.scored(scores, "criterion", name, more)
 
 
-def verdicts() -> str:
-    """Return the paper's claims and our verdicts, from results/study/claims.csv."""
+def verdicts() -> list[list[str]]:
+    """Return the paper's claims and our verdicts, a list a row, from results/study/claims.csv."""
     path = store.root() / "results" / "study" / "claims.csv"
     if not path.is_file():
-        return f"<p>There is no {path.name}: results/claims.py makes it from a study.</p>"
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    head = ["", "claim", "what we found", "images", "verdict"]
+        return []
     cells = []
-    for row in rows:
+    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
         sign = VERDICTS.get(row["verdict"].split(" for ")[0], "")
         n = row["n"] if row["n"].strip("0") else ""
         verdict = f"{sign}\N{NO-BREAK SPACE}{row['verdict']}"
         cells.append([row["id"], row["claim"], row["value"], n, verdict])
-    return f"<div class=claims>{report.parts().table(head, cells)}</div>"
+    return cells
 
 
-def figures(folder: Path, texts: dict[str, tuple[str, str]]) -> str:
-    """Return every figure of a profile with its description; `texts` maps its name to (page,
-    description).
-    """
-    found = []
-    for path in sorted((folder / "figures").glob("*.png")):
-        store.verify(path)
-        page, alt = texts.get(path.stem, ("", ""))
-        alt, source = (
-            alt or path.stem.replace("_", " "),
-            base64.b64encode(path.read_bytes()).decode(),
-        )
-        link = (
-            f' <a href="{page}">{Path(page).stem}</a>, <code>figures/{path.stem}.csv</code>'
-            if page
-            else ""
-        )
-        found.append(
-            f'<figure><img src="data:image/png;base64,{source}" alt="{escape(alt)}">'
-            f"<figcaption>{escape(alt)}{link}</figcaption></figure>"
-        )
-    return "".join(found) or "<p>There is none yet.</p>"
+def figure(path: Path, text: str, out: Path) -> dict[str, str]:
+    """Return what the first page shows of a figure; the table behind it is copied to the pages."""
+    store.verify(path)
+    table = path.with_suffix(".csv")
+    copy = ""
+    if table.is_file():
+        store.verify(table)
+        copy = f"tables/{table.name}"
+        with store.atomic(out / copy) as temporary:
+            temporary.write_bytes(table.read_bytes())
+    source = base64.b64encode(path.read_bytes()).decode()
+    return {"source": source, "text": text or path.stem.replace("_", " "), "table": copy}
 
 
-def index(folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dict]) -> str:
+def index(
+    folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dict], out: Path
+) -> str:
     """Return the body of the first page."""
-    rows = [
-        f'<li><a href="{stem}.html">{escape(title)}</a><br>{text}<br><small>seeds '
-        f"{meta['parameters'].get('seeds', 'of the tables read')}; executed in "
-        f"{meta['seconds']:.0f} s</small>"
-        for (stem, book), meta in zip(books.items(), metas, strict=True)
-        for title, text in [claim(book)]
-    ]
-    texts = {
-        name: (f"{stem}.html", alt)
-        for stem, book in books.items()
-        for name, alt in described(book).items()
-    }
-    made = {
-        "profile": folder.name,
-        "device": metas[-1]["device"],
-        "code": ", ".join(sorted({meta["code"] for meta in metas})),
-        "versions": " · ".join(f"{name} {value}" for name, value in metas[-1]["versions"].items()),
-        "made": metas[-1]["created"],
-    }
-    facts = "".join(
-        f"<tr><th scope=row>{name}<td>{escape(str(value))}" for name, value in made.items()
+    left = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
+    main, chapters = None, []
+    for (stem, book), meta in zip(books.items(), metas, strict=True):
+        title, text = claim(book)
+        page = f"{stem}.html"
+        drawn = []
+        for name, alt in described(book).items():
+            if name not in left:
+                continue
+            one = figure(left.pop(name), alt, out)
+            if main is None and name in MAIN:
+                main = one | {"page": page}
+            else:
+                drawn.append(one)
+        chapter = {"page": page, "title": title, "claim": Markup(text), "figures": drawn}
+        chapter["seeds"] = meta["parameters"].get("seeds", "of the tables read")
+        chapters.append(chapter | {"seconds": meta["seconds"]})
+
+    scores = at_the_end(folder)
+    last = metas[-1]
+    versions = " · ".join(f"{name} {value}" for name, value in last["versions"].items())
+    code = ", ".join(sorted({meta["code"] for meta in metas}))
+    made = {"profile": folder.name, "device": last["device"], "code": code}
+    made |= {"versions": versions, "made": last["created"]}
+    page = templates().get_template("index.html.j2")
+    return page.render(
+        answer=answer(scores),
+        main=main,
+        scores=None if scores is None else results(scores),
+        profile=folder.name,
+        books=chapters,
+        others=[figure(path, "", out) for path in left.values()],
+        claims=verdicts(),
+        made=made,
     )
-    return f"""<h1>Does a vision model remember its training images?</h1>
-<p>What the notebooks found with the profile <b>{escape(folder.name)}</b>. Only the profile <b>study</b> has several
-seeds; the others draw figures and judge nothing.</p>
-<h2>The notebooks</h2><ul>{"".join(rows)}</ul>
-<h2>Déjà vu scores at the end of training</h2>
-<p>Target minus reference accuracy, in percentage points. A score whose interval holds 0 is undecided.</p>
-{results(folder)}
-<h2>Figures</h2>{figures(folder, texts)}
-<h2>The paper's claims</h2>
-<p>Judged on the study whose tables are in <code>results/</code>, not on this run.</p>{verdicts()}
-<h2>Where this comes from</h2><div class=facts><table><tbody>{facts}</table></div>
-<p><small>Audit your own models, before release; do not use this to learn about people who did not agree.</small></p>"""
 
 
 def build(profile: str) -> Path:
@@ -249,13 +262,14 @@ def build(profile: str) -> Path:
         links[name] = f"audit of {audit.stem}"
         report.write(out / name, audit.read_text(encoding="utf-8"), store.verify(audit))
     for stem, book in books.items():
+        print(f"{stem} …", file=sys.stderr, flush=True)
         body, _ = export.from_notebook_node(book)
         report.write(
             out / f"{stem}.html",
             shell(claim(book)[0], body, links, f"{stem}.html"),
             {"profile": profile},
         )
-    first = shell("Déjà vu: results", index(folder, books, metas), links, "index.html")
+    first = shell("Déjà vu: results", index(folder, books, metas, out), links, "index.html")
     report.write(out / "index.html", first, {"profile": profile})
     return out / "index.html"
 

@@ -45,7 +45,7 @@ def accuracy_at(correct, confidence, p):
     return scoring.score(table, p, resamples=0)["target"]
 
 
-def naive_score(rows, p, ranking):
+def naive_score(rows, p):
     """Return the score of a list of dicts with id, direction, role, correct, confidence."""
     scores = []
     for direction in sorted({row["direction"] for row in rows}):
@@ -61,11 +61,6 @@ def naive_score(rows, p, ranking):
         accuracy = {}
         for role in side:
             ranks = [side[role][i]["confidence"] for i in ids]
-            if ranking == "paired":
-                ranks = [
-                    side["target"][i]["confidence"] + side["reference"][i]["confidence"]
-                    for i in ids
-                ]
             accuracy[role] = naive_accuracy_at(
                 [bool(side[role][i]["correct"]) for i in ids], ranks, p
             )
@@ -92,7 +87,6 @@ def simulate(n=200, classes=10, target=0.3, reference=0.3, seed=0, digits=1, inf
                     "role": role,
                     "prediction": 0,
                     "correct": correct,
-                    "correct5": correct | (random.random(n) < 0.2),
                     "confidence": confidence,
                 }
             )
@@ -162,7 +156,6 @@ def test_label_inference_joins_by_id_and_names_roles():
             part["confidence"] == found["confidence"]
         ).all()
         assert (part["correct"] == (found["prediction"] == given["labels"][direction])).all()
-        assert (part["correct5"] >= part["correct"]).all()
 
 
 def test_neighbours_are_rows_of_the_public_set():
@@ -214,10 +207,8 @@ def test_relabelling_a_and_b_changes_no_number_and_swapping_roles_negates_it():
         }
     )
     roles = table.assign(role=table["role"].map({"target": "reference", "reference": "target"}))
-    for p, ranking in itertools.product((20, 100), scoring.RANKINGS):
-        row, again, negated = (
-            scoring.score(t, p, ranking, resamples=200) for t in (table, turned, roles)
-        )
+    for p in (20, 100):
+        row, again, negated = (scoring.score(t, p, resamples=200) for t in (table, turned, roles))
         assert row["score"] > 0.05
         assert row == pytest.approx(again, abs=1e-14, nan_ok=True)
         bounds = [-negated[name] for name in ("score", "high", "low")]
@@ -252,8 +243,8 @@ def test_bad_input_of_the_table_is_one_clear_error(change, text):
 
 def test_planted_memory_scores_one():
     table = inference.label_inference(**planted())
-    for p, ranking in itertools.product((5, 20, 100), scoring.RANKINGS):
-        row = scoring.score(table, p, ranking, resamples=100)
+    for p in (5, 20, 100):
+        row = scoring.score(table, p, resamples=100)
         assert (row["score"], row["low"], row["high"]) == (1, 1, 1)
     cells = scoring.four_way(table, resamples=100)
     assert cells["memorized"] == 1 and cells["ratio"] == math.inf and cells["ratio_low"] > 15
@@ -269,18 +260,17 @@ def test_one_model_as_target_and_reference_is_exactly_zero():
             else {side: {"A": models["A"], "B": models["A"]} for side, models in by.items()}
         )
     table = inference.label_inference(**given)
-    for p, ranking, top in itertools.product((1, 5, 20, 99, 100), scoring.RANKINGS, (1, 5)):
-        row = scoring.score(table, p, ranking, top, resamples=50)
+    for p in (1, 5, 20, 99, 100):
+        row = scoring.score(table, p, resamples=50)
         assert (row["score"], row["low"], row["high"]) == (0, 0, 0)
-        assert row["mcnemar"] == 1 or (ranking == "own" and p < 100)
     cells = scoring.four_way(table, resamples=50)
     assert cells["memorized"] == cells["misrepresented"] == 0 and math.isnan(cells["ratio"])
 
 
 def test_embeddings_that_mean_nothing_cover_zero():
     table = inference.label_inference(**embeddings(n=200, grid=False))
-    for p, ranking in itertools.product((20, 100), scoring.RANKINGS):
-        row = scoring.score(table, p, ranking, level=0.999)
+    for p in (20, 100):
+        row = scoring.score(table, p, level=0.999)
         assert row["low"] <= 0 <= row["high"]
 
 
@@ -334,26 +324,18 @@ def test_twenty_percent_of_a_round_number_is_not_rounded_up():
         assert accuracy_at(correct, confidence, 0.1) == pytest.approx(1 / -(-n // 1000))
 
 
-@pytest.mark.parametrize("ranking", scoring.RANKINGS)
 @pytest.mark.parametrize("p", [3, 20, 100])
-def test_score_equals_the_twin(p, ranking):
+def test_score_equals_the_twin(p):
     table = simulate(n=90, target=0.5, reference=0.2)
-    row = scoring.score(table.sample(frac=1, random_state=0), p, ranking, resamples=30)
-    assert row["score"] == pytest.approx(
-        naive_score(table.to_dict("records"), p, ranking), abs=1e-13
-    )
-    assert row == scoring.score(table, p, ranking, resamples=30) or math.isnan(row["mcnemar"])
-    five = table.assign(correct=table["correct5"])
-    assert (
-        scoring.score(table, p, ranking, 5, 0)["score"]
-        == scoring.score(five, p, ranking, 1, 0)["score"]
-    )
+    row = scoring.score(table.sample(frac=1, random_state=0), p, resamples=30)
+    assert row["score"] == pytest.approx(naive_score(table.to_dict("records"), p), abs=1e-13)
+    assert row == scoring.score(table, p, resamples=30)
 
 
 @pytest.mark.parametrize("clustered", [False, True])
 def test_the_bootstrap_ranks_anew_in_every_resample(clustered):
     table = simulate(n=120, classes=60 if clustered else 10, target=0.5)
-    strata = scoring.stratify(table, 1, "own")
+    strata = scoring.stratify(table)
     drawn = [np.concatenate(list(scoring.bootstrap_weights(each, 25, 3))) for each in strata]
     for p in (15, 100):
         accuracy = np.zeros((2, 26))  # (target and reference, the data and its resamples)
@@ -377,8 +359,8 @@ def test_the_bootstrap_ranks_anew_in_every_resample(clustered):
 
 def test_rows_of_a_curve_are_the_scores():
     table = simulate()
-    for row in scoring.curve(table, (5, 20, 100), "paired", resamples=50):
-        assert row == scoring.score(table, row["p"], "paired", resamples=50)
+    for row in scoring.curve(table, (5, 20, 100), resamples=50):
+        assert row == scoring.score(table, row["p"], resamples=50)
 
 
 def test_seeds_are_strata():
@@ -391,34 +373,19 @@ def test_seeds_are_strata():
     alike = pd.concat(
         [tables[0], tables[0].assign(seed=7)]
     )  # the same ids under two seeds: drawn apart
-    first, second = (s.stream for s in scoring.stratify(alike, 1, "own")[:2])
+    first, second = (s.stream for s in scoring.stratify(alike)[:2])
     assert first != second
-
-
-def test_ranking_by_the_sum_is_unbiased_where_ranking_by_the_target_would_not_be():
-    by_sum, by_target = [], []
-    for seed in range(60):
-        table = simulate(n=150, seed=seed)
-        by_sum.append(scoring.score(table, 20, "paired", resamples=0)["score"])
-        own = table[table["role"] == "target"].set_index("id")["confidence"]
-        by_target.append(
-            scoring.score(table.assign(confidence=table["id"].map(own)), 20, "own", resamples=0)[
-                "score"
-            ]
-        )
-    assert abs(np.mean(by_sum)) < 3 * np.std(by_sum) / 60**0.5 < np.mean(by_target)
 
 
 # ---- intervals ----
 
 
-@pytest.mark.parametrize("p, ranking", [(100, "own"), (20, "own"), (20, "paired")])
-def test_null_intervals_cover_zero_about_95_times_in_100(p, ranking):
+@pytest.mark.parametrize("p", [100, 20])
+def test_null_intervals_cover_zero_about_95_times_in_100(p):
     covered = sum(
         row["low"] <= 0 <= row["high"]
         for row in (
-            scoring.score(simulate(seed=seed), p, ranking, resamples=400)
-            for seed in range(1000, 1100)
+            scoring.score(simulate(seed=seed), p, resamples=400) for seed in range(1000, 1100)
         )
     )
     assert 88 <= covered <= 99
@@ -426,7 +393,7 @@ def test_null_intervals_cover_zero_about_95_times_in_100(p, ranking):
 
 def test_the_same_seed_gives_the_same_interval_and_levels_nest():
     table = simulate(target=0.5)
-    assert scoring.score(table, 20, "paired", seed=4) == scoring.score(table, 20, "paired", seed=4)
+    assert scoring.score(table, 20, seed=4) == scoring.score(table, 20, seed=4)
     narrow, wide = (scoring.score(table, 20, level=level) for level in (0.95, 0.999))
     assert wide["low"] < narrow["low"] < narrow["score"] < narrow["high"] < wide["high"]
     assert math.isnan(scoring.score(table, 20, resamples=0)["low"])
@@ -434,37 +401,20 @@ def test_the_same_seed_gives_the_same_interval_and_levels_nest():
 
 def test_chunks_do_not_change_the_interval(monkeypatch):
     table = simulate(n=100)
-    expected = scoring.score(table, 20, "paired", resamples=100)
+    expected = scoring.score(table, 20, resamples=100)
     monkeypatch.setattr(scoring, "CHUNK", 700)
-    assert scoring.score(table, 20, "paired", resamples=100) == expected
+    assert scoring.score(table, 20, resamples=100) == expected
 
 
-def test_mcnemar_is_exact_and_symmetric():
-    assert scoring.mcnemar(0, 0) == 1
-    for gained, lost in ((5, 0), (3, 9), (9, 3), (6, 6), (40, 17)):
-        n, low = gained + lost, min(gained, lost)
-        expected = min(1, 2 * sum(math.comb(n, i) for i in range(low + 1)) / 2**n)
-        assert scoring.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-12)
-    table = simulate(n=200, target=0.6)
-    cells = scoring.four_way(table, resamples=0)
-    row = scoring.score(table, 100, resamples=0)
-    assert row["mcnemar"] == scoring.mcnemar(
-        cells["memorized_count"], cells["misrepresented_count"]
-    )
-    assert math.isnan(scoring.score(table, 20, resamples=0)["mcnemar"])
-    assert 0 < scoring.score(table, 20, "paired", resamples=0)["mcnemar"] < 1
-
-
-@pytest.mark.parametrize("top", [1, 5])
 @pytest.mark.parametrize("classes", [10, 60])
-def test_four_way_identity(top, classes):
+def test_four_way_identity(classes):
     tables = [
         simulate(n=n, classes=classes, target=0.5, seed=n).assign(seed=n) for n in (50, 77, 301)
     ]
     for table in (*tables, pd.concat(tables)):
         cells, row = (
-            scoring.four_way(table, top, resamples=50),
-            scoring.score(table, 100, top=top, resamples=50),
+            scoring.four_way(table, resamples=50),
+            scoring.score(table, 100, resamples=50),
         )
         assert abs(cells["memorized"] - cells["misrepresented"] - row["score"]) < 1e-12
         assert abs(sum(cells[name] for name in scoring.CELLS) - 1) < 1e-12
@@ -537,12 +487,6 @@ def test_a_percentage_out_of_range_is_an_error(p):
         scoring.score(simulate(n=20), p)
 
 
-@pytest.mark.parametrize("change", [{"top": 3}, {"ranking": "target"}])
-def test_unknown_options_are_errors(change):
-    with pytest.raises(ValueError, match="top 1 or 5"):
-        scoring.score(simulate(n=20), 100, **change)
-
-
 def test_fast_enough():
     table = simulate(n=1500, digits=9)
     scoring.four_way(table, resamples=1)
@@ -560,9 +504,8 @@ def test_class_scores_answer_directly():
     shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     np.testing.assert_allclose(found["confidence"], (shares * np.log(shares)).sum(1), rtol=1e-12)
     assert (found["prediction"] == scores.argmax(1)).all() and found["prediction"][0] == 0
-    assert (found["top5"] == np.argsort(-scores, kind="stable")[:, :5]).all()
     few = inference.infer_scores([[900.0, -900.0]])
-    assert few["confidence"][0] == 0 and few["top5"].tolist() == [[0, 1, -1, -1, -1]]
+    assert few["confidence"][0] == 0 and few["prediction"][0] == 0
 
 
 # ---- the paper's rules ----
@@ -570,9 +513,9 @@ def test_class_scores_answer_directly():
 
 def test_ties_of_votes_go_to_the_nearer_or_to_the_lower_class():
     labels, distances = torch.tensor([[2, 2, 1, 1, 0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    ours = knn.vote(labels, distances, 3).ranking
-    papers = knn.vote(labels, distances, 3, "lowest class").ranking
-    assert ours[0].tolist() == [2, 1, 0, -1, -1] and papers[0].tolist() == [1, 2, 0, -1, -1]
+    ours = knn.vote(labels, distances, 3).prediction
+    papers = knn.vote(labels, distances, 3, "lowest class").prediction
+    assert ours.tolist() == [2] and papers.tolist() == [1]
     with pytest.raises(ValueError, match="expected one of"):
         knn.vote(labels, distances, 3, "first")
 

@@ -24,7 +24,7 @@ PARAMS = {
     "epochs": [0],
     "recipe": {"encoder": "small4", "projector": "8-8", "batch": 8, "size": 16},
     "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 10, "probe": 20, "control": 8},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
 }
 
 

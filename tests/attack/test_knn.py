@@ -31,19 +31,12 @@ def naive_search(queries, bank, k):
 
 
 def naive_vote(labels, distances, classes):
-    """Return counts, top-5 ranking and -entropy of one query's neighbours."""
+    """Return counts, the predicted class and -entropy of one query's neighbours."""
     counts = [sum(label == c for label in labels) for c in range(classes)]
-    mean = [
-        np.mean([d for label, d in zip(labels, distances, strict=True) if label == c])
-        if counts[c]
-        else 0
-        for c in range(classes)
-    ]
-    ranking = [
-        c for c in sorted(range(classes), key=lambda c: (-counts[c], mean[c], c)) if counts[c]
-    ][:5]
+    near = {c: distances[labels == c] for c in set(labels.tolist())}
+    prediction = min(near, key=lambda c: (-len(near[c]), near[c].mean(), c))
     shares = [c / len(labels) for c in counts if c]
-    return counts, ranking + [-1] * (5 - len(ranking)), math.fsum(p * math.log(p) for p in shares)
+    return counts, prediction, math.fsum(p * math.log(p) for p in shares)
 
 
 def points(n, d, seed, kind="normal"):
@@ -333,17 +326,17 @@ def test_vote_equals_oracle(classes, queries, k):
     distances = np.sort(random.integers(0, 4, (queries, k)).astype(float), axis=1)
     votes = knn.vote(torch.from_numpy(labels), torch.from_numpy(distances), classes)
     for i in range(queries):
-        counts, ranking, confidence = naive_vote(labels[i], distances[i], classes)
+        counts, prediction, confidence = naive_vote(labels[i], distances[i], classes)
         assert votes.counts[i].tolist() == counts
-        assert votes.ranking[i].tolist() == ranking
+        assert votes.prediction[i] == prediction
         assert abs(float(votes.confidence[i]) - confidence) < 1e-14
 
 
 def test_tie_rule_votes_then_mean_distance_then_class():
-    labels = torch.tensor([[2, 1, 1, 2, 0], [2, 1, 1, 2, 0], [3, 3, 1, 0, 2]])
-    distances = torch.tensor([[0.0, 1, 2, 5, 9], [1.0, 1, 2, 2, 9], [1.0, 2, 3, 3, 3]])
-    ranking = knn.vote(labels, distances, 4).ranking
-    assert ranking[:, :4].tolist() == [[1, 2, 0, -1], [1, 2, 0, -1], [3, 0, 1, 2]]
+    labels = torch.tensor([[2, 1, 1, 2, 0], [2, 1, 1, 2, 0], [3, 0, 0, 3, 3], [3, 2, 1, 0, 0]])
+    distances = [[0.0, 1, 2, 5, 9], [1.0, 1, 2, 2, 9], [9.0, 9, 9, 9, 9], [0.0, 1, 2, 3, 4]]
+    prediction = knn.vote(labels, torch.tensor(distances), 4).prediction
+    assert prediction.tolist() == [1, 1, 3, 0]
 
 
 def test_confidence_is_in_range_and_ties_are_exact():

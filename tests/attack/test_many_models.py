@@ -22,7 +22,7 @@ PARAMS = {
     "k": 5,
     "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 12, "probe": 4, "control": 8},
     "recipe": {"encoder": "small4", "projector": "8-8", "batch": 8, "size": 16},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
 }
 
 

@@ -3,6 +3,7 @@ against libraries, by hand, and on planted data.
 """
 
 import ast
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,13 @@ def cells():
     names = {"np": np, "pd": pd, "dv": dv, "names": NAMES, "gaps": list(measures.GAPS)}
     exec(compile(ast.Module(functions, []), "07_other_measures", "exec"), names)
     return SimpleNamespace(**names)
+
+
+@pytest.fixture(scope="module")
+def after(run_cells, cells):
+    """A function that returns all names after cells of the notebook have run on given ones."""
+    defined = {"renamed": cells.renamed, "log_odds": cells.log_odds}
+    return functools.partial(run_cells, "07_other_measures", np=np, pd=pd, dv=dv, **defined)
 
 
 def _code(stage):
@@ -140,3 +148,136 @@ def test_measures_of_sets_have_an_interval_over_seeds_from_two_on(cells, monkeyp
     found = cells.intervals(rows.head(1))
     assert found["low"] == pytest.approx(0.2 - 1.96 * 0.01)
     assert np.isnan(cells.intervals(rows.head(1).assign(n=40))["low"])  # too few images
+
+
+# Planted answers: the cells are run on tables whose result is known
+
+
+def guessed(right, reference="two-model", which="attacked"):
+    """Return the rows of an attack on n images a set: `right` {role: (n,) right or not}, the same
+    in both sets.
+    """
+    tables = []
+    for side in "ab":
+        for role, hits in right.items():
+            ids = [f"{which} {side}{i:04d}" for i in range(len(hits))]
+            rows = {
+                "id": ids,
+                "label": np.arange(len(hits)) % 4,
+                "correct": np.asarray(hits, float),
+            }
+            tables.append(pd.DataFrame(rows).assign(direction=side, role=role))
+    about = {"criterion": "vicreg", "reference": reference, "attacked": which, "seed": 0}
+    return pd.concat(tables, ignore_index=True).assign(confidence=0.0, **about)
+
+
+def first(count, n=100):
+    """Return n answers, of which the first `count` are right."""
+    return np.arange(n) < count
+
+
+def test_the_member_difference_is_free_of_the_classifier(after):
+    """Own images 60 % against 45 %, others 40 % against 35 %: 15 - 5 points. A better classifier
+    changes both scores and not their difference.
+    """
+    differences = []
+    for better in (0, 20):
+        classifier = {"attacked": first(45 + better), "control": first(35 + better)}
+        own = guessed({"target": first(60), "reference": classifier["attacked"]}, "resnet")
+        neither = guessed(
+            {"target": first(40), "reference": classifier["control"]}, "resnet", "control"
+        )
+        scores = [{"criterion": "vicreg", "reference": "resnet"}]
+        given = {"own": own, "neither": neither, "scores": scores, "kinds": ("resnet",)}
+        row = after(["offset"], **given)["scores"][0]
+        assert row["offset"] == pytest.approx(0.05 - better / 100)
+        assert row["member_difference_low"] < 0.1 < row["member_difference_high"]
+        differences.append(row["member_difference"])
+    assert differences == pytest.approx([0.1, 0.1])
+
+
+def test_the_member_difference_is_of_classifiers_alone(after):
+    own = guessed({"target": first(60), "reference": first(45)})
+    neither = guessed({"target": first(40), "reference": first(35)}, which="control")
+    scores = [{"criterion": "vicreg", "reference": "two-model"}]
+    given = {"own": own, "neither": neither, "scores": scores, "kinds": ("resnet",)}
+    row = after(["offset"], **given)["scores"][0]
+    assert row["offset"] == pytest.approx(0.05) and "member_difference" not in row
+
+
+def by_gap(n, which):
+    """Return the statistics of n images a set, of which image i has the alignment gap i."""
+    rows = [
+        {"id": f"{which} {side}{i:04d}", "direction": side, "alignment_gap": i, "member": member}
+        for side in "ab"
+        for i in range(n)
+        for member in (True, False)
+    ]
+    return pd.DataFrame(rows).assign(attacked=which, seed=0)
+
+
+def atypical(after, attacked, control):
+    """Return the row of the cell `atypical`; both are {role: (100,) right or not}, by gap."""
+    sets = {"attacked": attacked, "control": control}
+    sets = {which: right for which, right in sets.items() if right}
+    against = pd.concat([guessed(right, which=which) for which, right in sets.items()])
+    seen = pd.concat([by_gap(100, which) for which in sets])
+    given = {"everything_seen": seen, "against": against, "criteria": ["vicreg"]}
+    return after(["atypical"], known=bool(control), **given)["atypical"]
+
+
+def test_what_is_atypical_is_compared_with_what_no_encoder_saw(after):
+    """The target alone is right of the ten images with the largest gap, the reference alone of the
+    ten with the smallest: scores of 1 and -1. Among images of neither set 1 and 0.
+    """
+    top, bottom, none = np.arange(100) >= 90, np.arange(100) < 10, np.zeros(100, bool)
+    row = atypical(after, {"target": top, "reference": bottom}, {"target": top, "reference": none})
+    assert row["difference"] == 2 and row["net"] == 1
+    assert row["n"] == 20  # a tenth of both sets
+    unknown = atypical(after, {"target": top, "reference": bottom}, {})
+    assert unknown["difference"] == 2 and "net" not in unknown
+
+
+def test_atypical_images_of_no_memory_have_a_net_of_nothing(after):
+    """Where whether an image is easy goes with its gap, in both sets alike, nothing is left."""
+    easy = {"target": np.arange(100) >= 50, "reference": np.arange(100) >= 95}
+    row = atypical(after, easy, easy)
+    assert row["difference"] == pytest.approx(0.5) and row["net"] == pytest.approx(0)
+    assert row["net_low"] < 0 < row["net_high"]
+
+
+def called(counts, which):
+    """Return what two tests say of images: `counts` both, only the first, only the second, none."""
+    pairs = [(True, True), (True, False), (False, True), (False, False)]
+    rows = [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
+    frame = pd.DataFrame(rows, columns=["two-model", "resnet"])
+    about = {"criterion": "vicreg", "attacked": which, "what": "memorized"}
+    return frame.assign(**about).set_index(list(about))
+
+
+def agreement(after, attacked, control):
+    """Return the row of the cells `agreement` and `net` for counts in either set."""
+    labels = pd.concat([called(attacked, "attacked"), called(control, "control")])
+    names = after(
+        ["agreement", "net"],
+        labels=labels,
+        known=True,
+        criteria=["vicreg"],
+    )
+    return names["agreed"].loc["vicreg", "resnet", "memorized"]
+
+
+def test_net_odds_are_the_quotient_of_the_odds_of_both_sets(after):
+    row = agreement(after, (40, 10, 10, 40), (20, 20, 20, 40))
+    assert row["odds"] == pytest.approx(40.5**2 / 10.5**2)
+    assert row["control_odds"] == pytest.approx(20.5 * 40.5 / 20.5**2)
+    assert row["net"] == pytest.approx(row["odds"] / row["control_odds"])
+    error = np.sqrt(2 / 40.5 + 2 / 10.5 + 3 / 20.5 + 1 / 40.5)
+    assert row["net_high"] / row["net"] == pytest.approx(np.exp(1.96 * error))
+    assert row["n"] == 100
+
+
+def test_agreement_that_images_of_neither_set_show_too_is_no_memory(after):
+    row = agreement(after, (40, 10, 10, 40), (40, 10, 10, 40))
+    assert row["odds_low"] > 1 and row["net"] == pytest.approx(1)
+    assert row["net_low"] < 1 < row["net_high"]

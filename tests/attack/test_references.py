@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn.objects as so
 import torch
 
+import dejavu_utils as dv
 from dejavu_utils import store
 from dejavu_utils.attack import references, scoring, summaries, view_embeddings
 from dejavu_utils.data.images import Images
@@ -25,7 +27,7 @@ PARAMS = {
     "sizes": {"classes": 4, "attacked": 12, "shared": 4, "public": 20, "probe": 10, "control": 12},
     "k": 5,
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
 }
 
 
@@ -252,10 +254,11 @@ def test_probe_rows_interval_over_seeds_and_over_images():
     assert many["high"] - many["mean"] == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-3)
 
 
-def test_criteria_table_gains_over_seeds_and_over_images():
+def test_criteria_table_gains_over_seeds_and_over_images(run_cells):
     log = pd.DataFrame(
         {
             "criterion": "byol",
+            "rho": 0.2,
             "name": ["x", "x"],
             "epoch": [1, 2],
             "loss": [4.0, 1.0],
@@ -271,12 +274,18 @@ def test_criteria_table_gains_over_seeds_and_over_images():
             for e in (0, 1)
         ]
     )
-    many = summaries.criteria(log, probes).iloc[0]
+
+    def table(probes):
+        given = {"pd": pd, "so": so, "dv": dv, "log": log, "probes": probes, "rhos": [0.2]}
+        given |= {"epochs": [0, 1], "criteria": ["byol"]}
+        return run_cells("01_training", ["table", "gain"], **given)["table"].iloc[0]
+
+    many = table(probes)
     assert (many["gap"], many["fresh_gap"]) == (pytest.approx(0.3), pytest.approx(0.01))
     assert (many["gain"], many["n"], many["seeds"]) == (pytest.approx(0.11), 300, 3)
     assert many["gain_high"] - many["gain"] == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-3)
     assert (many["images_per_second"], many["minutes"]) == (75, pytest.approx(0.05))
-    one = summaries.criteria(log, probes[probes["seed"] == 0]).iloc[0]
+    one = table(probes[probes["seed"] == 0])
     assert one["gain_high"] - one["gain"] == pytest.approx(1.96 * math.sqrt((0.24 + 0.25) / 100))
 
 

@@ -17,7 +17,7 @@ def simulate(n, seed=0):
         for role in ("target", "reference"):
             rows = {"id": [f"{direction}{i:03d}" for i in range(n)], "label": np.arange(n) % 10}
             right = random.random(n) < 0.4
-            rows |= {"direction": direction, "role": role, "correct": right, "correct5": right}
+            rows |= {"direction": direction, "role": role, "correct": right}
             rows["confidence"] = random.integers(0, 9, n).astype(float)
             tables.append(pd.DataFrame(rows))
     return pd.concat(tables, ignore_index=True)
@@ -73,7 +73,7 @@ def test_far_below_it_they_do_not():
 def test_the_simulated_table_is_the_bootstrap_of_the_score():
     """The multinomial draw is the resampling of `score`: the same interval, up to chance."""
     table = simulate(n=100)
-    strata = scoring.stratify(table, 1, "own")
+    strata = scoring.stratify(table)
     values, random = np.zeros(4000), np.random.default_rng(0)
     for stratum in strata:
         gain = stratum.hits[0] - stratum.hits[1]

@@ -90,7 +90,7 @@ def test_boxes_of_a_turned_picture_are_turned_with_it(tmp_path, orientation):
     rows, columns = np.nonzero(shown[..., 0] == 255)
     box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     table(tmp_path, f"a/1.png,80,120,{','.join(map(str, box))},a", "b/2.png,80,120,1,1,9,9,b")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.boxes[0].tolist() == [[10, 20, 40, 70]] and not images.skipped
     x0, y0, x1, y1 = images.boxes[0][0].astype(int)
     assert (images.pixels[0][0, y0:y1, x0:x1] == 255).all()
@@ -115,7 +115,7 @@ def test_boxes_that_may_be_of_the_other_frame_are_refused(
     save(tmp_path / f"b/3.{suffix}", *size, orientation=orientation)  # no box: nothing to turn
     width, height = annotated
     table(tmp_path, f"a/1.{suffix},{width},{height},1,1,9,9,")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.ids.tolist() == [f"a/2.{suffix}", f"b/3.{suffix}"]
     ((name, reason),) = images.skipped
     assert name == f"a/1.{suffix}" and ("EXIF orientation" in reason or "another shape" in reason)
@@ -125,7 +125,7 @@ def test_a_tiff_on_its_side_is_read_as_it_is_shown(tmp_path):
     save(tmp_path / "a/1.tif", 120, 80, box=(10, 20, 40, 70), orientation=6)
     save(tmp_path / "b/2.tif", 80, 120)
     table(tmp_path, "a/1.tif,80,120,10,10,60,40,a", "b/2.tif,80,120,1,1,9,9,b")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     x0, y0, x1, y1 = images.boxes[0][0].astype(int)
     assert (images.pixels[0][0, y0:y1, x0:x1] == 255).all()
     assert (images.pixels[0][0] == 255).sum() == 30 * 50
@@ -147,7 +147,7 @@ def test_columns_that_are_missing_or_unknown_are_refused(tmp_path, header, messa
     classes_of(tmp_path, count=1)
     table(tmp_path, header=header)
     with pytest.raises(ValueError, match=message):
-        boxes.folder(tmp_path)
+        datasets.folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_row_that_makes_no_sense_leaves_its_picture_out(tmp_path, numbers, rea
     """Also where another row of it is good: the object may be anywhere."""
     classes_of(tmp_path, count=2)
     table(tmp_path, "ant/000.jpg,96,80,1,1,9,9,", f"ant/000.jpg,{numbers},")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     ((name, found),) = images.skipped
     assert name == "ant/000.jpg" and len(images) == 7
     assert found.startswith(reason) or found.startswith("its rows differ")
@@ -178,14 +178,14 @@ def test_a_row_that_makes_no_sense_leaves_its_picture_out(tmp_path, numbers, rea
 def test_rows_and_files_that_find_no_partner(tmp_path):
     classes_of(tmp_path, count=2)
     table(tmp_path, "ant/000.jpg,96,80,1,1,9,9,ant", "ant/gone.jpg,96,80,1,1,9,9,ant")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.ids.tolist() == ["ant/000.jpg"] and images.boxes[0].tolist() == [[1, 1, 9, 9]]
     assert dict(images.skipped)["ant/gone.jpg"] == "boxes.csv names it, but there is none"
     assert dict(images.skipped)["dog/001.jpg"].startswith("no class: boxes.csv has no row")
     assert len(images.skipped) == 8
     table(tmp_path, "x/ant/000.jpg,96,80,1,1,9,9,ant")
     with pytest.raises(ValueError, match="none of the 1 pictures of boxes.csv is there.*x/ant"):
-        boxes.folder(tmp_path)
+        datasets.folder(tmp_path)
 
 
 def test_the_class_of_the_largest_box_and_the_owner(tmp_path):
@@ -198,7 +198,7 @@ def test_the_class_of_the_largest_box_and_the_owner(tmp_path):
         "3.jpg,96,80,0,0,5,5,cat,bob,",
     ]
     table(tmp_path, *rows, header=f"{COLUMNS},owner,split")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.classes == ("cat", "dog") and images.labels.tolist() == [1, 0]
     assert images.attributes["owner"].tolist() == ["eve", ""]
     assert images.skipped == [("3.jpg", "its rows differ in width, height, owner or split")]
@@ -209,7 +209,7 @@ def test_pictures_whose_annotation_was_refused_are_left_out(tmp_path):
     table(tmp_path, "ant/000.jpg,96,80,1,1,9,9,")
     unused = "file,image,reason,detail\nx.xml,ant/001.jpg,XML that cannot be parsed,line 1\n"
     (tmp_path / "boxes.unused.csv").write_text(unused)
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.skipped == [("ant/001.jpg", "XML that cannot be parsed: line 1")]
 
 
@@ -220,7 +220,7 @@ def test_a_zip_with_a_top_folder_is_the_same_as_its_folder(tmp_path):
         for path in sorted(root.rglob("*.*")):
             file.write(path, f"mine/{path.relative_to(root)}")
         file.writestr("__MACOSX/mine/._boxes.csv", b"\0")
-    one, other = boxes.folder(root), boxes.folder(tmp_path / "mine.zip")
+    one, other = datasets.folder(root), datasets.folder(tmp_path / "mine.zip")
     assert one.digest == other.digest and one.boxes[0].tolist() == [[1, 1, 9, 9]]
     assert sources.pictures(str(tmp_path / "mine.zip")).ids.tolist() == one.ids.tolist()
 
@@ -255,7 +255,7 @@ def test_every_file_is_used_or_listed(tmp_path):
     os.symlink("../cat", root / "bee/cats")
     os.mkfifo(root / "bee/pipe.jpg")
 
-    images = boxes.folder(root)
+    images = datasets.folder(root)
     assert set(images.ids) == kept and len(set(images.ids)) == len(images)
     reasons = dict(images.skipped)
     assert set(reasons) | kept >= everything(root) and len(reasons) == len(images.skipped)
@@ -263,7 +263,7 @@ def test_every_file_is_used_or_listed(tmp_path):
     assert reasons["bee/.ipynb_checkpoints/000.jpg"] == "hidden file or folder"
     assert reasons["bee/loop"] == reasons["bee/cats"] == "link to a folder that is read anyway"
     assert reasons["bee/pipe.jpg"] == reasons["bee/broken.jpg"] == "no plain file"
-    line = boxes.unused(images)
+    line = datasets.unused(images)
     assert line.startswith("12 files not used (") and ".heic: cannot be read" in line
 
 
@@ -272,7 +272,7 @@ def test_a_linked_folder_elsewhere_is_read_once(tmp_path):
     root = classes_of(tmp_path / "mine", ("bee",), 2)
     os.symlink(elsewhere / "ant", root / "ant")
     os.symlink(elsewhere / "ant", root / "ants")
-    images = boxes.folder(root)
+    images = datasets.folder(root)
     assert len(images) == 4 and set(images.classes) == {"bee", images.classes[0]}
     assert [reason for _, reason in images.skipped] == ["link to a folder that is read anyway"]
 
@@ -293,7 +293,7 @@ def test_case_voc_as_published(tmp_path, monkeypatch):
             "<ymax>60</ymax></bndbox></object></annotation>"
         )
     entry = mine(convert="voc", class_from="column", images=["JPEGImages"])
-    images = boxes.load(entry | {"annotations": ["Annotations"]}, tmp_path / "voc")
+    images = datasets.load(entry | {"annotations": ["Annotations"]}, tmp_path / "voc")
     assert images.classes == tuple(sorted(names)) and not images.skipped
     assert np.bincount(images.labels).tolist() == [6] * 4
 
@@ -321,8 +321,10 @@ def imagenet(root, size, box, names=("a", "b")):
 
 
 def test_case_sizes_of_the_annotation(tmp_path):
-    right = boxes.load(mine(**IMAGENET), imagenet(tmp_path / "1", (300, 200), (100, 50, 199, 149)))
-    half = boxes.load(mine(**IMAGENET), imagenet(tmp_path / "2", (150, 100), (50, 25, 99, 74)))
+    right = datasets.load(
+        mine(**IMAGENET), imagenet(tmp_path / "1", (300, 200), (100, 50, 199, 149))
+    )
+    half = datasets.load(mine(**IMAGENET), imagenet(tmp_path / "2", (150, 100), (50, 25, 99, 74)))
     for images in (right, half):
         assert images.boxes[0].tolist() == [[100, 50, 200, 150]] and not images.skipped
 
@@ -331,7 +333,7 @@ def test_case_sizes_of_the_annotation(tmp_path):
 def test_case_sizes_swapped_or_wrong(tmp_path, size):
     root = imagenet(tmp_path, size, (1, 1, 9, 9))
     save(root / "train/a/a2.jpg")
-    images = boxes.load(mine(**IMAGENET), root)
+    images = datasets.load(mine(**IMAGENET), root)
     assert images.ids.tolist() == ["a/a2.jpg"]
     assert [name for name, _ in images.skipped] == ["train/a/a1.jpg", "train/b/b1.jpg"]
     assert all("another shape" in reason for _, reason in images.skipped)
@@ -340,7 +342,7 @@ def test_case_sizes_swapped_or_wrong(tmp_path, size):
 def test_case_same_names_in_all_classes(tmp_path):
     for layout in ({"ids": "path"}, {"ids": "stem"}):
         root = classes_of(tmp_path / layout["ids"] / "train", count=30).parent
-        images = boxes.load(mine(layout="folder", images=["train"], **layout), root)
+        images = datasets.load(mine(layout="folder", images=["train"], **layout), root)
         assert len(images) == 120 and len(set(images.ids)) == 120 and not images.skipped
         assert "dog/029.jpg" in images.ids
 
@@ -352,7 +354,7 @@ def test_case_16_bit_and_floating_point(tmp_path, scale, dtype):
         (tmp_path / name).mkdir()
         Image.fromarray(ramp).save(tmp_path / name / "8.tif")
         Image.fromarray(ramp.astype(dtype) * dtype(scale)).save(tmp_path / name / "16.tif")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.ids.tolist() == ["a/8.tif", "b/8.tif"]
     assert torch.equal(images.pixels[0][0], torch.from_numpy(ramp))
     assert all("16-bit" in reason for _, reason in images.skipped) and len(images.skipped) == 2
@@ -365,7 +367,7 @@ def test_case_truncated(tmp_path, cut):
     for name in names:
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-cut])
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     kept = sum(name not in dict(images.skipped) for name in names)
     assert len(images) == 37 + kept and (kept == 0 or cut < 600)  # pixels may be whole without end
     for i in range(len(images)):
@@ -402,18 +404,18 @@ def test_case_the_folder_above_the_splits(tmp_path, splits):
     with pytest.raises(
         ValueError, match="splits and no classes. Pass one of them, such as .*/[tT]"
     ):
-        boxes.folder(tmp_path)
+        datasets.folder(tmp_path)
 
 
 def test_a_class_that_is_called_train(tmp_path):
-    assert boxes.folder(classes_of(tmp_path, ("train", "bus"), 2)).classes == ("bus", "train")
+    assert datasets.folder(classes_of(tmp_path, ("train", "bus"), 2)).classes == ("bus", "train")
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"\xff\xfe.jpg", b"a\nb.jpg", b"$1_$2 '\".jpg"])
 def test_case_names_are_bytes(tmp_path, name):
     classes_of(tmp_path, count=2)
     os.rename(tmp_path / "ant/000.jpg", os.fsencode(tmp_path / "ant") + b"/" + name)
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert len(images) == 8 and not images.skipped and len(images.digest) == 64
     assert images.pixels[7].shape == images.pixels[0].shape
     sizes = {"attacked": 0, "shared": 1, "public": 1, "probe": 0, "control": 0}
@@ -428,7 +430,7 @@ def test_case_nfc_and_nfd_are_one_class(tmp_path):
     decomposed = tmp_path / unicodedata.normalize("NFD", name)
     if not decomposed.exists():  # a Mac makes no difference
         save(decomposed / "x.jpg")
-    images = boxes.folder(tmp_path)
+    images = datasets.folder(tmp_path)
     assert images.classes == (name, "dog") and np.bincount(images.labels).tolist() == [3, 2]
 
 
@@ -466,7 +468,7 @@ def test_case_a_class_that_differs_by_a_blank(tmp_path):
 
 def test_case_dollars_in_class_names(tmp_path):
     names = ("$10_$20", "100%", "$10 bill", "<b>bold")
-    images = boxes.folder(classes_of(tmp_path, names, 2))
+    images = datasets.folder(classes_of(tmp_path, names, 2))
     titles = [images.classes[label] for label in images.labels]
     rects = [(found, (0, 0, 9, 9)) for found in images.boxes]
     figure = plots.examples(list(images.pixels), rects, titles)
@@ -530,13 +532,13 @@ def test_converted_once_and_again_when_the_annotations_change(tmp_path, capfd):
     root = imagenet(tmp_path / "x", (300, 200), (10, 20, 29, 39))
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     entry = mine(**IMAGENET)
-    boxes.load(entry, root)
-    boxes.load(entry, root)
+    datasets.load(entry, root)
+    datasets.load(entry, root)
     assert capfd.readouterr().out.count("reading the annotations") == 1
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
     path = root / "boxes/a/a1.xml"
     path.write_text(path.read_text().replace("<xmin>10<", "<xmin>11<"))
-    assert boxes.load(entry, root).boxes[0].tolist() == [[11, 20, 30, 40]]
+    assert datasets.load(entry, root).boxes[0].tolist() == [[11, 20, 30, 40]]
     cached = next(Path(os.environ["DEJAVU_RUNS"]).rglob("boxes.csv"))
     assert cached.with_name("boxes.unused.csv").is_file()
 
@@ -544,15 +546,15 @@ def test_converted_once_and_again_when_the_annotations_change(tmp_path, capfd):
 def test_a_damaged_table_is_made_again(tmp_path):
     root = imagenet(tmp_path / "x", (300, 200), (10, 20, 29, 39))
     entry = mine(**IMAGENET)
-    first = boxes.load(entry, root)
+    first = datasets.load(entry, root)
     cached = next(Path(os.environ["DEJAVU_RUNS"]).rglob("boxes.csv"))
     cached.write_text(cached.read_text().replace(",10,", ",99,"))
-    assert boxes.load(entry, root).digest == first.digest
+    assert datasets.load(entry, root).digest == first.digest
 
 
 def test_a_layout_without_annotations_is_one_error(tmp_path):
     classes_of(tmp_path / "train", count=1)
     with pytest.raises(ValueError, match="no pictures with .xml annotations"):
-        boxes.load(mine(**IMAGENET), tmp_path)
+        datasets.load(mine(**IMAGENET), tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no boxes.csv.*convert: voc"):
-        boxes.load(mine(images=["train"]), tmp_path)
+        datasets.load(mine(images=["train"]), tmp_path)

@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dejavu_utils import store
-from dejavu_utils.data import boxes, datasets, manifests, split
+from dejavu_utils.data import datasets, manifests, split
 from dejavu_utils.data.images import Images
 
 REAL = Path(os.environ.get("DEJAVU_DATA", "-"))
@@ -167,7 +166,7 @@ def test_only_the_classes_and_pictures_asked_for_are_read(tiny):
 
 def test_a_manifest_that_lists_its_classes_reads_only_those(tiny):
     entry = manifests.read("tiny_imagenet") | {"classes": ["n03", "n01", "n77"]}
-    assert set(boxes.load(entry, tiny).ids) == {f"n0{c}_{i}" for c in (1, 3) for i in range(4)}
+    assert set(datasets.load(entry, tiny).ids) == {f"n0{c}_{i}" for c in (1, 3) for i in range(4)}
 
 
 def test_bad_pictures_are_listed_not_fatal(tiny, tmp_path):
@@ -189,8 +188,7 @@ def test_bad_pictures_are_listed_not_fatal(tiny, tmp_path):
     assert "cannot identify" in reasons["train/n01/images/n01_1.JPEG"]
     assert "32 x 64 px, expected 64 x 64" in reasons["train/n01/images/n01_2.JPEG"]
     assert len(images) == 8 == len(images.pixels) and images.ids[0] == "n01_3"
-    datasets.write_skipped(images, tmp_path / "skipped.csv")
-    assert store.read_table(tmp_path / "skipped.csv")["name"].tolist() == sorted(reasons)
+    assert [name for name, _ in images.skipped] == sorted(reasons)
 
 
 def bomb_png(side):

@@ -85,11 +85,12 @@ def test_make_figures_runs_in_order_then_is_up_to_date_then_runs_what_changed(cl
     first = figures()
     assert first.index("00_tour done") < first.index("01_training …")  # first things first
     assert first.index("01_training done") < first.index("02_attack …")
-    assert first.splitlines()[-1] == "the figures are in runs/tiny/figures/"
+    last = "the figures are in runs/tiny/figures/; `make report PROFILE=tiny` writes pages"
+    assert first.splitlines()[-1] == last
     assert len(first.splitlines()) == 8
     dates = {path: path.stat().st_mtime for path in folder.glob("*.ipynb")}
     assert len(dates) == 3
-    assert figures() == "up to date\nthe figures are in runs/tiny/figures/\n"
+    assert figures() == f"up to date\n{last}\n"
     assert {path: path.stat().st_mtime for path in folder.glob("*.ipynb")} == dates
     clone.add("02_attack", "print('attacked twice with', k)")
     again = figures()

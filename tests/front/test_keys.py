@@ -25,7 +25,7 @@ params = {
     "dataset": "scenes",
     "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 9, "probe": 3, "control": 3},
     "epochs": [0],
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
     "recipe": {"encoder": "small4", "projector": "8-8", "batch": 8},
 }
 pair = pairs.one(params, Path(sys.argv[1]), "vicreg", 0.5, 0)

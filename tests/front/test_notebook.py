@@ -201,6 +201,41 @@ def test_jupyter_papermills_cell_after_the_parameters_is_checked(jupyter, capsys
     assert "sede is not a parameter; did you mean seed?" in str(run("setup"))
 
 
+def test_jupyter_a_profile_counts_where_nothing_else_is_said(jupyter, repository, capsys):
+    """As under plain papermill: `-p profile tiny -p k 10` runs the profile, and k stays 10 though
+    that is the notebook's own value, too.
+    """
+    run, names = jupyter
+    repository.profile("tiny", "all: {seed: 3, k: 5}\n02_attack: {rho: 0.25}")
+    run("parameters")
+    run('# Parameters\nprofile = "tiny"\nk = 10\n')
+    assert run("setup") is None
+    assert names["params"] == {"profile": "tiny", "seed": 3, "rho": 0.25, "k": 10}
+    assert run("setup") is None and names["k"] == 10
+    run('profile = "tiny"\nseed = 7\nrho = 0.5\nk = 10')
+    assert run("setup") is None  # a cell edited by hand: what differs from the notebook's own stays
+    assert names["params"] == {"profile": "tiny", "seed": 7, "rho": 0.25, "k": 5}
+    run("parameters")
+    assert run("setup") is None
+    assert names["params"] == {"profile": "laptop", "seed": 0, "rho": 0.5, "k": 10}
+
+
+def test_jupyter_what_papermill_passes_counts_however_much_it_is(jupyter, repository, capsys):
+    run, names = jupyter
+    repository.profile("tiny", "all: {seed: 3, k: 5}")
+    run("parameters")
+    run('# Parameters\nprofile = "tiny"\nseed = 3\nrho = 0.5\nk = 10\n')
+    assert run("setup") is None
+    assert names["params"] == {"profile": "tiny", "seed": 3, "rho": 0.5, "k": 10}
+
+
+def test_jupyter_a_profile_that_is_not_there_is_no_label(jupyter, capsys):
+    run, _ = jupyter
+    run("parameters")
+    run('# Parameters\nprofile = "smok"\n')
+    assert "no profile 'smok'; there are: tiny" in str(run("setup"))
+
+
 def test_jupyter_a_name_reused_for_something_else_is_named(jupyter, capsys):
     run, _ = jupyter
     run("parameters")
@@ -215,9 +250,9 @@ def test_jupyter_setup_first_says_what_to_run(jupyter, capsys):
 
 def test_without_ipython_the_namespace_is_checked(repository):
     repository.add("02_attack")
-    names = {"__name__": "__main__", "profile": "p", "seed": 1, "rho": 0, "k": 2, "json": json}
+    names = {"__name__": "__main__", "profile": "tiny", "seed": 1, "rho": 0, "k": 2, "json": json}
     assert notebook.parameters("02_attack", names) == {
-        "profile": "p",
+        "profile": "tiny",
         "seed": 1,
         "rho": 0.0,
         "k": 2,

@@ -92,15 +92,16 @@ def site(repository, pages):
     meta = {"parameters": {"seeds": [3]}, "seconds": 4.4}
     with store.artifact(folder / "notebooks" / "02_attack.ipynb", meta) as temporary:
         temporary.write_text(nbformat.writes(executed()))
-    with store.artifact(folder / "figures" / "curve.png") as temporary:
-        temporary.write_bytes(base64.b64decode(picture("green")))
+    for name in ("curve", "older"):
+        with store.artifact(folder / "figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(base64.b64decode(picture("green")))
+    store.write_table(folder / "figures" / "curve.csv", pd.DataFrame({"p": [100]}))
     row = {
         "criterion": "vicreg",
         "rho": 0.2,
         "epoch": 5,
         "layer": "projector",
         "p": 100,
-        "ranking": "own",
         "score": 0.0434,
         "low": -0.01,
         "high": 0.09,
@@ -109,9 +110,9 @@ def site(repository, pages):
         "n": 600,
     }
     others = [
+        {"p": 20},
         {"epoch": 1, "score": 0.77},
         {"layer": "backbone", "score": 0.66},
-        {"ranking": "paired", "score": 0.55},
     ]
     store.write_table(
         folder / "tables" / "scores.csv", pd.DataFrame([row | other for other in [{}, *others]])
@@ -152,7 +153,9 @@ def test_no_page_fetches_or_runs_anything(site):
             and "width=device-width" in str(soup)
         )
         links = [link["href"] for link in soup.find_all("a") if not link["href"].startswith("#")]
-        assert links and all(link.removesuffix(".html") in site for link in links)
+        files = [link for link in links if not link.endswith(".html")]
+        assert set(files) <= {"tables/curve.csv"}
+        assert links and {link.removesuffix(".html") for link in links} - set(files) <= set(site)
 
 
 def test_a_notebook_page_shows_results_first_and_folds_code_and_solutions(site):
@@ -182,19 +185,38 @@ def test_a_notebook_page_shows_results_first_and_folds_code_and_solutions(site):
     )
 
 
-def test_the_index_says_what_the_tables_say(site):
+def test_the_index_says_what_the_tables_say(site, repository):
     soup = site["index"]
     assert "It works." in soup.text and "+4.3" in soup.text and "(−1.0 to +9.0)" in soup.text
-    assert not re.search(
-        r"77|66\.|55\.", soup.find("table").text
-    )  # other epochs, layers and rankings
+    assert not re.search(r"77|66\.|55\.", soup.find("table").text)  # other epochs and layers
     assert (
         soup.img["alt"] == 'a "curve" that rises'
-        and soup.find("figure").a["href"] == "02_attack.html"
+        and soup.select("section h3 a")[0]["href"] == "02_attack.html"
     )
     cells = [cell.text for cell in soup.select(".claims td")]
     assert cells[4::5] == ["✓\xa0supported", "–\xa0not tested"] and EVIL in cells[1]
     assert "seeds [3]; executed in 4 s" in soup.text and store.code_version() in soup.text
+    table = repository.root / "runs/tiny/report/tables/curve.csv"
+    assert soup.figure.a["href"] == "tables/curve.csv" and table.read_text() == "p\n100\n"
+
+
+def test_the_index_begins_with_the_answer(site):
+    first = site["index"].h1.find_next_sibling("p").text
+    assert "VICReg names the objects of images that it was trained on in 20.0 %" in first
+    assert "in 15.7 %" in first and "+4.3 points (−1.0 to +9.0)" in first
+    assert "undecided" in first and "over 600 images" in first
+
+
+def test_rows_of_the_most_confident_count_the_images_that_are_scored(site):
+    rows = [row.find_all("td") for row in site["index"].table.tbody.find_all("tr")]
+    assert [(row[0].small.text, row[-1].text) for row in rows] == [
+        ("all", "600"),
+        ("20 % most confident", "120"),
+    ]
+
+
+def test_figures_that_no_notebook_draws_any_more_come_last(site):
+    assert [image["alt"] for image in site["index"].find_all("img")][-1] == "older"
 
 
 def test_what_cannot_be_shown_is_one_clear_error(repository, pages):
@@ -237,8 +259,8 @@ def test_make_student_drops_solutions_and_nothing_else(tmp_path):
 
 def test_the_command_says_where_the_pages_are_or_what_is_missing(site, repository, pages, capsys):
     assert pages.main(["tiny"]) == 0
-    assert capsys.readouterr().out.strip() == str(
-        repository.root / "runs" / "tiny" / "report" / "index.html"
-    )
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(repository.root / "runs" / "tiny" / "report" / "index.html")
+    assert printed.err == "02_attack …\n"  # which page is being made
     assert pages.main(["tinny"]) == 1
     assert capsys.readouterr().err.startswith("error: no executed notebook in ")

@@ -102,9 +102,15 @@ def test_split_stacks_to_the_share_that_anybody_gets_right():
     assert max(bar.get_y() + bar.get_height() for bar in bars) == pytest.approx(0.35)
 
 
-def test_losses_are_a_line_an_encoder():
-    log = pd.DataFrame({"criterion": "vicreg", "epoch": [1, 2], "loss": [3.0, 2.0], "name": "a"})
-    np.testing.assert_allclose(plots.losses(log).axes[0].lines[0].get_xydata(), [[1, 3], [2, 2]])
+def test_losses_are_a_line_an_encoder_and_name_it():
+    rows = {"criterion": "vicreg", "epoch": [1, 2], "loss": [3.0, 2.0]}
+    log = pd.concat(
+        [pd.DataFrame(rows | {"name": f"key/{model}"}) for model in "AB"], ignore_index=True
+    )
+    figure = plots.losses(log)
+    assert [line.get_xydata().tolist() for line in figure.axes[0].lines] == [[[1, 3], [2, 2]]] * 2
+    assert figure.axes[0].get_title() == "VICReg"
+    assert [text.get_text() for text in figure.legends[0].texts] == ["A", "B"]
 
 
 def test_a_seaborn_plot_becomes_a_figure_whose_legend_stands_beside_its_axes(scores):

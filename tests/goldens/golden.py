@@ -39,7 +39,7 @@ SETTING = {
     "dataset": "scenes",
     "sizes": {"classes": 4, "attacked": 16, "shared": 0, "public": 20, "probe": 10, "control": 10},
     "epochs": [0, 2],
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
     "recipe": {"encoder": "small8", "projector": "32-32-32", "batch": 16},
 }
 

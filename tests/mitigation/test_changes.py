@@ -19,7 +19,7 @@ PARAMS = {
     "epochs": [0, 2],
     "sizes": {"classes": 4, "attacked": 6, "shared": 0, "public": 10, "probe": 5, "control": 5},
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 12},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
 }
 
 
@@ -86,7 +86,6 @@ def _table(
                             "role": role,
                             "prediction": 0,
                             "correct": rng.random(n) < share,
-                            "correct5": True,
                             "confidence": rng.random(n),
                             "seed": seed,
                             "held_out": held + 0.01 * seed,

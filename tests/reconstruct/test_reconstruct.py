@@ -25,7 +25,7 @@ PARAMS = {
     "sizes": {"classes": 3, "attacked": 10, "shared": 2, "public": 16, "probe": 10, "control": 10},
     "k": 5,
     "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
 }
 HOW = {
     "epochs": 1,

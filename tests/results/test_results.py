@@ -134,7 +134,6 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
         "criterion": "vicreg",
         "rho": 0.2,
         "layer": "projector",
-        "ranking": "own",
         "seeds": 5,
         "n": 100,
     }
@@ -173,7 +172,7 @@ def test_claims_are_judged_by_their_intervals(tmp_path, monkeypatch):
     ]
     probe += [row | {"quantity": "held-out accuracy", "mean": 0.5} for row in probe]
     sweeps = [
-        rows | {"sweep": s, "value": v, "p": 100, "top": 1, "score": 0.1, "low": -0.01, "high": 0.2}
+        rows | {"sweep": s, "value": v, "p": 100, "score": 0.1, "low": -0.01, "high": 0.2}
         for s, v in (("fraction", 0.3), ("k", 5), ("k", 20))
     ]
     truth = [
