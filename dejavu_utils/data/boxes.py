@@ -29,6 +29,7 @@ NUMBERS = ("width", "height", "x0", "y0", "x1", "y1")
 COLUMNS = ("image", *NUMBERS, "class")
 OPTIONAL = ("owner", "split")
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+UNNAMED = "picture"  # the class of all pictures where there are none
 OWN = ("boxes.csv", "boxes.unused.csv")
 TABLES = (".txt", ".xml", ".json", ".csv", ".yaml", ".yml")  # convert.py lists what it did not use
 
@@ -60,7 +61,8 @@ class Table:
 class Rules:
     """How a data set tells ids and classes, and which pictures are its own."""
 
-    class_from: str = "folder"  # folder: the first one, column: boxes.csv, prefix: <class>_<number>
+    # folder: the first one, column: boxes.csv, prefix: <class>_<number>, none: all of one class
+    class_from: str = "folder"
     ids: str = "path"  # path, or stem: the bare name where no other picture has it
     classes: tuple[str, ...] = ()  # only these; () all of them
     order: tuple[str, ...] = ()  # of the classes; () alphabetical
@@ -211,6 +213,8 @@ def _class_of(inner: str, mark: Annotation | None, class_from: str) -> str:
     """Return the class of the picture at `inner`, relative to the folder of pictures; "": none."""
     if class_from == "column":
         return mark.name if mark else ""
+    if class_from == "none":
+        return UNNAMED
     if class_from == "prefix":
         return _class_text(PurePosixPath(inner).stem.rpartition("_")[0])
     return _class_text(inner.partition("/")[0]) if "/" in inner else ""
@@ -449,14 +453,18 @@ def _placed(tree: Tree, start: str, name: str) -> str:
     return f"{start}{name}" if f"{start}{name}" in tree else name
 
 
-def folder(path: Path, what: str = "IMAGES") -> Images:
+def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     """Return the pictures of a folder or zip with a folder for each class, or with a boxes.csv.
+
+    Without `labels` folders mean nothing, and all pictures are of the one class UNNAMED.
 
     Where boxes.csv has classes, they count; else the class is the folder. ids are relative paths.
     ValueError, with what to do, if the pictures are in no class folders; `what` names the set.
     """
     tree = Tree(path)
     table = _own_table(tree)
+    if not labels:
+        return read(tree, "", table, Rules(class_from="none"), what=what)
     named = any(mark.name for mark in table.found.values())
     top = _single_top(tree)
     if not named:
@@ -500,7 +508,7 @@ def _check_folders(tree: Tree, top: str, what: str) -> None:
     elif flat:
         advice = (
             "Move them into a folder for each class, or write a boxes.csv with their classes "
-            "(data_manifests/README.md)."
+            "(data_manifests/README.md). An audit does without classes by audit.labels=False."
         )
     elif depth:
         advice = f"Pass its folder {next(iter(depth))} if the class folders are in there."
