@@ -1,6 +1,6 @@
 # The front door. Plain `make` lists what it can do.
 .DEFAULT_GOAL := help
-.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench sitting lock clean
+.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench sitting address lock clean
 SHELL := /bin/sh
 
 PROFILE ?= laptop
@@ -74,6 +74,9 @@ bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sam
 sitting:  ## a sitting at a GPU, to a clock: OUT=folder MINUTES=9 [PART=check|evidence] (results/sitting.py)
 	@test -n "$$OUT" || { echo "make sitting OUT=folder MINUTES=9 [PART=check|evidence]" >&2; exit 1; }
 	@$(or $(wildcard $(PYTHON)),python3) results/sitting.py run --minutes="$${MINUTES:-9}" --part="$$PART" -- "$$OUT"
+
+address: .venv/.installed  ## write the public address of pyproject.toml into README.md, CITATION.cff and the tour
+	@$(PYTHON) results/address.py
 
 lock:  ## resolve the dependencies of pyproject.toml again into requirements.lock
 	@$(UV) lock

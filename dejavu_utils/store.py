@@ -26,6 +26,7 @@ from typing import Any
 from dejavu_utils import imports
 
 PACKAGE = Path(__file__).resolve().parent
+INSTALLED = PACKAGE.parent / "dejavu_clone"  # what a wheel brings of the repository
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _AGAIN = "Delete it and run the stage that makes it (`make figures`) again."
 
@@ -36,9 +37,12 @@ class StoreError(ValueError):
 
 def root() -> Path:
     """Return the repository root: $DEJAVU_ROOT, or the folder above `dejavu_utils/`; it must hold
-    `notebooks/`.
+    `notebooks/`. Installed from a wheel, what travels in it takes the root's place.
     """
-    folder = Path(os.environ.get("DEJAVU_ROOT") or PACKAGE.parent).resolve()
+    given = os.environ.get("DEJAVU_ROOT")
+    if not given and INSTALLED.is_dir():
+        return INSTALLED
+    folder = Path(given or PACKAGE.parent).resolve()
     if not (folder / "notebooks").is_dir():
         raise StoreError(
             f"{folder} has no notebooks/ folder: set DEJAVU_ROOT to the folder that `git clone` "
@@ -47,14 +51,21 @@ def root() -> Path:
     return folder
 
 
+def home() -> Path:
+    """Return the folder in which runs/ and data/ are: the root, or where there is no clone the
+    current folder.
+    """
+    return Path.cwd() if root() == INSTALLED else root()
+
+
 def runs(profile: str) -> Path:
-    """Return the folder of everything a profile produces: ($DEJAVU_RUNS or root/runs)/<profile>.
+    """Return the folder of everything a profile produces: ($DEJAVU_RUNS or home/runs)/<profile>.
 
     StoreError if the name would lead out of it.
     """
     if profile in ("", "..") or Path(profile).name != profile:
         raise StoreError(f"profile {profile!r}: expected a name such as laptop, without a path.")
-    return Path(os.environ.get("DEJAVU_RUNS") or root() / "runs").resolve() / profile
+    return Path(os.environ.get("DEJAVU_RUNS") or home() / "runs").resolve() / profile
 
 
 def cores() -> int:

@@ -351,6 +351,7 @@ def _value(name: str, text: str) -> Any:
 
 USAGE = """make audit ENCODER=torchvision:resnet50 WEIGHTS=model.pt IMAGES=its/training/images
   PUBLIC=public/images [HELD_OUT=test/images] [OUT=report.html]
+  pictures without classes: HELD_OUT=test/images P="audit.labels=False", and no PUBLIC
   [REFERENCE=timm:NAME] [REFERENCE_WEIGHTS=second.pt] [JSON=1] [STRICT=1]
   [P="k=100 crop.kind=corner reading.layer=backbone"]
   an encoder: timm:NAME, torchvision:NAME, hub:REPOSITORY:NAME, hf:NAME_OR_FOLDER,
@@ -365,7 +366,7 @@ def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
 
     Settings are those of the notebook 05_audit. 0 after any verdict, or with STRICT its status.
     """
-    if not all(environment.get(name) for name in ("ENCODER", "IMAGES", "PUBLIC")):
+    if not all(environment.get(name) for name in ("ENCODER", "IMAGES")):
         raise ParameterError(USAGE)
     if unknown := [name for name in overrides if name not in SETTINGS]:
         raise ParameterError(
@@ -377,6 +378,8 @@ def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     names = ("encoder", "weights", "images", "public", "held_out")
     names += ("reference", "reference_weights")
     asked = {name: environment.get(name.upper(), "") for name in names}
+    if params["audit"]["labels"] and not asked["public"]:
+        raise ParameterError(USAGE)
     out = environment.get("OUT")
 
     from dejavu_utils.audit import command  # imports torch: only now

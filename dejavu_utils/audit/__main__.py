@@ -16,6 +16,13 @@ data_manifests/.
 exit status: 0 no evidence, 3 memorizes, 4 undecided, 2 an error in what was passed."""
 
 
+def _yes_or_no(text: str) -> bool:
+    """Return the truth value of "True" or "False", as Python and the notebook write them."""
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected True or False")
+    return text == "True"
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser; settings have the names that the notebook and error messages use."""
     found = argparse.ArgumentParser(
@@ -27,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--encoder", required=True, help="the network, such as torchvision:resnet50")
     found.add_argument("--weights", default="", help="file with its weights")
     found.add_argument("--images", required=True, help="pictures that it was trained on: members")
-    found.add_argument("--public", required=True, help="pictures of the same classes, no members")
+    found.add_argument("--public", default="", help="pictures of the same classes, no members")
     found.add_argument("--held-out", default="", help="pictures like the members, not trained on")
     found.add_argument("--reference", default="", help="a second model, trained without members")
     found.add_argument("--reference-weights", default="", help="file with its weights")
@@ -40,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     settings.add_argument("--seed", type=int, help="of folds and samples (0)")
     settings.add_argument("--audit.margin", type=float, help="score that would matter (0.05)")
     settings.add_argument("--audit.limit", type=int, help="pictures at most (3000); 0: all")
+    settings.add_argument(
+        "--audit.labels",
+        type=_yes_or_no,
+        help="False: pictures without classes; a weaker audit, without --public",
+    )
     settings.add_argument("--audit.classifier", help="naive_bayes, or network, which is slower")
     settings.add_argument("--crop.kind", help="periphery (outside the boxes), or corner")
     settings.add_argument("--crop.min_side", type=int, help="px of the shorter side; 0: what fits")

@@ -75,7 +75,9 @@ class Report(Findings):
             "images": {name: len(images) for name, images in sets.items()},
             "scores": _records(self.scores),
             "controls": _records(self.controls),
+            "warning": self.warning,
             "membership": _records(self.membership),
+            "owners": _records(self.owners),
             "limits": self.case.limits,
         }
 
@@ -83,7 +85,7 @@ class Report(Findings):
 def run(
     encoder: str | Encoder,
     images: str | Path | Images,
-    public: str | Path | Images,
+    public: str | Path | Images = "",
     held_out: str | Path | Images = "",
     reference: str | Encoder = "",
     *,
@@ -98,6 +100,7 @@ def run(
     `encoder`: a network by its name (see `external.encoder`) with the file `weights`, or an
     encoder. `images`, `public`, `held_out`: folders or zips of class folders, data sets by name,
     or `Images`. `reference`: a second model that was trained without `images`, if there is one.
+    With `labels=False` folders need no classes and no `public`; then `held_out` is needed.
     `progress` is called with (pictures done, of how many, of what). `settings`: see `Settings`.
     ValueError and FileNotFoundError say what was found, what was expected, and what to pass.
     """
@@ -122,7 +125,7 @@ def run(
 def load(
     encoder: str | Encoder,
     images: str | Path | Images,
-    public: str | Path | Images,
+    public: str | Path | Images = "",
     held_out: str | Path | Images = "",
     reference: str | Encoder = "",
     *,
@@ -136,9 +139,10 @@ def load(
     if reference:
         sources.check_encoder(reference, reference_weights, "REFERENCE")
 
-    members = sources.pictures(images, "IMAGES")
-    known = sources.pictures(public, "PUBLIC")
-    fresh = sources.pictures(held_out, "HELD_OUT") if held_out else None
+    labels = settings.labels
+    members = sources.pictures(images, "IMAGES", labels)
+    known = sources.pictures(public, "PUBLIC") if labels else None
+    fresh = sources.pictures(held_out, "HELD_OUT", labels) if held_out or not labels else None
 
     how = {"prefix": settings.prefix, "unused": settings.unused}
     target = sources.encoder(encoder, weights, "ENCODER", **how)
@@ -147,7 +151,10 @@ def load(
         second = sources.encoder(reference, reference_weights, "REFERENCE", **how)
     if not settings.dataset:
         settings = replace(settings, dataset=sources.manifest_of(images))
-    case = subject.prepare(target, members, known, fresh, second, settings)
+    if labels:
+        case = subject.prepare(target, members, known, fresh, second, settings)
+    else:
+        case = subject.prepare_unlabelled(target, members, fresh, second, settings)
     for what, model in (("ENCODER", target), ("REFERENCE", second)):
         if model is not None:
             _check_size(case, model, what)
@@ -172,10 +179,17 @@ def examine(
     asked: dict[str, str] | None = None,
     device: str = "cpu",
     progress: evidence.Progress | None = None,
+    kept: Path | None = None,
 ) -> Report:
-    """Return the audit of a subject: the arithmetic of the notebook 05_audit, in its order."""
+    """Return the audit of a subject: the arithmetic of the notebook 05_audit, in its order.
+
+    `kept` is a folder for embeddings, from which a killed audit goes on (see `evidence.infer`).
+    """
     layer = case.layers[0]
-    inferred = evidence.infer(case, settings.k, device, progress)
+    inferred = evidence.infer(case, settings.k, device, progress, kept)
+    if not case.labelled:
+        return _unlabelled(case, settings, asked or {}, inferred)
+
     classified = None
     if case.reference is None:
         kind, seed = settings.classifier, settings.seed
@@ -188,7 +202,7 @@ def examine(
 
     statistics = summary = None
     if case.held_out is not None:
-        statistics = membership.statistics(case, guesses, inferred)
+        statistics = membership.statistics(case, inferred, guesses)
         summary = membership.summary(statistics)
 
     own = evidence.part(guesses, layer)
@@ -200,12 +214,56 @@ def examine(
         guesses=guesses,
         scores=scores,
         controls=controls,
+        warning=checks.boxes(case, inferred),
         classes=estimate.by_class(own, case.public.classes),
+        owners=_owners(case, guesses),
         split=scoring.four_way(own),
         verdict=verdict,
         statistics=statistics,
         membership=summary,
     )
+
+
+def _unlabelled(
+    case: subject.Subject, settings: Settings, asked: dict[str, str], inferred: evidence.Found
+) -> Report:
+    """Return the audit of pictures without labels: by the alignment gap, as AUC - 0.5."""
+    statistics = membership.statistics(case, inferred)
+    controls = checks.unlabelled(case, statistics, inferred)
+
+    gap = statistics["alignment_gap"].to_numpy()
+    member = statistics["member"].to_numpy()
+    row = membership.over_chance(gap[member], gap[~member])
+    if estimate.fewest(row) < scoring.FEWEST:
+        row |= {"low": math.nan, "high": math.nan}
+    about = {"layer": case.layers[0], "reading": estimate.DIFFERENCE, "p": 100}
+    scores = pd.DataFrame([about | row])
+    return Report(
+        case=case,
+        settings=settings,
+        asked=asked,
+        inferred=inferred,
+        guesses=None,
+        scores=scores,
+        controls=controls,
+        warning="",
+        classes=None,
+        owners=None,
+        split=None,
+        verdict=conclusion.verdict(case, scores, controls, settings.margin),
+        statistics=statistics,
+        membership=membership.summary(statistics),
+    )
+
+
+def _owners(case: subject.Subject, guesses: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the scores of each owner, if boxes.csv names owners and there are held-out images."""
+    owners = case.members.attributes.get("owner")
+    if owners is None or case.held_out is None:
+        return None
+    members = evidence.part(guesses, case.layers[0])
+    held_out = evidence.part(guesses, case.layers[0], which="held-out")
+    return estimate.by_owner(members, held_out, pd.Series(owners, case.members.ids))
 
 
 def file_name(case: subject.Subject, settings: Settings) -> str:
@@ -220,6 +278,13 @@ def file_name(case: subject.Subject, settings: Settings) -> str:
     )
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", getattr(case.encoder, "name", "encoder"))
     return f"{plain.strip('-.')[-80:]}-{key[:8]}"
+
+
+def kept(path: Path, name: str) -> Path:
+    """Return the hidden folder beside a report for what the audit `name` has embedded so far: it
+    is of this very audit, by this very code.
+    """
+    return path.parent / f".{name}-{store.code_version(evidence.__name__)}.parts"
 
 
 def check_free(path: Path, name: str) -> None:

@@ -46,7 +46,33 @@ def controls(case: Subject, rows: pd.DataFrame, inferred: Found) -> pd.DataFrame
         found.append({"control": UNTRAINED} | untrained)
         found.append({"control": HALVES} | halves)
         found.append({"control": PICTURES} | pictures_alone(case, inferred))
+    return _passed(found)
 
+
+def unlabelled(case: Subject, statistics: pd.DataFrame, inferred: Found) -> pd.DataFrame:
+    """Return the negative controls of an audit without labels, as `controls` does.
+
+    - random weights: AUC - 0.5 of the similarity under the same network, its weights drawn anew;
+    - held-out minus held-out: AUC - 0.5 of the alignment gap of one half of the held-out images
+      against the other;
+    - pictures alone: see `controls`.
+    """
+    layer = case.layers[0]
+    members, held_out = [
+        inferred[name, layer, "untrained"]["alignment"] for name in ("members", "held-out")
+    ]
+    gaps = statistics.loc[~statistics["member"], "alignment_gap"].to_numpy()
+    mixed = np.random.default_rng(0).permutation(gaps)
+    found = [
+        {"control": UNTRAINED} | membership.over_chance(members, held_out, LEVEL),
+        {"control": HALVES} | membership.over_chance(mixed[::2], mixed[1::2], LEVEL),
+        {"control": PICTURES} | pictures_alone(case, inferred),
+    ]
+    return _passed(found)
+
+
+def _passed(found: list[dict]) -> pd.DataFrame:
+    """Return the table of controls, with whether each found nothing."""
     table = pd.DataFrame(found)
     above = table["low"] > 0
     below = (table["high"] < 0) & (table["control"] != PICTURES)
@@ -113,10 +139,32 @@ def pictures_alone(case: Subject, inferred: Found) -> dict[str, float]:
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     model.fit(x[learn], member[learn])
     score = model.decision_function(x[judge])
-    found = membership.auc(score[member[judge]], score[~member[judge]], LEVEL)
-    return {
-        "score": found["auc"] - 0.5,
-        "low": found["low"] - 0.5,
-        "high": found["high"] - 0.5,
-        "n": int(member[judge].sum()),
-    }
+    return membership.over_chance(score[member[judge]], score[~member[judge]], LEVEL)
+
+
+def boxes(case: Subject, inferred: Found) -> str:
+    """Return a warning if boxes look wrong as a whole, else "".
+
+    Boxes should hold what tells the class. They look wrong where the encoder names the object from
+    whole pictures clearly more often than from what is in the boxes, and from that no more often
+    than from the background crops: then the objects are elsewhere, and the crops may show them.
+    """
+    found = inferred["members", case.layers[0], "target"]
+    if not case.boxed:
+        return ""
+    truth = case.members.labels[: case.boxed]
+    crop = found["prediction"][: case.boxed] == truth
+    box = found["in_box"] == truth
+    whole = found["in_whole"] == truth
+
+    lost = whole.astype(float) - box
+    surely = lost.mean() - 1.96 * lost.std() / len(lost) ** 0.5  # lower end of its interval
+    if surely <= 0 or box.mean() > crop.mean():
+        return ""
+    percent = [f"{100 * right.mean():.0f} %" for right in (whole, box, crop)]
+    return (
+        f"The boxes look wrong as a whole: of {case.boxed} members the encoder names {percent[0]} "
+        f"from the whole picture, {percent[1]} from what is in the box, and {percent[2]} from the "
+        "background crop. Look at the galleries of the report: no crop should show the object. (If "
+        "none does, the objects are too small to be recognised alone.)"
+    )

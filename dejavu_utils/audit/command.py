@@ -3,6 +3,7 @@ was found.
 """
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -35,12 +36,17 @@ def conduct(
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is embedded", file=sys.stderr)
+        return 130
 
     if as_json:
         print(json.dumps(found.summary() | {"report": str(path)}, indent=1, ensure_ascii=False))
         return found.status
     print(found.verdict.sentence)
     print(report.numbers(found))
+    if found.warning:
+        print(found.warning)
     print(f"the report is {path}")
     return found.status
 
@@ -54,16 +60,20 @@ def _audit(
 ) -> tuple[audit.Report, Path]:
     chosen = Settings(**settings)
     case = audit.load(**asked, settings=chosen)
-    path = out or folder / f"{audit.file_name(case, chosen)}.html"
-    audit.check_free(path, audit.file_name(case, chosen))  # before the hours, not after them
+    name = audit.file_name(case, chosen)
+    path = out or folder / f"{name}.html"
+    audit.check_free(path, name)  # before the hours, not after them
+    kept = audit.kept(path, name)
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = {
         "encoder": audit.described(asked["encoder"], asked["weights"]),
         "reference": audit.described(asked["reference"], asked["reference_weights"]),
     }
-    found = audit.examine(case, chosen, names, device, _Progress())
-    return found, found.write(path)
+    found = audit.examine(case, chosen, names, device, _Progress(), kept)
+    found.write(path)
+    shutil.rmtree(kept, ignore_errors=True)
+    return found, path
 
 
 class _Progress:

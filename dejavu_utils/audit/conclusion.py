@@ -31,6 +31,15 @@ SENTENCES = {
     "these images something other than memory makes a score. Look for members and held-out images "
     "that differ in kind or in how they were stored, and for public copies of members.",
 }
+# in place of these, where pictures have no labels
+UNLABELLED = {
+    "memorizes": "Memorizes, in the weak sense that needs no labels: the encoder finds a corner of "
+    "a picture and the whole of it more alike for members than for held-out pictures. Whether it "
+    "remembers what they show cannot be said without classes.",
+    "no evidence": "No evidence: the encoder finds a corner of a picture and the whole of it about "
+    "as much alike for held-out pictures as for members; telling them apart by {margin:.3g} points "
+    "(of AUC, over chance) or more is excluded, less is not. What they show was not asked.",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ def verdict(
         why = words.pop()
 
     smallest = POWER / 1.96 * (row["high"] - row["low"]) / 2
-    sentence = SENTENCES[why].format(
+    sentences = SENTENCES if case.labelled else SENTENCES | UNLABELLED
+    sentence = sentences[why].format(
         margin=100 * margin,
         smallest=100 * smallest,
         failed=", ".join(failed),

@@ -135,3 +135,21 @@ def by_class(rows: pd.DataFrame, classes: tuple[str, ...], resamples: int = 500)
     columns = ["class", "n", "score", "low", "high", "target", "reference", *scoring.CELLS]
     order = ["score", "n"]
     return pd.DataFrame(found)[columns].sort_values(order, ascending=False, kind="stable")
+
+
+def by_owner(members: pd.DataFrame, held_out: pd.DataFrame, owners: pd.Series) -> pd.DataFrame:
+    """Return a row per owner of members, the most pictures first: owner, n, and members minus
+    held-out for that owner's pictures, with its interval from 50 pictures on.
+
+    `owners`: id -> owner, "" for none; pictures without one are in no row.
+    """
+    owner_of = members["id"].map(owners)
+    found = []
+    for owner, group in members[owner_of != ""].groupby(owner_of):
+        row = members_minus_held_out(group, held_out)
+        if fewest(row) < scoring.FEWEST:
+            row |= {"low": np.nan, "high": np.nan}
+        found.append({"owner": owner} | row)
+    columns = ["owner", "n", "score", "low", "high", "target", "reference", "held_out"]
+    order = pd.DataFrame(found, columns=columns)
+    return order.sort_values(["n", "owner"], ascending=[False, True], ignore_index=True)

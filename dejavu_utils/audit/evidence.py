@@ -6,6 +6,7 @@ classifier of crops, cross-fitted (the one-model test, Kokhlikyan et al. 2024).
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,15 @@ from scipy.special import entr
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from dejavu_utils import store
 from dejavu_utils.attack import inference, one_model
 from dejavu_utils.audit.subject import Subject
 from dejavu_utils.data.images import Images
 from dejavu_utils.models import encoders
 from dejavu_utils.models.encoders import Encoder, embed
 
-CHUNK = 500  # pictures between two steps of the progress line: one batch of encoders.embed
+CHUNK = 500  # pictures between two steps of the progress line
+BATCH_PX = 3_000_000  # of the pictures that are embedded at once: 500 of 77 px, 59 of 224 px
 FOLDS = 5
 
 # (set, layer, model) -> arrays of its images
@@ -31,32 +34,45 @@ Guesses = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 Progress = Callable[[int, int, str], None]
 
 
-def infer(case: Subject, k: int, device: str = "cpu", progress: Progress | None = None) -> Found:
+def infer(
+    case: Subject,
+    k: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    kept: Path | None = None,
+) -> Found:
     """Return {(set, layer, model): what `inference.infer` finds} for the attacked sets.
 
-    Models are "target", "untrained" (the same network, its weights drawn anew) and, if there is
+    Without public pictures nothing is inferred, and what does not need them is found alone. Models
+    are "target", "untrained" (the same network, its weights drawn anew) and, if there is
     one, "reference". Pictures are decoded once for all of them. The judged layer also has
     `alignment` (n,), the cosine of crop and whole picture, and `norm` (n,), the whole picture's
     length; the untrained backbone has `features` (n, d) and `pixels` (n, 10), simple statistics, of
-    the crops.
+    the crops. Where boxes are avoided, the target of members also has `in_box` and `in_whole` (b,),
+    its predictions for box contents and whole pictures of the first members (see checks.boxes).
+
+    `kept` is a folder for what is embedded, read again by the next run after a kill; whoever passes
+    it deletes it, and passes it for this very audit only.
     """
     models = {"target": case.encoder, "untrained": encoders.untrained(case.encoder)}
     if case.reference is not None:
         models["reference"] = case.reference
-    embedded = _Embedding(case, models, device, progress)
+    embedded = _Embedding(case, models, device, progress, kept)
     classes = len(case.public.classes)
     judged = case.layers[0]
 
-    bank, _ = embedded(case.public, None, "public pictures")
+    bank = embedded(case.public, None, "public pictures")[0] if case.labelled else {}
     found: Found = {}
     for name, images in case.attacked.items():
         crops, pixels = embedded(images, case.rects(images), f"crops of {name} pictures")
         wholes, _ = embedded(images, None, f"{name} pictures")
         for layer in case.layers:
             for model in models:
-                found[name, layer, model] = inference.infer(
-                    crops[layer][model], bank[layer][model], case.public.labels, k, classes
-                )
+                found[name, layer, model] = {}
+                if case.labelled:
+                    found[name, layer, model] = inference.infer(
+                        crops[layer][model], bank[layer][model], case.public.labels, k, classes
+                    )
         for model in models:
             crop, whole = crops[judged][model], wholes[judged][model]
             found[name, judged, model]["alignment"] = cosine_similarity(crop, whole).numpy()
@@ -64,7 +80,26 @@ def infer(case: Subject, k: int, device: str = "cpu", progress: Progress | None 
         untrained = found[name, "backbone", "untrained"]
         untrained["features"] = crops["backbone"]["untrained"].numpy()
         untrained["pixels"] = pixels.numpy()
+        if name == "members" and case.boxed:
+            some = images.subset(range(case.boxed))
+            contents, _ = embedded(some, largest_boxes(some), "boxes of members")
+            seen = {"in_box": contents, "in_whole": wholes}
+            for key, those in seen.items():
+                queries = those[judged]["target"][: case.boxed]
+                guess = inference.infer(
+                    queries, bank[judged]["target"], case.public.labels, k, classes
+                )
+                found[name, judged, "target"][key] = guess["prediction"]
     return found
+
+
+def largest_boxes(images: Images) -> np.ndarray:
+    """Return the largest box of each picture, (n, 4) px."""
+    found = []
+    for boxes in images.boxes:
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        found.append(boxes[np.argmax(areas)])
+    return np.array(found)
 
 
 class _Embedding:
@@ -76,15 +111,17 @@ class _Embedding:
         models: dict[str, Encoder],
         device: str,
         progress: Progress | None,
+        kept: Path | None,
     ) -> None:
         self.models = models
         self.size = case.size
         self.layers = case.layers
         self.device = device
         self.progress = progress
+        self.kept = kept
         self.done = 0
         attacked = sum(len(images) for images in case.attacked.values())
-        self.total = len(case.public) + 2 * attacked
+        self.total = len(case.public) + 2 * attacked + case.boxed
 
     def __call__(
         self, images: Images, rects: np.ndarray | None, what: str
@@ -97,10 +134,10 @@ class _Embedding:
         for start in range(0, len(images), CHUNK):
             rows = np.arange(start, min(start + CHUNK, len(images)))
             cut = None if rects is None else rects[rows]
-            pixels = images.subset(rows).squares(self.size, cut)  # (c, 3, s, s)
-            statistics.append(pixel_statistics(pixels))
-            for model, encoder in self.models.items():
-                parts[model].append(embed(encoder, pixels, self.layers, device=self.device))
+            found = self._kept_chunk(images.subset(rows), cut, f"{what} {start}")
+            statistics.append(found["pixels"])
+            for model in self.models:
+                parts[model].append({layer: found[f"{model} {layer}"] for layer in self.layers})
             self.done += len(rows)
             if self.progress:
                 self.progress(self.done, self.total, what)
@@ -112,6 +149,28 @@ class _Embedding:
             for layer in self.layers
         }
         return found, torch.cat(statistics)
+
+    def _kept_chunk(self, images: Images, rects: np.ndarray | None, name: str) -> dict[str, Tensor]:
+        """Return what `_chunk` does, from the folder `kept` if it was there before."""
+        if self.kept is None:
+            return self._chunk(images, rects)
+        path = self.kept / f"{name.replace(' ', '-')}.safetensors"
+        try:
+            return store.read_tensors(path)[0]
+        except (store.StoreError, OSError):  # not there yet, or damaged
+            found = self._chunk(images, rects)
+            store.write_tensors(path, found)
+            return found
+
+    def _chunk(self, images: Images, rects: np.ndarray | None) -> dict[str, Tensor]:
+        """Return {"pixels": statistics (c, 10), "<model> <layer>": embeddings (c, d)}."""
+        pixels = images.squares(self.size, rects)  # (c, 3, s, s)
+        batch = min(CHUNK, max(1, BATCH_PX // self.size**2))
+        found = {"pixels": pixel_statistics(pixels)}
+        for model, encoder in self.models.items():
+            embedded = embed(encoder, pixels, self.layers, batch, self.device)
+            found |= {f"{model} {layer}": embedded[layer] for layer in self.layers}
+        return found
 
 
 def pixel_statistics(pixels: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ class Findings:
     settings: Settings
     asked: dict[str, str]  # encoder and reference, as they were asked for
     inferred: Found
-    guesses: pd.DataFrame  # see evidence.table
+    guesses: pd.DataFrame | None  # see evidence.table; None without labels, as what rests on it
     scores: pd.DataFrame  # see estimate.scores
     controls: pd.DataFrame  # see checks.controls
-    classes: pd.DataFrame  # see estimate.by_class
-    split: dict[str, float]  # see scoring.four_way
+    warning: str  # see checks.boxes; "" for none
+    classes: pd.DataFrame | None  # see estimate.by_class
+    owners: pd.DataFrame | None  # see estimate.by_owner; None where no owners are known
+    split: dict[str, float] | None  # see scoring.four_way
     verdict: Verdict
     statistics: pd.DataFrame | None  # see membership.statistics; None without held-out images
     membership: pd.DataFrame | None  # see membership.summary

@@ -26,27 +26,26 @@ STATISTICS = {
 }
 
 
-def statistics(case: Subject, rows: pd.DataFrame, inferred: Found) -> pd.DataFrame:
+def statistics(case: Subject, inferred: Found, rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a row per attacked image, members first: id, member (bool), and the STATISTICS, all at
     the judged layer.
 
-    The reference of the alignment gap is the second model, or else the untrained network.
+    The reference of the alignment gap is the second model, or else the untrained network. Without
+    `rows` (of `evidence.table`), as where there are no labels, there is no `deja_vu`.
     """
     layer = case.layers[0]
     other = "untrained" if case.reference is None else "reference"
     parts = []
     for name, images in case.attacked.items():
-        own = part(rows, layer, which=name)
-        wide = own.pivot(index="id", columns="role", values="probability").loc[images.ids]
+        columns = {"id": images.ids, "member": name == "members"}
+        if rows is not None:
+            own = part(rows, layer, which=name)
+            wide = own.pivot(index="id", columns="role", values="probability").loc[images.ids]
+            columns["deja_vu"] = (wide["target"] - wide["reference"]).to_numpy()
         target = inferred[name, layer, "target"]
-        columns = {
-            "id": images.ids,
-            "member": name == "members",
-            "deja_vu": (wide["target"] - wide["reference"]).to_numpy(),
-            "alignment_gap": target["alignment"] - inferred[name, layer, other]["alignment"],
-            "similarity": target["alignment"],
-            "norm": target["norm"],
-        }
+        columns["alignment_gap"] = target["alignment"] - inferred[name, layer, other]["alignment"]
+        columns["similarity"] = target["alignment"]
+        columns["norm"] = target["norm"]
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
@@ -60,9 +59,10 @@ def summary(found: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     held_out have threshold above all held-out images, and show little.
     """
     member = found["member"].to_numpy()
-    tests = len(STATISTICS) * len(RATES)
+    names = [name for name in STATISTICS if name in found]
+    tests = len(names) * len(RATES)
     rows = []
-    for name in STATISTICS:
+    for name in names:
         score = found[name].to_numpy(float)
         area = auc(score[member], score[~member], level)
         about = {"statistic": name, "auc": area["auc"]}
@@ -121,6 +121,20 @@ def auc(members: np.ndarray, held_out: np.ndarray, level: float = LEVEL) -> dict
     return {"auc": float(area), "low": float(low), "high": float(high)}
 
 
+def over_chance(
+    members: np.ndarray, held_out: np.ndarray, level: float = LEVEL
+) -> dict[str, float]:
+    """Return AUC - 0.5 with its bootstrap interval: score, low, high, n, held_out."""
+    found = auc(members, held_out, level)
+    return {
+        "score": found["auc"] - 0.5,
+        "low": found["low"] - 0.5,
+        "high": found["high"] - 0.5,
+        "n": len(members),
+        "held_out": len(held_out),
+    }
+
+
 def _area(members: np.ndarray, held_out: np.ndarray, axis: int = -1) -> np.ndarray:
     pairs = members.shape[axis] * held_out.shape[axis]
     found = mannwhitneyu(members, held_out, axis=axis, method="asymptotic")
@@ -128,6 +142,10 @@ def _area(members: np.ndarray, held_out: np.ndarray, axis: int = -1) -> np.ndarr
 
 
 def as_csv(found: pd.DataFrame) -> pd.DataFrame:
-    """Return id, score, member (1 or 0) of the déjà vu statistic: what other audit tools read."""
-    columns = {"id": found["id"], "score": found["deja_vu"], "member": found["member"].astype(int)}
+    """Return id, score, member (1 or 0) of the déjà vu statistic, or without labels of the
+    alignment gap: what other audit tools read. The id begins with the set: both may have a 1.png.
+    """
+    score = found["deja_vu"] if "deja_vu" in found else found["alignment_gap"]
+    which = found["member"].map({True: "members/", False: "held-out/"})
+    columns = {"id": which + found["id"], "score": score, "member": found["member"].astype(int)}
     return pd.DataFrame(columns)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SHOWN = 50  # classes in the table
+SHOWN = 50  # classes, and owners, in a table
 SIDE = 64  # px of a picture in a gallery
 SIGNS = {
     "memorizes": ("▲", "#B34700"),
@@ -253,7 +253,8 @@ def roc(statistics: pd.DataFrame) -> Figure:
     figure, axes = plots.subplots(1, 1, 4.2, 3.6)
     axis = axes[0, 0]
     least = 1 / (~statistics["member"]).sum()
-    for name, label in STATISTICS.items():
+    drawn = {name: label for name, label in STATISTICS.items() if name in statistics}
+    for name, label in drawn.items():
         false, true, _ = roc_curve(statistics["member"], statistics[name])
         axis.plot(false.clip(least), true.clip(least), drawstyle="steps-post", label=label)
     axis.plot([least, 1], [least, 1], color="#777777", lw=1, ls="--", label="chance")
@@ -296,46 +297,54 @@ def css() -> str:
 def page(found: Findings) -> str:
     """Return the report as HTML: one file, no network, no script."""
     case = found.case
-    own = evidence.part(found.guesses, case.layers[0]).assign(layer="projector")
     figure, description = forest(found)
     statistics, summary = found.statistics, found.membership
     sign, colour = SIGNS[found.verdict.word]
-
-    shares = {
-        name: _percent(key) for name, key in (("encoder %", "target"), ("reference %", "reference"))
+    said = {True: "✓ finds nothing", False: "✗ finds something"}
+    outcome = {"images": _count("n"), "": lambda row: said[bool(row["passed"])]}
+    shown = {
+        "css": css(),
+        "case": case,
+        "verdict": found.verdict,
+        "sign": sign,
+        "colour": colour,
+        "numbers": numbers(found),
+        "warning": found.warning,
+        "forest": _drawn(figure),
+        "description": description,
+        "controls": scored(found.controls, "control", _control, outcome, 99),
+        "summary": summary,
+        "roc": "" if statistics is None else _drawn(roc(statistics)),
+        "rates": [f"TPR at {100 * rate:g} % FPR" for rate in membership.RATES],
+        "membership": [] if summary is None else membership_rows(summary),
+        "meanings": {STATISTICS[name]: text for name, text in membership.STATISTICS.items()},
+        "epsilon": 0.0 if summary is None else summary["epsilon"].max(),
+        "facts": provenance(found),
     }
+    if case.labelled:
+        shown |= _of_guesses(found)
+    return templates().get_template("report.html.j2").render(shown)
+
+
+def _of_guesses(found: Findings) -> dict[str, Any]:
+    """Return what the page shows of an audit with labels alone: scores, kinds, galleries, classes,
+    owners.
+    """
+    own = evidence.part(found.guesses, found.case.layers[0]).assign(layer="projector")
+    accuracy = (("encoder %", "target"), ("reference %", "reference"))
+    shares = {name: _percent(key) for name, key in accuracy}
     images = {"images": _count("n")}
     cells = {name: _count(name) for name in scoring.CELLS}
-    outcome = {"": lambda row: "✓ finds nothing" if row["passed"] else "✗ finds something"}
-    return (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            css=css(),
-            case=case,
-            verdict=found.verdict,
-            sign=sign,
-            colour=colour,
-            numbers=numbers(found),
-            forest=_drawn(figure),
-            description=description,
-            scores=scored(found.scores, "score", _reading, shares | images),
-            summary=summary,
-            roc="" if statistics is None else _drawn(roc(statistics)),
-            rates=[f"TPR at {100 * rate:g} % FPR" for rate in membership.RATES],
-            membership=[] if summary is None else membership_rows(summary),
-            meanings={STATISTICS[name]: text for name, text in membership.STATISTICS.items()},
-            epsilon=0 if summary is None else summary["epsilon"].max(),
-            split=split(found.split),
-            memorized=gallery(found, references.choose(own, 6, "memorized")),
-            random=gallery(found, references.choose(own, 6, "random")),
-            classes=scored(found.classes.head(SHOWN), "class", _class, images | cells),
-            shown=min(SHOWN, len(found.classes)),
-            of_classes=len(found.classes),
-            controls=scored(found.controls, "control", _control, images | outcome, 99),
-            facts=provenance(found),
-        )
-    )
+    return {
+        "scores": scored(found.scores, "score", _reading, shares | images),
+        "split": split(found.split),
+        "memorized": gallery(found, references.choose(own, 6, "memorized")),
+        "random": gallery(found, references.choose(own, 6, "random")),
+        "classes": scored(found.classes.head(SHOWN), "class", _class, images | cells),
+        "owners": _of_owners(found.owners, shares | images),
+        "shown": min(SHOWN, len(found.classes)),
+        "of_classes": len(found.classes),
+    }
 
 
 def _percent(key: str) -> Callable[[dict], str]:
@@ -353,6 +362,14 @@ def _reading(row: dict) -> tuple[str, str]:
 
 def _class(row: dict) -> tuple[str, str]:
     return row["class"], ""
+
+
+def _of_owners(owners: pd.DataFrame | None, more: dict[str, Callable]) -> dict[str, Any] | None:
+    """Return what the macro `scored` draws of the owners with most pictures; None without any."""
+    if owners is None or owners.empty:
+        return None
+    drawn = scored(owners.head(SHOWN), "owner", lambda row: (row["owner"], ""), more)
+    return drawn | {"shown": min(SHOWN, len(owners)), "of": len(owners)}
 
 
 def _control(row: dict) -> tuple[str, str]:

@@ -16,6 +16,7 @@ class Settings:
     k: int = 20  # public neighbours that vote
     margin: float = 0.05  # the score that would matter, a share
     limit: int = 3000  # pictures of a set that are attacked at most; 0: all
+    labels: bool = True  # False: pictures without classes, by measures that need none
     classifier: str = "naive_bayes"  # the reference of one model; "network" is slower
     crop: dict = field(default_factory=dict)  # see crops.background; min_side 0: what fits
     layer: str = ""  # the one to judge; "": the projector's output where there is one
@@ -51,6 +52,7 @@ class Settings:
             k=params["k"],
             margin=audit["margin"],
             limit=audit["limit"],
+            labels=audit["labels"],
             classifier=audit["classifier"],
             crop=params["crop"],
             layer=reading["layer"],

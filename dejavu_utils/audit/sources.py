@@ -1,11 +1,13 @@
 """Where an audit's encoders and pictures come from: names, files, folders, and our own pairs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dejavu_utils import store
 from dejavu_utils.data import datasets, manifests
 from dejavu_utils.data.images import Images
+from dejavu_utils.data.pictures import UNNAMED
 from dejavu_utils.models import external
 from dejavu_utils.models.encoders import Encoder
 from dejavu_utils.models.pairs import Pair
@@ -28,17 +30,19 @@ def manifest_of(name: object) -> str:
     return known if known in data_sets() else ""
 
 
-def pictures(name: str | Path | Images, what: str = "IMAGES") -> Images:
+def pictures(name: str | Path | Images, what: str = "IMAGES", labels: bool = True) -> Images:
     """Return the pictures of a data set ("pets", or with its place "pets:/my/copy"), or of a folder
-    or zip (see `datasets.folder`); `Images` are returned as they are.
+    or zip (see `datasets.folder`); `Images` are returned as they are. Without `labels` all are of
+    one class.
 
     FileNotFoundError and ValueError begin with `what`, the set that was asked for.
     """
     if isinstance(name, Images):
-        return name
+        return name if labels else _unlabelled(name)
     if manifest_of(name):
         known, _, place = name.partition(":")
-        return datasets.read(known, place or None)
+        found = datasets.read(known, place or None)
+        return found if labels else _unlabelled(found)
 
     if not str(name) or not Path(name).exists():
         sets = ""
@@ -48,7 +52,12 @@ def pictures(name: str | Path | Images, what: str = "IMAGES") -> Images:
         raise FileNotFoundError(
             f"{what}: {found}; expected a folder or zip of class folders{sets}."
         )
-    return datasets.folder(Path(name), what)
+    return datasets.folder(Path(name), what, labels)
+
+
+def _unlabelled(images: Images) -> Images:
+    """Return the pictures as of one class."""
+    return replace(images, labels=0 * images.labels, classes=(UNNAMED,))
 
 
 def encoder(

@@ -19,10 +19,27 @@ from dejavu_utils.data import datasets, manifests
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.encoders import Encoder
 
+BOXED = 300  # members at most whose boxes are looked into
 MINIMUM = 20  # attacked images; fewer say nothing
 THUMBNAIL = 8  # px
 # grey levels of 255, root mean square over thumbnails; closer pictures count as the same
 ALIKE = 3
+
+
+# what cannot be checked: with classes, and without
+LABELLED = (
+    "Whether public images were training images, too: an encoder does not tell. If they were (many "
+    "published encoders saw all of ImageNet), the score may be too low or too high.",
+    "Public pictures that are cut, mirrored or recoloured copies of members: only close thumbnails "
+    "were looked for.",
+    "Whether a box holds all of the object: what shows outside would be recognition, not memory.",
+)
+UNLABELLED = (
+    "What is remembered: without classes nobody can ask the encoder for what a member shows. That "
+    "members can be told from held-out pictures is membership; it may be ordinary overfitting.",
+    "Whether held-out pictures that are cut, mirrored or recoloured copies of members are among "
+    "them: only close thumbnails were looked for.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,23 +69,34 @@ class Subject:
         return sets
 
     @property
+    def labelled(self) -> bool:
+        """Whether the pictures have classes, and public ones can name them."""
+        return len(self.public) > 0
+
+    @property
+    def boxed(self) -> int:
+        """How many members, the first ones, have their boxes looked into (see checks.boxes)."""
+        return min(BOXED, len(self.members)) if self.crop["kind"] == "periphery" else 0
+
+    @property
     def limits(self) -> list[str]:
         """What the audit cannot check, and what was assumed, as sentences."""
         found = [
-            "Whether public images were training images, too: an encoder does not tell. If they "
-            "were (many published encoders saw all of ImageNet), the score may be too low or too "
-            "high.",
             "Whether the members were training images at all: if not, “no evidence” is the right "
             "answer.",
-            "Public pictures that are cut, mirrored or recoloured copies of members: only close "
-            "thumbnails were looked for.",
-            "Whether a box holds all of the object: what shows outside would be recognition, not "
-            "memory.",
             "Single images: memory and luck cannot be told apart for one image, only for the set.",
             self._trust_in_held_out(),
         ]
+        found += LABELLED if self.labelled else UNLABELLED
         if self.reference is not None:
             found.append("Whether the second model was trained alike, and without the members.")
+        owners = self.members.attributes.get("owner")
+        if owners is not None and len(set(owners)) < len(owners):
+            found.append(
+                "Whether pictures of one owner are alike beyond their class: the intervals take "
+                f"the {len(owners)} members as independent; they have {len(set(owners) - {''})} "
+                "owners."
+            )
         found += [f"Assumed of the encoder: {note}." for note in self.assumed]
         return found + [f"Of encoder and images: {note}." for note in self.notes]
 
@@ -150,6 +178,49 @@ def prepare(
         unseen,
         source,
         bank,
+        crop,
+        size,
+        layers,
+        (*getattr(encoder, "notes", ()), *notes),
+        (*getattr(encoder, "assumed", ()), *assumed),
+    )
+
+
+def prepare_unlabelled(
+    encoder: Encoder,
+    images: Images,
+    held_out: Images,
+    reference: Encoder | None = None,
+    settings: Settings | None = None,
+) -> Subject:
+    """Return the subject of an audit without labels: no public pictures, corner crops, one class.
+
+    Pictures that look like others are left out as in `prepare`; errors are the same.
+    """
+    settings = settings or Settings()
+    notes = _files_not_used({"images": images, "held_out": held_out})
+    crop = settings.crop | {"kind": "corner"}
+    layers = _layers(encoder, reference, settings.layer)
+
+    trained, note = _without_repeats(_Pictures.of(images), "IMAGES")
+    notes += note
+    fresh, note = _without_repeats(_Pictures.of(held_out), "HELD_OUT")
+    notes += note
+    fresh, note = _without_copies(fresh, [trained], "held-out", "training images")
+    notes += note
+
+    members = _attackable(trained.images, crop, settings)
+    unseen = _attackable(fresh.images, crop, settings)
+    _check_enough(members, images, crop, "IMAGES", None)
+    _check_enough(unseen, held_out, crop, "HELD_OUT", None)
+    size, assumed = _side(settings.size, encoder, trained.images)
+    return Subject(
+        encoder,
+        reference,
+        members,
+        unseen,
+        "held-out",
+        images.subset([]),
         crop,
         size,
         layers,
@@ -303,9 +374,11 @@ def _held_out(
 # -- errors -----------------------------------------------------------------------------------
 
 
-def _check_enough(usable: Images, given: Images, crop: dict, what: str, classes: int) -> None:
-    """Raise ValueError unless there are images enough, of two classes at least."""
-    if classes < 2:
+def _check_enough(
+    usable: Images, given: Images, crop: dict, what: str, classes: int | None
+) -> None:
+    """Raise ValueError unless there are images enough, of two classes at least (None: of any)."""
+    if classes is not None and classes < 2:
         raise ValueError(
             f"{what}: two or more usable images of {classes} classes; at least 2 classes are "
             "needed, else any guess is right. Pass more images."

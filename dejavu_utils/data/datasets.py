@@ -82,14 +82,18 @@ def _words(tree: Tree, name: str) -> dict[str, str]:
     return {line[0]: line[1].split(",")[0] for line in lines if len(line) > 1}
 
 
-def folder(path: Path, what: str = "IMAGES") -> Images:
+def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     """Return the pictures of a folder or zip with a folder for each class, or with a boxes.csv.
+
+    Without `labels` folders mean nothing, and all pictures are of one class, pictures.UNNAMED.
 
     Where boxes.csv has classes, they count; else the class is the folder. ids are relative paths.
     ValueError, with what to do, if the pictures are in no class folders; `what` names the set.
     """
     tree = Tree(path)
     table = _own_table(tree)
+    if not labels:
+        return pictures.read(tree, "", table, pictures.Rules(class_from="none"), what=what)
     named = any(mark.name for mark in table.found.values())
     top = _single_top(tree)
     if not named:
@@ -172,7 +176,7 @@ def _advice(tree: Tree, flat: int, folder: str) -> str:
     if flat:
         return (
             "Move them into a folder for each class, or write a boxes.csv with their classes "
-            "(data_manifests/README.md)."
+            "(data_manifests/README.md). An audit does without classes by audit.labels=False."
         )
     if folder:
         return f"Pass its folder {folder} if the class folders are in there."

@@ -132,7 +132,7 @@ def home(folder: str | Path | None = None) -> Path:
     """Return the folder of all data sets: `folder`, else $DEJAVU_DATA, else data/ in the
     repository.
     """
-    return Path(folder or os.environ.get("DEJAVU_DATA") or store.root() / "data")
+    return Path(folder or os.environ.get("DEJAVU_DATA") or store.home() / "data")
 
 
 def locate(entry: dict, folder: str | Path | None = None) -> Path:

@@ -23,6 +23,7 @@ from dejavu_utils.data.lazy import Lazy, Tree, printable
 
 OWN = ("boxes.csv", "boxes.unused.csv")
 TABLES = (".txt", ".xml", ".json", ".csv", ".yaml", ".yml")  # convert.py lists what it did not use
+UNNAMED = "picture"  # the class of all pictures where there are none
 # Why a picture has no class, by where classes come from.
 NO_CLASS = {
     "column": "no class: boxes.csv has no row for it, or no class in it",
@@ -35,7 +36,8 @@ NO_CLASS = {
 class Rules:
     """How a data set tells ids and classes, and which pictures are its own."""
 
-    class_from: str = "folder"  # folder: the first one, column: boxes.csv, prefix: <class>_<number>
+    # folder: the first one, column: boxes.csv, prefix: <class>_<number>, none: all of one class
+    class_from: str = "folder"
     ids: str = "path"  # path, or stem: the bare name where no other picture has it
     classes: tuple[str, ...] = ()  # only these; () all of them
     order: tuple[str, ...] = ()  # of the classes; () alphabetical
@@ -179,6 +181,8 @@ def _class_of(inner: str, mark: Annotation | None, class_from: str) -> str:
     """Return the class of the picture at `inner`, relative to the folder of pictures; "": none."""
     if class_from == "column":
         return mark.name if mark else ""
+    if class_from == "none":
+        return UNNAMED
     if class_from == "prefix":
         return class_text(PurePosixPath(inner).stem.rpartition("_")[0])
     return class_text(inner.partition("/")[0]) if "/" in inner else ""

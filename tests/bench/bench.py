@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import bench_common  # noqa: E402  the paths come first
 import bench_forward  # noqa: E402
 import bench_knn  # noqa: E402
+import bench_scale  # noqa: E402
 import bench_training  # noqa: E402
 
 PARTS = {
@@ -27,6 +28,7 @@ PARTS = {
     "embedding": bench_forward.embedding,
     "knn": bench_knn.rows,
     "sampling": bench_forward.sampling,
+    "scale": bench_scale.rows,
 }
 
 
@@ -45,6 +47,18 @@ def sizes(device: str) -> dict:
         "turns": 5,
         "k": 20,
         "threads": cores,
+        "scale": {
+            "recipe": {},
+            "images": [600, 6_000, 60_000],
+            "attacks": [
+                [1_000, 10_000],
+                [1_000, 100_000],
+                [1_000, 1_000_000],
+                [10_000, 10_000],
+                [100_000, 10_000],
+            ],
+            "width": 512,
+        },
     }
     if device == "cuda":
         return common | {

@@ -113,3 +113,19 @@ def test_sizes_are_those_that_the_recipes_know(load, device, monkeypatch):
         pairs.recipe(criterion, sizes["recipe"])
     with pytest.raises(SystemExit, match="bench has no size stepps; there are: steps"):
         bench.rows({"stepps": 1})
+
+
+@pytest.mark.slow
+def test_how_cost_grows_is_measured_in_processes_of_their_own(load, monkeypatch):
+    monkeypatch.chdir(store.PACKAGE.parent)
+    scale = {
+        "recipe": {"encoder": "small4", "projector": "8-8", "size": 16, "batch": 10},
+        "images": [40],
+        "attacks": [[30, 200], [20, 10**12]],
+        "width": 8,
+    }
+    sizes = {"scale": scale, "side": 16, "k": 5, "threads": 1}
+    trained, attacked, too_large = load("bench_scale").rows("cpu", sizes)
+    assert trained["value"] > 0 and trained["unit"] == "images/s"
+    assert attacked["value"] > 0 and 0.1 < attacked["gib"] < 4
+    assert "failed" in too_large["note"] and math.isnan(too_large["value"])
