@@ -13,13 +13,13 @@ UV := .venv/bin/uv
 # What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
 EXECUTOR_FLAGS ?=
 # What a user types goes to the programs through the environment, as it was typed: no make and no shell reads quotes, \ or $ in it.
-TYPED = PROFILE P DRY EXECUTOR EXECUTOR_FLAGS CORES OUT NAME PIECES MINUTES PART
+TYPED = PROFILE P DRY VERIFY EXECUTOR EXECUTOR_FLAGS CORES OUT NAME PIECES MINUTES PART
 $(foreach name,$(TYPED),$(eval override $(name) := $$(value $(name))))
 export $(TYPED)
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="rhos=[0.5] k=10", DRY=1
+figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="k=10", DRY=1, VERIFY=0|full
 	@exec $(PYTHON) notebooks/figures.py
 
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above

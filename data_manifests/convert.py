@@ -36,6 +36,7 @@ PICTURES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
 )
+NAMES = 1 << 20  # bytes, the largest list of class names
 SMALL = 16 << 20  # bytes, the largest annotation of one picture
 LARGE = 2 << 30  # bytes, the largest annotation of a whole data set
 ORIENTATION = 0x0112  # the EXIF tag
@@ -44,13 +45,17 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 Frame = tuple[float, float]  # width, height
 
 
+# what numbers and structures of other types than expected raise
+UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+
+
 class Refused(ValueError):
     """An annotation that cannot be used: a reason that many share, and the detail of this one."""
 
     def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(f"{reason} ({detail})" if str(detail) else reason)
+        self.detail = str(detail).encode("utf-8", "backslashreplace").decode()
+        super().__init__(f"{reason} ({self.detail})" if self.detail else reason)
         self.reason = reason
-        self.detail = str(detail)
 
 
 # The source: a folder or a zip
@@ -66,8 +71,11 @@ class Source:
 
         if path.is_dir():
             self.files = sorted(self._walk())
-        elif zipfile.is_zipfile(path):
-            self.zip = zipfile.ZipFile(path)
+        elif path.is_file():
+            try:
+                self.zip = zipfile.ZipFile(path)
+            except Exception as error:  # a damaged directory makes it stumble in many ways
+                raise SystemExit(f"error: {path} is no whole zip file ({error})") from error
             self.files = sorted(self._members())
         else:
             raise SystemExit(f"error: {path} is neither a folder nor a zip file")
@@ -231,6 +239,8 @@ def class_name(name: str) -> str:
     name = unicodedata.normalize("NFC", str(name))
     if not name.strip():
         raise Refused("a box without a class")
+    if re.search("[\ud800-\udfff]", name):  # half of a character, as JSON can write it
+        raise Refused("a class whose name is no text", name)
     return name
 
 
@@ -465,7 +475,10 @@ def yolo_box(line: str, names: dict[int, str], frame: Frame) -> tuple[Box, str]:
 def yolo_names(source: Source, given: Path | None) -> dict[int, str]:
     """Return the class names by number: from --names, else from the data set's own list."""
     if given is not None:
-        return names_in(given.name, given.read_text(encoding="utf-8"))
+        try:
+            return names_in(str(given), given.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"error: {given} is not UTF-8 ({error})") from error
 
     lists = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
     found = {}
@@ -473,7 +486,10 @@ def yolo_names(source: Source, given: Path | None) -> dict[int, str]:
         base = PurePosixPath(name).name
         if hidden(name) or not (base in lists or base.endswith((".yaml", ".yml"))):
             continue
-        names = names_in(base, source.text(name))
+        try:
+            names = names_in(f"{source.path}/{name}", source.text(name, NAMES))
+        except Refused as error:
+            raise SystemExit(f"error: {source.path}/{name}: {error}; pass --names FILE") from error
         if names:
             found[name] = names
 
@@ -495,10 +511,11 @@ def names_in(file: str, text: str) -> dict[int, str]:
         return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
     try:
         names = (yaml.safe_load(text) or {}).get("names") or {}
-        if isinstance(names, list):
-            return dict(enumerate(map(str, names)))
-        return {int(number): str(name) for number, name in names.items()}
-    except (yaml.YAMLError, AttributeError, ValueError, TypeError) as error:
+        numbered = dict(enumerate(names)) if isinstance(names, list) else names
+        if any(isinstance(name, list | dict | set) for name in numbered.values()):
+            raise TypeError("a name that is a list")
+        return {int(number): str(name) for number, name in numbered.items()}
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise SystemExit(
             f"error: {file} holds no class names ({error}); pass --names FILE"
         ) from error
@@ -567,7 +584,7 @@ def coco_file(source: Source, table: Table, name: str, places: dict[str, list[st
                 boxes[entry["image_id"]].append(entry)
             else:
                 strays += 1
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Refused("no JSON with images, annotations and categories", repr(error)) from error
     if len(images) < len(content["images"]):
         raise Refused("two images of one id")
@@ -577,14 +594,14 @@ def coco_file(source: Source, table: Table, name: str, places: dict[str, list[st
         table.unused.append((name, "", "boxes of images that are not listed", f"{strays} boxes"))
     for key, entry in images.items():
         place = ""
-        mark = f"{name}: image {key}"
+        mark = f"{name}: image {key!r}"
         try:
             place = coco_place(str(entry.get("file_name", "")), places)
             frame = (float(entry["width"]), float(entry["height"]))
             table.add(mark, place, frame, [coco_box(box, classes) for box in boxes[key]])
         except Refused as error:
             table.refuse(mark, place, error)
-        except (KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             table.refuse(mark, place, Refused("a number is missing or is none", repr(error)))
 
 
@@ -704,14 +721,48 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, default=Path("boxes.csv"))
         command.add_argument("--images", help="the folder of the pictures, inside the source")
         command.add_argument("--annotations", help="the folder or file of the annotations")
+        command.add_argument("--limit-gib", type=float, default=8.0, help="memory it may take (8)")
         if layout == "yolo":
             command.add_argument("--names", type=Path, help="a YAML or a text with class names")
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write boxes.csv and the list of unused files; return 0, or 1 if there is no box at all."""
+def limit(gib: float) -> None:
+    """Limit this process to so much memory, and to no time of whoever started it; on Linux."""
+    if sys.platform == "linux":
+        import resource
+
+        memory, hard = int(gib * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard == resource.RLIM_INFINITY or memory < hard:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
+def main(arguments: list[str] | None = None, alone: bool = False) -> int:
+    """Write boxes.csv and the list of unused files; return 0, or 1 after one line that says what is
+    wrong: for example that there is no box at all.
+
+    `alone`: this process does nothing else, so its memory is limited.
+    """
     options = parser().parse_args(arguments)
+    if alone:
+        limit(options.limit_gib)
+    try:
+        return write(options)
+    except MemoryError:
+        reason = f"takes more memory than --limit-gib {options.limit_gib:g}; pass a larger one"
+    except OSError as error:
+        reason = f"could not be read or written: {error}"
+    except Exception as error:  # never a traceback
+        reason = f"could not be read, by a fault of ours ({type(error).__name__}: {error})"
+        reason = f"{reason[:300]}. Please report it, with the file"
+    print(f"error: {printable(options.source)} {reason}.", file=sys.stderr)
+    return 1
+
+
+def write(options: argparse.Namespace) -> int:
+    """Write both tables; return 0, or 1 if there is no box at all."""
     source = Source(options.source)
     unused = options.out.with_name(f"{options.out.stem}.unused.csv")
     written = {
@@ -744,4 +795,4 @@ def printable(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(alone=True))

@@ -4,37 +4,27 @@ nothing. Then read its annotations into boxes.csv.
 
 from __future__ import annotations
 
-import lzma
 import os
+import shutil
 import stat
 import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import pooch
 import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dejavu_utils.data import converted, lazy, manifests
+from dejavu_utils import limited
+from dejavu_utils.data import converted, manifests, tree
+from dejavu_utils.limited import GIB, LIMIT_GIB
+from dejavu_utils.store import StoreError
 
-CAP = 400 << 30  # bytes that an archive may unpack to
+CAP = 20 * GIB  # bytes that an archive may unpack to
 TIMEOUT = 60  # s without an answer
-DAMAGED = (
-    ValueError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    FileExistsError,
-    NotADirectoryError,
-    NotImplementedError,  # a zip that is packed in a way that Python does not know
-    RuntimeError,  # an encrypted zip
-)
 
 
 def _download(entry: dict, target: Path) -> None:
@@ -66,29 +56,14 @@ def _download(entry: dict, target: Path) -> None:
         manifests.verify(entry, target, entry["url"])  # says that it was not verified
 
 
-def _check(members: list[tuple[str, int, bool]], cap: int) -> None:
-    """Raise ValueError unless every member (name, bytes, is a plain file or folder) may be
-    unpacked.
-    """
-    for name, _, plain in members:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-            raise ValueError(f"{name!r} leads outside")
-        if not plain:
-            raise ValueError(f"{name!r} is a link or a device")
-    if sum(size for _, size, _ in members) > cap:
-        raise ValueError(f"it holds more than {cap} bytes")
-    if len({PurePosixPath(name) for name, _, _ in members}) < len(members):
-        raise ValueError("a name comes twice in it")
-
-
-def unpack(archive: Path, target: Path, cap: int = CAP) -> Path:
+def unpack(archive: Path, target: Path, cap: int = CAP, limit_gib: float = LIMIT_GIB) -> Path:
     """Return `target`, a new folder with the content of a zip or tar; a single folder at its top is
     left out.
 
-    All or nothing. ValueError if a member leads outside, is a link or a device, comes twice, if the
-    archive is damaged, or if it holds more than `cap` bytes (no member unpacks to more than the
-    archive says).
+    All or nothing. It is unpacked in a child process that may take `limit_gib` GiB of memory.
+    StoreError if a member leads outside, is a link or a device, comes twice, if the archive is
+    damaged, or if it holds more than `cap` bytes or than there is space for (no member unpacks to
+    more than the archive says).
     """
     if target.exists():
         return target
@@ -97,15 +72,7 @@ def unpack(archive: Path, target: Path, cap: int = CAP) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         content = Path(temporary) / "content"
         content.mkdir()
-        try:
-            members, extract = _contents(archive, content)
-            _check(members, cap)
-            extract(str(archive), "download", None)
-        except DAMAGED as error:
-            raise ValueError(
-                f"{archive} was not unpacked: {error}. Nothing of it was kept; delete it and "
-                "fetch it again."
-            ) from error
+        limited.run(lambda: _extract(archive, content, cap), archive, limit_gib, limit_gib)
 
         top = list(content.iterdir())
         single = len(top) == 1 and top[0].is_dir()
@@ -113,22 +80,61 @@ def unpack(archive: Path, target: Path, cap: int = CAP) -> Path:
     return target
 
 
-def _contents(archive: Path, folder: Path) -> tuple[list[tuple[str, int, bool]], Callable]:
-    """Return the members of an archive (name, bytes, is a plain file or folder), and what unpacks
-    it into `folder`.
-    """
-    if not zipfile.is_zipfile(archive):
-        with tarfile.open(archive) as file:
-            members = [(item.name, item.size, item.isreg() or item.isdir()) for item in file]
-        return members, pooch.Untar(extract_dir=str(folder))
+def _extract(archive: Path, folder: Path, cap: int) -> None:
+    """Unpack an archive into `folder`, after a look at what it says of its members."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                total = _checked((_zipped(item) for item in file.infolist()), cap)
+            unpacked = pooch.Unzip(extract_dir=str(folder))
+        else:
+            with tarfile.open(archive) as file:
+                total = _checked((_tarred(item) for item in file), cap)
+            unpacked = pooch.Untar(extract_dir=str(folder))
 
-    plain = (0, stat.S_IFREG, stat.S_IFDIR)
-    with zipfile.ZipFile(archive) as file:
-        members = [
-            (item.filename, item.file_size, stat.S_IFMT(item.external_attr >> 16) in plain)
-            for item in file.infolist()
-        ]
-    return members, pooch.Unzip(extract_dir=str(folder))
+        free = shutil.disk_usage(folder).free
+        if total > free:
+            raise ValueError(f"it holds {total} bytes, and there are {free} left")
+        limited.allow(limited.PATIENCE + total / tree.BYTES_A_SECOND)
+        unpacked(str(archive), "download", None)
+    except MemoryError:
+        raise
+    except Exception as error:  # each library stumbles over damage in its own ways
+        raise StoreError(
+            f"{archive} was not unpacked: {' '.join(str(error).split())}. Nothing of it was kept; "
+            "delete it and fetch it again."
+        ) from error
+
+
+Member = tuple[str, int, bool]  # its name, its bytes, whether it is a plain file or folder
+
+
+def _zipped(item: zipfile.ZipInfo) -> Member:
+    plain = stat.S_IFMT(item.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+    return item.filename, item.file_size, plain
+
+
+def _tarred(item: tarfile.TarInfo) -> Member:
+    return item.name, item.size, item.isreg() or item.isdir()
+
+
+def _checked(members: Iterable[Member], cap: int) -> int:
+    """Return how many bytes all members have; ValueError unless each of them may be unpacked."""
+    total, seen = 0, set()
+    for name, size, plain in members:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+            raise ValueError(f"{name!r} leads outside")
+        if not plain or size < 0:
+            raise ValueError(f"{name!r} is a link or a device")
+        if path in seen:
+            raise ValueError(f"{name!r} comes twice in it")
+        seen.add(path)
+        total += size
+        if total > cap:
+            raise ValueError(f"it holds more than {cap} bytes")
+        limited.allow(limited.PATIENCE + size / tree.BYTES_A_SECOND)  # a tar is read to its end
+    return total
 
 
 def fetch(name: str, folder: str | Path | None = None) -> Path:
@@ -143,7 +149,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Path:
             'scenes needs no download: it is made from what is installed, `read("scenes")`.'
         )
     found = _found(entry, folder)
-    converted.boxes_csv(entry, lazy.Tree(found))
+    converted.boxes_csv(entry, tree.Tree(found))
     return found
 
 

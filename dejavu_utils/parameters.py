@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from dejavu_utils import store
@@ -17,6 +17,8 @@ from dejavu_utils.models import recipe
 
 # Dicts whose names belong to somebody else (a criterion, `mitigation`), who checks them.
 OPEN = {"constants", "trained"}
+# Lists of which the first entry or the last has a meaning of its own; every other may be empty.
+FILLED = {"seeds", "rhos", "criteria", "epochs", "top_p", "conditions", "channels"}
 
 
 class ParameterError(ValueError):
@@ -94,7 +96,8 @@ def _type(name: str, default: Any) -> Any:
 
     if isinstance(default, (list, tuple)):
         element = _type(name, default[0]) if default else Any
-        return Annotated[list[element], Strict(False)]  # a tuple will do
+        length = Field(min_length=int(name in FILLED))
+        return Annotated[list[element], Strict(False), length]  # a tuple will do
 
     return type(default)
 
@@ -129,6 +132,9 @@ def _message(error: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) 
     for part in error["loc"]:
         label += f"[{part}]" if isinstance(part, int) else f".{part}"
     found = f"{where}{label[1:]} = {value!r}"
+
+    if error["type"] == "too_short":
+        return f"{found} is empty, expected at least one entry, such as {default!r}."
 
     if error["type"] == "finite_number":
         return f"{found}, expected a finite number such as {default!r}."

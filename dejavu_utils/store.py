@@ -1,8 +1,8 @@
 """Everything on disk: atomic writes, verified reads, cache keys, code versions, locks.
 
 An artifact is a file and its sidecar `<file>.json` (sha256, size, parameters, seed, versions,
-device, code version; beside figures it is hidden). The sidecar is written before the file appears
-under its name, so a file that is there always has one.
+device, code version, and a digest of the sidecar itself; beside figures it is hidden). The sidecar
+is written before the file appears under its name, so a file that is there always has one.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ import re
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,10 @@ PACKAGE = Path(__file__).resolve().parent
 INSTALLED = PACKAGE.parent / "dejavu_clone"  # what a wheel brings of the repository
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _AGAIN = "Delete it and run the stage that makes it (`make figures`) again."
+TRACE = "DEJAVU_TRACE"  # the file that the runner reads, to know what a notebook has used
+SETTLED = 2.0  # s: a file as fresh as that may change again without another date
+_intact: dict[Path, tuple] = {}  # what this process has verified, and what it looked like then
+_told: set[Path] = set()  # what this process has called damaged
 
 
 class StoreError(ValueError):
@@ -192,11 +197,23 @@ def sidecar(path: str | Path) -> Path:
     return path.with_name(f"{hidden}{path.name}.json")
 
 
-def _text(path: Path, content: Any) -> None:
+def _json(content: Any) -> bytes:
+    """Return plain values as JSON; a name of a file may hold any bytes, as Python keeps them."""
+    plain = _plain(content, exact=False)
+    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _sealed(entry: Mapping) -> bytes:
+    """Return the text of a sidecar: its fields, and under `self` the digest of all the others."""
+    fields = {name: value for name, value in entry.items() if name != "self"}
+    seal = hashlib.sha256(_json(fields)).hexdigest()
+    return _json(fields | {"self": seal})
+
+
+def _write(path: Path, content: bytes) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(
-            json.dumps(_plain(content, exact=False), indent=1, ensure_ascii=False, allow_nan=False)
-        )
+        temporary.write_bytes(content)
 
 
 def digest(path: Path) -> str:
@@ -220,6 +237,7 @@ def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
 
     Killed between the two replacements, the sidecar still describes the old file, under `previous`.
     """
+    path = Path(path)
     side = sidecar(path)
     torch = sys.modules.get("torch")  # a process that never imported torch computed on the CPU
     device = "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
@@ -240,13 +258,14 @@ def artifact(path: str | Path, meta: Mapping | None = None) -> Iterator[Path]:
             old = {"previous": verify(path)}
         except (StoreError, FileNotFoundError):
             old = {}
-        _text(side, entry | old)
+        _write(side, _sealed(entry | old))
     if old:
-        _text(side, entry)
+        _write(side, _sealed(entry))
+    _note(path)
 
 
 def verify(path: str | Path) -> dict:
-    """Return the sidecar of `path` after checking the file against it; StoreError or
+    """Return the sidecar of `path` after checking both against their digests; StoreError or
     FileNotFoundError otherwise.
     """
     path = Path(path)
@@ -255,9 +274,13 @@ def verify(path: str | Path) -> dict:
             f"{path} is not there: run the stage that makes it (`make figures`)."
         )
     try:
-        entry = json.loads(sidecar(path).read_text())
+        text = sidecar(path).read_bytes()
+        entry = json.loads(text)
+        if _sealed(entry) != text:
+            raise ValueError("its digest of itself")
+        del entry["self"]
         by_digest = {item["sha256"]: item for item in (entry, entry.get("previous", entry))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{path}: its sidecar {path.name}.json is missing or damaged. {_AGAIN}"
         ) from error
@@ -268,7 +291,76 @@ def verify(path: str | Path) -> dict:
             "says "
             f"{str(entry['sha256'])[:12]}… ({entry.get('bytes')} bytes). {_AGAIN}"
         )
+    _note(path)
     return by_digest[found]
+
+
+def _note(path: Path) -> None:
+    """Tell the runner, if one has started this process, that `path` was written or read."""
+    trace = os.environ.get(TRACE)
+    if trace:
+        with open(trace, "ab") as file:
+            file.write(os.fsencode(path.resolve()) + b"\0")
+
+
+def state(path: Path) -> list[int] | None:
+    """Return what changes whenever a file does: its size, dates (ns) and inode.
+
+    None where it is not there, or so fresh that it might change again without another date.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    if found.st_ctime_ns > (time.time() - SETTLED) * 1e9:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def intact(path: str | Path) -> bool:
+    """Return whether an artifact is there and undamaged.
+
+    Of a damaged one a line says so, once: whoever asks makes it again.
+    """
+    path = Path(path)
+    now = (state(path), state(sidecar(path)))
+    if None not in now and _intact.get(path) == now:
+        _note(path)
+        return True
+    try:
+        verify(path)
+    except FileNotFoundError:
+        return False
+    except StoreError:
+        if path not in _told:
+            print(f"{path} is damaged: it is made again", flush=True)
+        _told.add(path)
+        return False
+    _intact[path] = now
+    return True
+
+
+def fault(path: str | Path, error: Exception) -> StoreError:
+    """Return the error for a file on which our own code has failed in a way that nobody foresaw."""
+    return StoreError(
+        f"{path} could not be read, by a fault of ours ({type(error).__name__}: "
+        f"{str(error)[:150]}). Please report it, with the file."
+    )
+
+
+def reader(read: Callable) -> Callable:
+    """Return `read`, a function of a path, with StoreError and OSError as its only errors."""
+
+    @functools.wraps(read)
+    def checked(path: str | Path, *arguments: Any, **options: Any) -> Any:
+        try:
+            return read(path, *arguments, **options)
+        except (StoreError, OSError):
+            raise
+        except Exception as error:
+            raise fault(path, error) from error
+
+    return checked
 
 
 def write_json(path: str | Path, content: Any, meta: Mapping | None = None) -> None:
@@ -276,13 +368,14 @@ def write_json(path: str | Path, content: Any, meta: Mapping | None = None) -> N
     infinities null.
     """
     with artifact(path, meta) as temporary:
-        _text(temporary, content)
+        temporary.write_bytes(_json(content))
 
 
+@reader
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON artifact after checking it."""
     verify(path)
-    return json.loads(Path(path).read_text())
+    return json.loads(Path(path).read_bytes())
 
 
 def write_table(path: str | Path, frame: Any, meta: Mapping | None = None) -> None:
@@ -298,6 +391,7 @@ def write_table(path: str | Path, frame: Any, meta: Mapping | None = None) -> No
             frame.to_parquet(temporary, index=False)
 
 
+@reader
 def read_table(path: str | Path) -> Any:
     """Return a table artifact as a DataFrame after checking it; in .csv an empty text reads as
     missing.
@@ -329,6 +423,7 @@ def write_tensors(
         )
 
 
+@reader
 def read_tensors(path: str | Path) -> tuple[dict, dict]:
     """Return (tensors on the CPU, sidecar) of a safetensors artifact after checking it; nothing is
     unpickled.
@@ -360,7 +455,7 @@ def lock(path: str | Path) -> Iterator[None]:
     """
     path = Path(f"{path}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -374,15 +469,18 @@ def lock(path: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def once(path: Path, write: Callable[[], Any]) -> None:
-    """Call `write`, which makes the artifact `path`, unless it is there; of several processes that
-    need it one makes it, and the others wait.
+    """Call `write`, which makes the artifact `path`, unless it is there and intact; of several
+    processes that need it one makes it, and the others wait.
     """
-    if path.exists():
+    if intact(path):
         return
     with lock(path):
-        if not path.exists():
+        if not intact(path):
             write()

@@ -293,7 +293,7 @@ def fit(job: Job) -> None:
     carries the last lines of a run that failed.
     """
     with store.lock(Path(job.folder) / "vissl"):
-        if all(checkpoint(job, epoch).exists() for epoch in job.epochs):
+        if job.done():
             return
         require()
         _run(job)
@@ -323,7 +323,7 @@ def _keep(job: Job, epoch: int, write: Callable[[Path], None]) -> None:
     """Keep what `write(path)` writes as the checkpoint of `epoch`, if that is wanted and not
     there.
     """
-    if epoch not in job.epochs or checkpoint(job, epoch).exists():
+    if epoch not in job.epochs or store.intact(checkpoint(job, epoch)):
         return
     recipe = dataclasses.asdict(job.recipe)
     meta = {

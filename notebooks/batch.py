@@ -26,7 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dejavu_utils import imports, store
-from dejavu_utils.data import manifests
+from dejavu_utils.data import identity, manifests
+from dejavu_utils.data.tree import Tree
 from dejavu_utils.parameters import (
     OPEN,
     ParameterError,
@@ -73,33 +74,38 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
     return values
 
 
-def _data(params: Mapping[str, Any]) -> list:
-    """Return what identifies the data set of a stage: its manifest, and size and date of its file.
-
-    ParameterError says what is wrong with the manifest.
+def _data(name: str | None) -> list:
+    """Return what identifies a data set: its manifest, and names and contents of its files, where
+    it is there.
     """
-    manifest = store.root() / "data_manifests" / f"{params.get('dataset')}.yaml"
+    manifest = store.root() / "data_manifests" / f"{name}.yaml"
     if not manifest.is_file():
         return []
+    entry = manifests.read(manifest.stem)
     try:
-        entry = manifests.read(manifest.stem)
-    except ValueError as error:
-        raise ParameterError(str(error)) from error
-
-    file = manifests.home() / entry["file"]
-    there = entry["file"] and file.exists()
-    found = [file.stat().st_size, file.stat().st_mtime_ns] if there else None
-    return [manifest.read_text(), found]
+        place = manifests.locate(entry)
+    except FileNotFoundError:
+        return [manifest.read_text(), None]
+    return [manifest.read_text(), identity.of(Tree(place))]
 
 
-def stage_key(stage: str, profile: str, values: Mapping[str, Any]) -> str:
+def stage_key(
+    stage: str, profile: str, values: Mapping[str, Any], known: dict[str, list] | None = None
+) -> str:
+    """Return the key of an executed notebook; of the data sets in `known` files are not looked at,
+    and it learns others.
+    """
     params = declared(stage) | values
+    known = {} if known is None else known
+    name = params.get("dataset")
+    if name not in known:
+        known[name] = _data(name)
     return store.key(
         stage=stage,
         profile=profile,
         parameters=params,
         source=cells(stage),
-        data=_data(params),
+        data=known[name],
         code=store.code_version(),
         runner=imports.code(RUNNER.read_text()),
         versions=store.versions(),
@@ -111,16 +117,17 @@ def _done(profile: str, stage: str) -> Path:
 
 
 def _fresh(notebook: Path, key: str) -> bool:
-    """Return whether an executed notebook is undamaged, has this key, and its results are still
-    there.
+    """Return whether an executed notebook has this key, and it and all that it has used or made
+    are there and intact; with VERIFY=0 in the environment, whether they are there.
     """
-    try:
-        meta = store.verify(notebook)
-    except (FileNotFoundError, store.StoreError):
+    if not store.intact(notebook):
         return False
-    return meta.get("key") == key and all(
-        (notebook.parents[1] / name).is_file() for name in meta["outputs"]
-    )
+    meta = store.verify(notebook)
+    if meta.get("key") != key:
+        return False
+    check = Path.is_file if os.environ.get("VERIFY") == "0" else store.intact
+    found = [check(notebook.parents[1] / name) for name in meta["used"]]  # tells of all of them
+    return all(found)
 
 
 def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
@@ -128,16 +135,18 @@ def write_keys(profile: str, overrides: Mapping[str, Any]) -> list[str]:
     date, never else.
     """
     stale = []
+    known: dict[str, list] = {}
     for stage, values in given(profile, overrides).items():
-        notebook, key = _done(profile, stage), stage_key(stage, profile, values)
+        notebook = _done(profile, stage)
+        key = stage_key(stage, profile, values, known)
         path = store.runs(profile) / "keys" / f"{stage}.key"
-        content = json.dumps({"key": key, "given": values}, indent=1)
+        content = json.dumps({"key": key, "given": values}, indent=1).encode()
         fresh = _fresh(notebook, key)
         if not fresh:
             stale.append(stage)
-        if not fresh or not path.is_file() or path.read_text() != content:
+        if not fresh or not path.is_file() or path.read_bytes() != content:
             with store.atomic(path) as temporary:
-                temporary.write_text(content)
+                temporary.write_bytes(content)
         if fresh and path.stat().st_mtime >= (before := notebook.stat().st_mtime - 1):
             os.utime(path, (before, before))
     return stale
@@ -219,26 +228,24 @@ def _problem(notebook: Path, error: Exception | None) -> str | None:
     return None if code else "it holds no code cell."
 
 
-def _outputs(profile: str, stage: str, since: float) -> list[str]:
-    """Return the results that `stage` wrote since a time, as paths inside the profile's folder."""
-    folder = store.runs(profile)
-    mine = []
-    for kind in ("figures", "tables", "metrics"):
-        for path in sorted((folder / kind).rglob("*")):
-            side = store.sidecar(path)
-            if not path.is_file() or not side.is_file() or side.stat().st_mtime < since - 1:
-                continue
-            if json.loads(side.read_text()).get("stage") == stage:
-                mine.append(str(path.relative_to(folder)))
-    return mine
+def _used(profile: str, trace: Path) -> list[str]:
+    """Return the artifacts of a profile that a notebook has used or made (`store.TRACE`), as paths
+    relative to the profile's folder.
+    """
+    folder = store.runs(profile).resolve()
+    noted = trace.read_bytes().split(b"\0") if trace.is_file() else []
+    paths = [Path(os.fsdecode(name)) for name in sorted(set(noted)) if name]
+    inside = [path for path in paths if path.is_relative_to(folder) and path.is_file()]
+    return [str(path.relative_to(folder)) for path in inside]
 
 
 def _figures(notebook: Path) -> list[str]:
     """Return the paths of the pictures that an executed notebook wrote."""
-    outputs = store.verify(notebook)["outputs"]
+    meta = store.verify(notebook)
     folder = notebook.parents[1]
-    pictures = [folder / name for name in outputs if name.endswith(".png")]
-    return [os.path.relpath(path, store.root()) for path in pictures]
+    pictures = [folder / name for name in meta["used"] if name.endswith(".png")]
+    mine = [path for path in pictures if store.verify(path).get("stage") == meta["stage"]]
+    return [os.path.relpath(path, store.root()) for path in mine]
 
 
 def execute(
@@ -261,6 +268,7 @@ def execute(
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ["DEJAVU_PROFILE"] = profile
     folder, error = tempfile.mkdtemp(prefix="dejavu-"), None
+    trace = Path(folder) / "used"
     fresh = _fresh(out, key)
     with store.lock(out), _reported(stage, folder), warnings.catch_warnings():
         if not fresh and _fresh(out, key):
@@ -268,6 +276,7 @@ def execute(
 
         warnings.simplefilter("ignore")  # papermill's on the suffix .part
         part.unlink(missing_ok=True)
+        os.environ[store.TRACE] = str(trace)
         try:
             import papermill
 
@@ -286,6 +295,8 @@ def execute(
         ) as caught:  # every failure is reported the same way, papermill's and the kernel's
             error = caught
         finally:
+            os.environ.pop(store.TRACE)
+            used = _used(profile, trace)
             shutil.rmtree(folder, ignore_errors=True)
         if problem := _problem(part, error):
             return f"{stage}: {problem}\n  partial notebook: {part}"
@@ -294,7 +305,7 @@ def execute(
             "key": key,
             "parameters": declared(stage) | values,
             "seconds": round(time.time() - began, 1),
-            "outputs": _outputs(profile, stage, began),
+            "used": used,
         }
         with store.artifact(out, meta) as temporary:
             os.replace(part, temporary)
@@ -402,7 +413,8 @@ def plan(profile: str, overrides: Mapping[str, Any]) -> str:
         return f"{stage} trains nothing"
     from dejavu_utils.models import pairs  # imports torch: only now
 
-    _data(params)  # says what is wrong with the manifest
+    if params["dataset"] in manifests.names():
+        manifests.read(params["dataset"])  # says what is wrong with it
     table = pairs.plan(params)
     hours = table["exaflop"] * 1e18 / RATE / 3600
     table = table.round({"exaflop": 3, "gib": 2}).assign(**{"GPU hours": hours.round(1)})

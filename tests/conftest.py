@@ -1,7 +1,11 @@
-"""Shared by all tests: a repository in a temporary folder, with notebooks made on the fly."""
+"""Shared by all tests: a repository in a temporary folder, with notebooks made on the fly, and one
+that `make` works in.
+"""
 
 import importlib.util
 import json
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -95,3 +99,43 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setenv("DEJAVU_ROOT", str(root))
     monkeypatch.delenv("DEJAVU_RUNS", raising=False)
     return Repository(root)
+
+
+def working(repository):
+    """Return a repository with the real Makefile and Snakefile, this environment, and two notebooks
+    that need no torch.
+    """
+    repository.start = (
+        "import dejavu_utils.notebook as nb\nparams = nb.parameters('{stage}', globals())"
+    )
+    here, root = store.PACKAGE.parent, repository.root
+    shutil.copy(here / "Makefile", root)
+    for name in ("Snakefile", "batch.py", "figures.py"):
+        shutil.copy(here / "notebooks" / name, root / "notebooks")
+    shutil.copytree(
+        store.PACKAGE, root / "dejavu_utils", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (root / ".venv" / "bin" / "python").chmod(0o755)
+    (root / "requirements.lock").touch()
+    (root / ".venv" / ".installed").touch()
+    repository.add("01_training", "print('trained')")
+    repository.add("02_attack", "print('attacked with', k)")
+    return repository
+
+
+@pytest.fixture
+def clone(repository):
+    """A repository that `make` works in."""
+    return working(repository)
+
+
+@pytest.fixture(scope="module")
+def clone_of_all(tmp_path_factory):
+    """A repository that `make` works in, the same one for all tests of a file."""
+    root = tmp_path_factory.mktemp("a repository ä")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEJAVU_ROOT", str(root))
+        patch.delenv("DEJAVU_RUNS", raising=False)
+        yield working(Repository(root))

@@ -15,7 +15,8 @@ from typing import IO
 import numpy as np
 import pandas as pd
 
-from dejavu_utils.data.lazy import printable
+from dejavu_utils.data.tree import printable
+from dejavu_utils.store import StoreError
 
 NUMBERS = ("width", "height", "x0", "y0", "x1", "y1")
 COLUMNS = ("image", *NUMBERS, "class")
@@ -51,7 +52,7 @@ class Table:
 def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -> Table:
     """Return boxes.csv, and of the list of unused annotations the pictures that they belong to.
 
-    ValueError if columns are missing or unknown. A picture of which one row makes no sense is
+    StoreError if columns are missing or unknown. A picture of which one row makes no sense is
     refused as a whole: its object may be anywhere.
     """
     frame = _read_csv(file)
@@ -78,11 +79,11 @@ def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -
 
 
 def _check_columns(frame: pd.DataFrame) -> None:
-    """Raise ValueError if columns are missing or unknown."""
+    """Raise StoreError if columns are missing or unknown."""
     missing = [name for name in COLUMNS if name not in frame]
     unknown = [repr(name) for name in frame if name not in (*COLUMNS, *OPTIONAL)]
     if missing or unknown:
-        raise ValueError(
+        raise StoreError(
             f"boxes.csv: columns missing: {', '.join(missing) or 'none'}; unknown: "
             f"{', '.join(unknown) or 'none'}; expected {','.join(COLUMNS)} and perhaps "
             f"{','.join(OPTIONAL)}."
@@ -92,6 +93,8 @@ def _check_columns(frame: pd.DataFrame) -> None:
 def _unused_reasons(file: IO[bytes] | Path) -> dict[str, str]:
     """Return {picture: reason} of annotations that convert.py could not use."""
     listed = _read_csv(file)
+    if not {"image", "reason", "detail"} <= set(listed):
+        raise StoreError("boxes.unused.csv: expected the columns image, reason, detail.")
     listed = listed[listed["image"] != ""]
     details = (": " + listed["detail"]).where(listed["detail"] != "", "")
     return dict(zip(listed["image"], listed["reason"] + details, strict=True))
@@ -99,7 +102,7 @@ def _unused_reasons(file: IO[bytes] | Path) -> dict[str, str]:
 
 def _read_csv(file: IO[bytes] | Path) -> pd.DataFrame:
     """Return a table of texts, empty where nothing is; names may hold any bytes."""
-    return pd.read_csv(file, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
+    return pd.read_csv(file, dtype=object, keep_default_na=False, encoding_errors="surrogateescape")
 
 
 def _row_reasons(numbers: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from dejavu_utils import store
-from dejavu_utils.data.lazy import SUFFIXES, Tree, printable
+from dejavu_utils.data import identity
+from dejavu_utils.data.tree import SUFFIXES, Tree, printable
 
 
 def boxes_csv(entry: dict, tree: Tree) -> Path | None:
@@ -25,7 +26,7 @@ def boxes_csv(entry: dict, tree: Tree) -> Path | None:
     key = store.key(
         script=store.digest(script),
         manifest={name: entry.get(name) for name in ("convert", "images", "annotations", "names")},
-        stamp=_stamp(tree),
+        annotations=_annotations(tree),
     )
     target = store.runs("data") / f"{entry['name']}-{key}" / "boxes.csv"
     unused = target.with_name("boxes.unused.csv")
@@ -40,7 +41,7 @@ def boxes_csv(entry: dict, tree: Tree) -> Path | None:
 
 
 def _convert(entry: dict, tree: Tree, script: Path, target: Path, unused: Path) -> None:
-    """Run convert.py and keep what it wrote; ValueError with its words if it found no box."""
+    """Run convert.py and keep what it wrote; StoreError with its words if it found no box."""
     command = [sys.executable, str(script), entry["convert"], str(tree.path)]
     images = tree.find(entry["images"])
     marks = tree.find(entry.get("annotations") or [])
@@ -59,20 +60,15 @@ def _convert(entry: dict, tree: Tree, script: Path, target: Path, unused: Path) 
         listed = temporary.with_name(f"{temporary.stem}.unused.csv")
         try:
             if done.returncode:
-                raise ValueError(f"{tree.path}: {done.stderr.strip()}\n{done.stdout.strip()}")
+                raise store.StoreError(f"{tree.path}: {done.stderr.strip()}\n{done.stdout.strip()}")
             with store.artifact(unused) as other:
                 os.replace(listed, other)
         finally:
             listed.unlink(missing_ok=True)
 
 
-def _stamp(tree: Tree) -> list:
-    """Return what changes when annotations do: all names, and of what is read size and date."""
-    if tree.zip:
-        infos = tree.zip.infolist()
-        return [[info.filename, info.CRC, info.file_size] for info in infos]
-    found = []
-    for name in tree.files:
-        known = (tree.path / name).stat() if not name.lower().endswith(SUFFIXES) else None
-        found.append([printable(name), known and [known.st_size, known.st_mtime_ns]])
-    return found
+def _annotations(tree: Tree) -> list[tuple[str, str]]:
+    """Return what changes when annotations do: all names, and the hashes of all but pictures."""
+    marks = [name for name in tree.files if not name.lower().endswith(SUFFIXES)]
+    hashes = identity.of_files(tree, marks)
+    return [(printable(name), hashes.get(name, "")) for name in tree.files]

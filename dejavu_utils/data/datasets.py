@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,9 @@ from pathlib import Path, PurePosixPath
 from dejavu_utils.data import converted, manifests, pictures, readers, scenes
 from dejavu_utils.data.boxes import Table, class_text, read_table
 from dejavu_utils.data.images import Images
-from dejavu_utils.data.lazy import Tree, printable
+from dejavu_utils.data.listing import in_child
+from dejavu_utils.data.tree import Tree, printable
+from dejavu_utils.store import StoreError
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
@@ -31,6 +34,7 @@ def read(
     return load(entry, manifests.locate(entry, folder), **options)
 
 
+@in_child
 def load(entry: dict, path: Path, classes: int | None = None) -> Images:
     """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
 
@@ -82,13 +86,14 @@ def _words(tree: Tree, name: str) -> dict[str, str]:
     return {line[0]: line[1].split(",")[0] for line in lines if len(line) > 1}
 
 
+@in_child
 def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     """Return the pictures of a folder or zip with a folder for each class, or with a boxes.csv.
 
     Without `labels` folders mean nothing, and all pictures are of one class, pictures.UNNAMED.
 
     Where boxes.csv has classes, they count; else the class is the folder. ids are relative paths.
-    ValueError, with what to do, if the pictures are in no class folders; `what` names the set.
+    StoreError, with what to do, if the pictures are in no class folders; `what` names the set.
     """
     tree = Tree(path)
     table = _own_table(tree)
@@ -108,12 +113,14 @@ def _own_table(tree: Tree) -> Table:
     if place is None:
         return Table()
     unused = place.removesuffix("boxes.csv") + "boxes.unused.csv"
-    with tree.open(place) as file:
-        if unused not in tree:
-            table = read_table(file)
-        else:
-            with tree.open(unused) as listed:
-                table = read_table(file, listed)
+    try:
+        with tree.open(place) as file, contextlib.ExitStack() as more:
+            listed = more.enter_context(tree.open(unused)) if unused in tree else None
+            table = read_table(file, listed)
+    except (StoreError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged member of a zip, or no table
+        raise StoreError(f"{tree.path}: {place} cannot be read ({error}).") from error
 
     start = place.removesuffix("boxes.csv")
     found = {_placed(tree, start, name): mark for name, mark in table.found.items()}
@@ -139,7 +146,7 @@ def _single_top(tree: Tree) -> str:
 
 
 def _check_folders(tree: Tree, top: str, what: str) -> None:
-    """Raise ValueError unless the pictures are in class folders, at least two of them."""
+    """Raise StoreError unless the pictures are in class folders, at least two of them."""
     start = f"{top}/" if top else ""
     inner = [file.removeprefix(start) for file in tree.below(top)]
     inner = [file for file in inner if not readers.not_a_picture(file)]
@@ -151,13 +158,13 @@ def _check_folders(tree: Tree, top: str, what: str) -> None:
     splits = sorted(name for name in depth if name.lower() in SPLITS)
     nested = all(min(depth[name]) > 1 for name in splits)
     if splits and (set(depth) == set(splits) or nested):
-        raise ValueError(
+        raise StoreError(
             f"{what}: {tree.path} holds {', '.join(splits)}, which are splits and no classes. "
             f"Pass one of them, such as {tree.path}/{splits[0]}."
         )
     if len(depth) < 2:
         flat = sum("/" not in file for file in inner)
-        raise ValueError(
+        raise StoreError(
             f"{what}: the pictures in {tree.path} are in {len(depth)} folders, and {flat} lie "
             "directly in it; expected at least two folders, one for each class. "
             f"{_advice(tree, flat, next(iter(depth), ''))}"

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from dejavu_utils.data.resampling import resample
+from dejavu_utils.limited import GIB, LIMIT_GIB
 
 WORKERS = min(8, os.cpu_count() or 1)
+BYTES_A_PIXEL = 32  # that decoding a picture and cutting a square of it takes, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,22 +71,20 @@ class Images:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The sha256 of classes, ids, labels, boxes and pixels (of lazy ones: of the files'
-        checksums or sizes).
+        """The sha256 of classes, ids, labels, boxes and pixels (of lazy ones: of the
+        hashes of their files).
         """
         names = "\n".join([*self.classes, "", *self.ids])
         counts = np.array([len(boxes) for boxes in self.boxes], np.int64)
-        if isinstance(self.pixels, Tensor):
-            pixels = self.pixels.contiguous().numpy()
-        else:
-            pixels = self.pixels.stamps
+        lazy = not isinstance(self.pixels, Tensor)
+        pixels = self.pixels.digests if lazy else self.pixels.contiguous().numpy()
 
         total = hashlib.sha256(names.encode())
         total.update(np.asarray(self.labels, np.int64).tobytes())
         total.update(counts.tobytes())
         for boxes in self.boxes:
             total.update(np.asarray(boxes, np.float32).tobytes())
-        total.update(pixels.data)
+        total.update(pixels.tobytes() if lazy else pixels.data)
         return total.hexdigest()
 
     @property
@@ -124,10 +124,13 @@ class Images:
             tiles = zip(self.pixels.split(256), rects.split(256), strict=True)
             return torch.cat([_sample(pixels, part, size) for pixels, part in tiles])
 
+        largest = int(self.sizes.prod(1).max())  # px
+        fitting = int(LIMIT_GIB * GIB / (BYTES_A_PIXEL * largest))
+
         def one(i: int) -> Tensor:
             return _sample(self.pixels[i][None], rects[i : i + 1], size)
 
-        return torch.cat(threads(one, range(len(self))))
+        return torch.cat(threads(one, range(len(self)), max(1, min(WORKERS, fitting))))
 
 
 def _sample(pixels: Tensor, rects: Tensor, size: int) -> Tensor:
@@ -142,7 +145,7 @@ def _sample(pixels: Tensor, rects: Tensor, size: int) -> Tensor:
     return squares.round().clamp(0, 255).to(torch.uint8)
 
 
-def threads(work: Callable, items: Sequence, chunk: int = 8) -> list:
+def threads(work: Callable, items: Sequence, workers: int = WORKERS, chunk: int = 8) -> list:
     """Return [work(item) for item in items], computed by a few threads: decoding and inflating free
     the interpreter.
     """
@@ -151,5 +154,5 @@ def threads(work: Callable, items: Sequence, chunk: int = 8) -> list:
     def several(part: Sequence) -> list:
         return [work(item) for item in part]
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return [result for results in pool.map(several, chunks) for result in results]

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from dejavu_utils import store
+from dejavu_utils.store import StoreError
 
 LAYOUTS = ("scenes", "folder", "boxes")
 CLASS_FROM = ("folder", "column", "prefix")
@@ -31,6 +32,7 @@ OPTIONAL = (
     ),
     *("class_from", "ids", "classes", "names", "words", "image_size", "split", "notes"),
 )
+TEXTS = ("title", "source", "how", "licence", "url", "file", "unpack", "sha256", "words")
 DEFAULTS = {
     "source": "your own",
     "how": "",
@@ -49,11 +51,11 @@ def names() -> list[str]:
 
 
 def read(name: str) -> dict:
-    """Return what data_manifests/<name>.yaml says, with its `name`; ValueError lists the names
+    """Return what data_manifests/<name>.yaml says, with its `name`; StoreError lists the names
     there are.
     """
     if name not in names():
-        raise ValueError(
+        raise StoreError(
             f"no data set is called {name!r}: expected one of {', '.join(names())} "
             "(a data set of your own needs a file in data_manifests/)."
         )
@@ -62,22 +64,25 @@ def read(name: str) -> dict:
     path = store.root() / "data_manifests" / f"{name}.yaml"
     try:
         entry = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is no YAML file: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a day 32 is a ValueError
+        reason = " ".join(str(error).split())
+        raise StoreError(f"data_manifests/{path.name} is no YAML file: {reason}") from error
 
     wrong = problems(entry)
     if wrong:
-        raise ValueError(
+        raise StoreError(
             f"data_manifests/{path.name}: {'; '.join(wrong)}. data_manifests/README.md has a "
             "template."
         )
-    return DEFAULTS | entry | {"name": name}
+    empty = {key for key, value in entry.items() if value is None and key in DEFAULTS}
+    return DEFAULTS | {key: entry[key] for key in entry if key not in empty} | {"name": name}
 
 
 def problems(entry: object) -> list[str]:
     """Return what is wrong with a manifest, in words; nothing if it can be used."""
     if not isinstance(entry, dict):
-        return ["expected a mapping of names to values"]
+        found = "nothing" if entry is None else type(entry).__name__
+        return [f"found {found}, expected a mapping of names to values"]
     wrong = []
     missing = [name for name in REQUIRED if name not in entry]
     unknown = [str(name) for name in entry if name not in (*REQUIRED, *OPTIONAL)]
@@ -95,9 +100,14 @@ def problems(entry: object) -> list[str]:
         if name in entry and entry[name] not in allowed:
             wrong.append(f"{name} is {entry[name]!r}, expected one of {', '.join(allowed)}")
 
+    for name in TEXTS:
+        value = entry.get(name)
+        if value is not None and not isinstance(value, str):
+            wrong.append(f"{name} is {value!r}, expected a text")
+
     for name in ("places", "images", "annotations"):
         value = entry.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        if not _texts(value):
             wrong.append(f"{name} is {value!r}, expected a list of names")
 
     if entry.get("layout") in ("folder", "boxes"):
@@ -109,8 +119,10 @@ def problems(entry: object) -> list[str]:
         wrong.append(f"min_side is {entry['min_side']!r}, expected a number of px")
 
     classes = entry.get("classes")
-    if classes is not None and not _whole(classes) and not isinstance(classes, list):
+    if classes is not None and not _whole(classes) and not _texts(classes):
         wrong.append(f"classes is {classes!r}, expected a number or a list of names")
+    if not _texts(entry.get("names", [])):
+        wrong.append(f"names is {entry['names']!r}, expected a list of names of classes")
 
     size = entry.get("image_size")
     if size is not None and not (
@@ -119,13 +131,18 @@ def problems(entry: object) -> list[str]:
         wrong.append(f"image_size is {size!r}, expected [width, height] in px, or null")
 
     split = entry.get("split")
-    if split is not None and not (isinstance(split, dict) and isinstance(split.get("sizes"), dict)):
+    inner = split.get("sizes") if isinstance(split, dict) else None
+    if split is not None and not isinstance(inner, dict):
         wrong.append(f"split is {split!r}, expected rule, seed and sizes, or null")
     return wrong
 
 
 def _whole(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def home(folder: str | Path | None = None) -> Path:
@@ -166,7 +183,7 @@ def by_hand(entry: dict, folder: Path) -> str:
 
 
 def verify(entry: dict, path: Path, what: str = "") -> None:
-    """Raise ValueError if the archive at `path` (called `what` in the message) has not the
+    """Raise StoreError if the archive at `path` (called `what` in the message) has not the
     manifest's checksum.
     """
     found = store.digest(path)
@@ -176,7 +193,7 @@ def verify(entry: dict, path: Path, what: str = "") -> None:
             flush=True,
         )
     elif found != entry["sha256"]:
-        raise ValueError(
+        raise StoreError(
             f"{what or path} has the wrong checksum: sha256 {found} ({path.stat().st_size} bytes), "
             f"expected {entry['sha256']} ({entry.get('bytes')} bytes). Delete it and get it again. "
             + by_hand(entry, path.parent)

@@ -16,10 +16,12 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from dejavu_utils.data import readers
+from dejavu_utils.data import identity, readers
 from dejavu_utils.data.boxes import Annotation, Table, class_text, fit
 from dejavu_utils.data.images import Images, threads
-from dejavu_utils.data.lazy import Lazy, Tree, printable
+from dejavu_utils.data.lazy import Lazy
+from dejavu_utils.data.tree import Tree, printable
+from dejavu_utils.store import StoreError
 
 OWN = ("boxes.csv", "boxes.unused.csv")
 TABLES = (".txt", ".xml", ".json", ".csv", ".yaml", ".yml")  # convert.py lists what it did not use
@@ -56,7 +58,6 @@ class _Picture(NamedTuple):
 class _Measured(NamedTuple):
     boxes: np.ndarray | None = None  # (m, 4) px
     size: tuple[int, int] = (0, 0)  # width, height, px
-    length: int = 0  # bytes
     reason: str = ""  # why the picture cannot be used; empty if it can
 
 
@@ -66,7 +67,7 @@ def read(
     """Return the pictures in the folder `images` ("": everywhere) of `tree`, sorted by id.
 
     `classes`: the first so many; None all. Pictures of one size (`rules.size`) are held decoded,
-    others are decoded when asked for. ValueError if nothing can be read; `what` names the data set.
+    others are decoded when asked for. StoreError if nothing can be read; `what` names the data set.
     """
     pictures, skipped = _listed(tree, images, table, rules)
     names = _chosen((each.name for each in pictures), rules, classes, what or str(tree.path))
@@ -88,14 +89,15 @@ def read(
         if one.reason:
             skipped.append((each.file, one.reason))
     if not good:
-        raise ValueError(
+        raise StoreError(
             f"{tree.path}: none of {len(pictures)} pictures could be read. {(skipped or [''])[0]}"
         )
 
     kept = [pictures[i] for i in good]
     found = [measured[i] for i in good]
     if pixels is None:
-        pixels = Lazy(tree, [each.file for each in kept], [one.length for one in found])
+        hashes = identity.of_files(tree, [each.file for each in kept])
+        pixels = Lazy(tree, list(hashes), list(hashes.values()))
     elif len(kept) < len(pictures):
         pixels = pixels[good]
     return Images(
@@ -143,10 +145,10 @@ def _listed(
 
 
 def _without_picture(tree: Tree, table: Table) -> list[tuple[str, str]]:
-    """Return the names in boxes.csv that no file has; ValueError if that is all of them."""
+    """Return the names in boxes.csv that no file has; StoreError if that is all of them."""
     gone = [name for name in table.found if name not in tree]
     if gone and len(gone) == len(table.found):
-        raise ValueError(
+        raise StoreError(
             f"{tree.path}: none of the {len(gone)} pictures of boxes.csv is there, such as "
             f"{printable(gone[0])}; its column image must hold paths relative to that place."
         )
@@ -154,13 +156,13 @@ def _without_picture(tree: Tree, table: Table) -> list[tuple[str, str]]:
 
 
 def _measure(tree: Tree, picture: _Picture, row: Tensor | None) -> _Measured:
-    """Return boxes, size and bytes of one picture; or, in words, why it cannot be used."""
+    """Return boxes and size of one picture; or, in words, why it cannot be used."""
     try:
-        size, length, turn = readers.measure(tree, picture.file, row)
+        size, turn = readers.measure(tree, picture.file, row)
         boxes = np.zeros((0, 4), np.float32)
         if picture.mark is not None:
             boxes = fit(picture.mark.boxes, picture.mark.size, size, turn)
-        return _Measured(boxes, size, length)
+        return _Measured(boxes, size)
     except Exception as error:  # decoders fail in many ways; every one is a line in `skipped`
         return _Measured(reason=_why(error))
 
@@ -205,7 +207,7 @@ def _chosen(found: Iterable[str], rules: Rules, wanted: int | None, what: str) -
     if rules.classes:
         there = [name for name in there if name in rules.classes]
     if not there or (wanted is not None and not 1 <= wanted <= len(there)):
-        raise ValueError(
+        raise StoreError(
             f"data set {what}: classes = {wanted}, but {len(there)} are there; expected 1 to "
             f"{len(there)}, or None for all."
         )

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from dejavu_utils.data.lazy import SUFFIXES, Tree, decoded, hidden, picture
+from dejavu_utils.data.lazy import decoded, picture
+from dejavu_utils.data.tree import SUFFIXES, Tree, hidden
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -16,12 +17,11 @@ class Measured(NamedTuple):
     """What `measure` finds out about a picture."""
 
     size: tuple[int, int]  # width, height of the pixels, px
-    length: int  # bytes of the file
     turn: int  # EXIF orientation: 1 is none
 
 
 def measure(tree: Tree, name: str, row: Tensor | None = None) -> Measured:
-    """Return size, bytes and orientation of a picture, its pixels put into `row` (3, h, w).
+    """Return size and orientation of a picture, its pixels put into `row` (3, h, w).
 
     Raises if it cannot be read. Without `row`, a JPEG with an end marker is taken to be whole and
     not decoded: ImageNet would take half an hour.
@@ -42,7 +42,7 @@ def measure(tree: Tree, name: str, row: Tensor | None = None) -> Measured:
         whole = image.format in ("JPEG", "MPO") and file.read() == b"\xff\xd9"
         if row is None and not whole:
             image.load()
-    return Measured(size, length, turn)
+    return Measured(size, turn)
 
 
 def _orientation(image: Image.Image) -> int:

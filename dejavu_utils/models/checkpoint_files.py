@@ -5,7 +5,6 @@ soon as a header tells them, and torch files are unpickled in a child process (s
 """
 
 import builtins
-import json
 import re
 import struct
 import sys
@@ -21,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dejavu_utils.models import limited
-from dejavu_utils.models.limited import GIB, LIMIT_GIB
+from dejavu_utils import limited
+from dejavu_utils.limited import GIB, LIMIT_GIB
 from dejavu_utils.store import StoreError
 
 MOST_TENSORS = 100_000
@@ -91,17 +90,16 @@ def _check_names(path: Path, names: list[str]) -> None:
 def _torch_file(path: Path, limit_gib: float) -> dict[str, Tensor]:
     """Return the tensors of a torch file, which a child reads and leaves as a safetensors file."""
 
-    def convert() -> None:
+    def convert() -> list[str]:
         tensors = _unpickled(path, limit_gib)
-        names = json.dumps(list(tensors))  # safetensors would sort them
         numbered = {str(i): tensor for i, tensor in enumerate(_separate(tensors.values()))}
-        save_file(numbered, copy, {"names": names})
+        save_file(numbered, copy)
+        return list(tensors)  # safetensors would sort the names
 
     with tempfile.TemporaryDirectory(prefix="dejavu-") as folder:
         copy = Path(folder) / "copy.safetensors"
-        limited.run(convert, path, limit_gib)
+        names = limited.run(convert, path, limit_gib)
         with safe_open(copy, "pt") as file:  # mapped: its memory outlives its name
-            names = json.loads(file.metadata()["names"])
             return {name: file.get_tensor(str(i)) for i, name in enumerate(names)}
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dejavu_utils import store
-from dejavu_utils.models import checkpoint_files, encoders, limited, own_format, weights
+from dejavu_utils import limited, store
+from dejavu_utils.limited import LIMIT_GIB
+from dejavu_utils.models import checkpoint_files, encoders, own_format, weights
 from dejavu_utils.models.encoders import Encoder
-from dejavu_utils.models.limited import LIMIT_GIB
 from dejavu_utils.models.views import MEAN, STD
 from dejavu_utils.store import StoreError
 
@@ -594,7 +594,11 @@ def _ours(path: Path, limit_gib: float) -> External:
     known = {"name": "/".join(path.parts[-2:]), "size": build["size"], "sha256": meta["sha256"]}
     if path.suffix == ".safetensors":
         checkpoint_files.read(path, limit_gib)
-        limited.run(lambda: _own(path), path, limit_gib)  # the sidecar could ask for any size
+
+        def attempt() -> None:  # the sidecar could ask for any size
+            _own(path)
+
+        limited.run(attempt, path, limit_gib)
         own = _own(path)
         note = (f"network: {build['encoder']}, projector {build['projector'] or 'none'}, ours",)
         found = External(own.trunk, own.projector, notes=note, **known)

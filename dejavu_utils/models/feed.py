@@ -4,6 +4,7 @@ ahead of time.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dejavu_utils import store
-from dejavu_utils.data.lazy import Lazy, Tree
+from dejavu_utils.data.lazy import Lazy
 from dejavu_utils.data.resampling import resample
+from dejavu_utils.data.tree import Tree
 from dejavu_utils.models import views as augment
 
 if TYPE_CHECKING:
@@ -135,8 +137,8 @@ def write_list(folder: Path, used: list[Images], meta: dict) -> Path:
     rows = [
         pd.DataFrame(
             {
-                "name": images.pixels.names.astype(str),
-                "bytes": images.pixels.stamps,
+                "name": [os.fsencode(name) for name in images.pixels.names],  # any bytes
+                "digest": images.pixels.digests.astype(str),
                 "label": images.labels,
                 "width": images.sizes[:, 0],
                 "height": images.sizes[:, 1],
@@ -145,8 +147,8 @@ def write_list(folder: Path, used: list[Images], meta: dict) -> Path:
         for images in used
     ]
     table, root = pd.concat(rows, ignore_index=True), str(used[0].pixels.tree.path)
-    path = folder / f"{store.key(rows=table.to_csv(index=False), root=root)}.parquet"
-    if not path.exists():
+    path = folder / f"{store.key(rows=table.to_csv(index=False))}.parquet"
+    if not store.intact(path) or store.verify(path)["root"] != root:  # a copy of the data set
         store.write_table(path, table, meta | {"root": root})
     return path
 
@@ -159,7 +161,7 @@ def read_list(path: str | Path) -> dict:
     tree = Tree(Path(store.verify(path)["root"]))
     sizes = torch.from_numpy(table[["width", "height"]].to_numpy().copy())
     return {
-        "images": Lazy(tree, table["name"], table["bytes"]),
+        "images": Lazy(tree, [os.fsdecode(name) for name in table["name"]], table["digest"]),
         "sizes": sizes,
         "labels": torch.from_numpy(table["label"].to_numpy().copy()),
     }

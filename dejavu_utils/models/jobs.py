@@ -35,8 +35,8 @@ class Job:
         return Path(self.folder) / f"epoch-{epoch:04d}.{suffix}"
 
     def done(self) -> bool:
-        """Return whether every checkpoint is there."""
-        return all(self.checkpoint(epoch).exists() for epoch in self.epochs)
+        """Return whether every checkpoint is there, and intact."""
+        return all(store.intact(self.checkpoint(epoch)) for epoch in self.epochs)
 
     def read(self) -> dict:
         """Return images, labels and, of lazy images, sizes: what `Training` takes."""

@@ -277,7 +277,7 @@ def training_set(parts: dict, model: str, how: Recipe, folder: Path, seed: int) 
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
     name = store.key(pixels=digest, labels=labels.tolist())
     path = folder / f"{name}.safetensors"
-    if not path.exists():
+    if not store.intact(path):
         store.write_tensors(path, {"pixels": pixels, "labels": labels}, {"seed": seed})
     return path
 

@@ -210,7 +210,7 @@ def fit(job: Job, every: float = 30.0) -> None:
         **job.read(),
     )
     last = Path(job.folder) / "last.safetensors"
-    if last.exists():
+    if store.intact(last):
         tensors, meta = store.read_tensors(last)
         training.restore(tensors, meta["epoch"], last)
     run_epochs(training, job, last, every, writes=distributed.rank() == 0)
@@ -228,9 +228,10 @@ def run_epochs(training: Training, job: Job, last: Path, every: float, writes: b
     parent, saved = os.getppid(), time.monotonic()
     log = open_log(Path(job.folder) / "log.jsonl", training.epoch) if writes else None
     while True:
-        if writes and training.epoch in job.epochs and not job.checkpoint(training.epoch).exists():
+        kept = job.checkpoint(training.epoch)
+        if writes and training.epoch in job.epochs and not store.intact(kept):
             own_format.save(
-                job.checkpoint(training.epoch),
+                kept,
                 training.encoder,
                 job.recipe,
                 epoch=training.epoch,

@@ -333,7 +333,7 @@ def fit(job: train.Job, every: float = 30.0) -> None:
     tensors = store.read_tensors(job.pixels)[0]
     training = Training(tensors, job.recipe, max(job.epochs), job.seed, job.device)
     last = Path(job.folder) / "last.safetensors"
-    if last.exists():
+    if store.intact(last):
         state, meta = store.read_tensors(last)
         training.restore(state, meta["epoch"], last)
     train.run_epochs(training, job, last, every, writes=True)

@@ -72,7 +72,7 @@ def images(n, seed, sides=(40,)):
 class Stack(list):
     """Pictures of mixed sizes, as lazy.Lazy."""
 
-    stamps = np.zeros(1)
+    digests = np.zeros(1, "S32")
 
     def subset(self, index):
         return Stack(self[i] for i in index)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -412,7 +413,8 @@ def test_keys_change_with_what_matters_and_only_then(repository, monkeypatch, ba
     with_manifest = key()
     assert with_manifest != first
     monkeypatch.setenv("DEJAVU_DATA", str(manifests))
-    (manifests / "toy.zip").write_text("x")
+    with zipfile.ZipFile(manifests / "toy.zip", "w") as file:
+        file.writestr("ant/1.jpg", b"x")
     assert key() not in (with_manifest, first)
     changed = json.loads(path.read_text())
     changed["cells"][2]["source"] = "print(2)"
@@ -436,11 +438,10 @@ def test_keys_decide_what_runs(repository, capsys, batch):
     for stage in ("01_training", "02_attack"):  # as if both had been executed
         done = repository.root / "runs" / "tiny" / "notebooks" / f"{stage}.ipynb"
         figure = repository.root / "runs" / "tiny" / "figures" / f"{stage}.png"
-        figure.parent.mkdir(exist_ok=True)
-        figure.touch()
+        store.write_json(figure, stage)
         content = json.loads((keys / f"{stage}.key").read_text())
         with store.artifact(
-            done, {"key": content["key"], "outputs": [f"figures/{stage}.png"]}
+            done, {"key": content["key"], "used": [f"figures/{stage}.png"]}
         ) as temporary:
             temporary.write_text("{}")
     assert batch.write_keys("tiny", {}) == []
@@ -453,7 +454,7 @@ def test_keys_decide_what_runs(repository, capsys, batch):
     assert batch.write_keys("tiny", {}) == []
     figure.unlink()  # of 02_attack
     assert batch.write_keys("tiny", {}) == ["02_attack"]
-    figure.touch()
+    store.write_json(figure, stage)
     done.write_text("{ }")  # damaged
     assert batch.write_keys("tiny", {}) == ["02_attack"]
 

@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dejavu_utils import store
-from dejavu_utils.models import checkpoint_files, external, limited, own_format
+from dejavu_utils import limited, store
+from dejavu_utils.models import checkpoint_files, external, own_format
 from dejavu_utils.models.encoders import Encoder
 from dejavu_utils.models.recipe import Recipe
 
