@@ -3,6 +3,7 @@ results go.
 """
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -104,14 +105,12 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str) -> None:
-        self.total, self.label, self.began, self.shown, self.handle = (
-            total,
-            label,
-            time.monotonic(),
-            -1e9,
-            None,
-        )
+        self.total = total
+        self.label = label
+        self.began = time.monotonic()
+        self.shown = -math.inf  # when the line was shown last
         self.first = None  # what an earlier run had done already says nothing of the pace
+        self.handle = None
         shell = sys.modules.get("IPython")  # a plain script runs without it
         self.live = shell is not None and hasattr(shell.get_ipython(), "kernel")
 
@@ -120,21 +119,20 @@ class Progress:
         now = time.monotonic()
         if n < self.total and now - self.shown < (0.5 if self.live else 30):
             return
-        self.shown, spent, self.first = (
-            now,
-            now - self.began,
-            n if self.first is None else self.first,
-        )
-        left = spent * (self.total - n) / max(n - self.first, 1) / 60
-        ending = (
-            f"{spent:.0f} s"
-            if n >= self.total
-            else f"{left:.1f} min left"
-            if n > self.first
-            else ""
-        )
+        self.shown = now
+        if self.first is None:
+            self.first = n
+
+        spent = now - self.began
+        ending = ""
+        if n >= self.total:
+            ending = f"{spent:.0f} s"
+        elif n > self.first:
+            left = spent * (self.total - n) / (n - self.first) / 60
+            ending = f"{left:.1f} min left"
         line = ", ".join(filter(None, [f"{self.label}: {n}/{self.total}", text, ending]))
-        if status := os.environ.get("DEJAVU_PROGRESS"):  # the runner shows it in the terminal
+        status = os.environ.get("DEJAVU_PROGRESS")
+        if status:  # the runner shows it in the terminal
             Path(status).write_text(line)
         if not self.live:
             print(line, flush=True)
@@ -237,45 +235,44 @@ def start(stage: str, names: dict[str, Any]) -> Run:
     device and settings.
     """
     params = parameters(stage, names)
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # before CUDA starts, for equal results on equal runs
+    # Before CUDA starts, for equal results on equal runs.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    # Embeddings are promised in full precision; trainings choose their own.
+    torch.backends.cudnn.allow_tf32 = False
+    _seed_generators(f"{_seed(params)}/{stage}")
+
+    recipe = recipe_defaults() | params["recipe"] if "recipe" in params else {}
+    threads = params.get("threads") or recipe.get("threads")
+    if threads:
+        torch.set_num_threads(threads)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    profile = params.get("profile") or os.environ.get("DEJAVU_PROFILE", "laptop")
+    run = Run(stage, profile, params, device)
+    if "IPython" in sys.modules:
+        _display_plainly()
+
+    where = f"cpu, {torch.get_num_threads()} thread(s)"
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    precision = params.get("precision") or recipe.get("precision", "fp32")
+    settings = [stage, f"profile {profile}", f"seed {_seed(params)}", where]
+    print(" · ".join([*settings, f"precision {precision}"]))
+    versions = [f"{name} {version}" for name, version in store.versions().items()]
+    print(" · ".join([*versions, f"code {store.code_version()}"]))
+    return run
+
+
+def _seed_generators(name: str) -> None:
+    """Seed the global generators of Python, numpy and torch from a name."""
     import random
 
     import numpy as np
     import torch
 
-    torch.backends.cudnn.allow_tf32 = (
-        False  # embeddings are promised in full precision; trainings choose their own
-    )
-    seed = int.from_bytes(
-        hashlib.sha256(f"{_seed(params)}/{stage}".encode()).digest()[:4], "little"
-    )
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries that draw from the global generator
     torch.manual_seed(seed)
-    recipe = recipe_defaults() | params["recipe"] if "recipe" in params else {}
-    if threads := params.get("threads") or recipe.get("threads"):
-        torch.set_num_threads(threads)
-    run = Run(
-        stage,
-        params.get("profile") or os.environ.get("DEJAVU_PROFILE", "laptop"),
-        params,
-        "cuda" if torch.cuda.is_available() else "cpu",
-    )
-    where = (
-        torch.cuda.get_device_name()
-        if run.device == "cuda"
-        else f"cpu, {torch.get_num_threads()} thread(s)"
-    )
-    if "IPython" in sys.modules:
-        _display_plainly()
-    print(
-        f"{stage} · profile {run.profile} · seed {_seed(params)} · {where} · precision "
-        f"{params.get('precision') or recipe.get('precision', 'fp32')}"
-    )
-    print(
-        *(f"{name} {version} ·" for name, version in store.versions().items()),
-        f"code {store.code_version()}",
-    )
-    return run

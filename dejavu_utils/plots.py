@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TARGET, REFERENCE, BAYES = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-)  # Okabe and Ito's colour-blind-safe palette
+# Okabe and Ito's colour-blind-safe palette.
+TARGET = "#0072B2"
+REFERENCE = "#D55E00"
+BAYES = "#009E73"
 SPLIT = {
     "memorized": "#0072B2",
     "correlated": "#56B4E9",

@@ -79,7 +79,9 @@ def config(job: Job, images: int) -> dict:
     """Return VISSL's configuration for training `job` on so many images; ValueError names what
     VISSL has.
     """
-    recipe, gpu, epochs = job.recipe, job.device == "cuda", max(1, *job.epochs)
+    recipe = job.recipe
+    gpu = job.device == "cuda"
+    epochs = max(1, *job.epochs)
     _known("criterion", recipe.criterion, LOSSES)
     _known("precision", recipe.precision, ("auto", "fp32"))
     _known("device", job.device, ("cpu", "cuda"))

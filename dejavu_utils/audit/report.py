@@ -334,9 +334,10 @@ def _of_guesses(found: Findings) -> dict[str, Any]:
     accuracy = (("encoder %", "target"), ("reference %", "reference"))
     shares = {name: _percent(key) for name, key in accuracy}
     images = {"images": _count("n")}
+    scored_of = {"images": lambda row: str(scored_images(row))}
     cells = {name: _count(name) for name in scoring.CELLS}
     return {
-        "scores": scored(found.scores, "score", _reading, shares | images),
+        "scores": scored(found.scores, "score", _reading, shares | scored_of),
         "split": split(found.split),
         "memorized": gallery(found, references.choose(own, 6, "memorized")),
         "random": gallery(found, references.choose(own, 6, "random")),

@@ -161,7 +161,9 @@ def _check_directory(path: Path) -> None:
     with path.open("rb") as file:
         file.seek(max(0, size - 98))
         tail = file.read(98).rjust(98, b"\0")
-    large, locator, end = tail[:56], tail[56:76], tail[76:]
+    large = tail[:56]
+    locator = tail[56:76]
+    end = tail[76:]
 
     stop = size - 22
     signature, length, start, comment = struct.unpack("<4s8xIIH", end)
@@ -280,6 +282,7 @@ def _tensors(
         return
     seen.add(id(tree))
     for name, value in [*tree.items(), *getattr(tree, "__dict__", {}).items()]:
-        hidden = name in ("_modules", "_parameters", "_buffers")  # of a module saved whole
-        below = path if hidden else f"{path}.{name}" if path else str(name)
+        below = f"{path}.{name}" if path else str(name)
+        if name in ("_modules", "_parameters", "_buffers"):  # of a module saved whole
+            below = path
         yield from _tensors(value, below, seen)

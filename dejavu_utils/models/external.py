@@ -120,8 +120,13 @@ class External(Encoder):
         self.trunk = trunk
         self.projector = nn.ModuleList() if projector is None else projector
         self.classifier = None
-        self.name, self.size, self.mean, self.std = name, size, tuple(mean), tuple(std)
-        self.notes, self.assumed, self.sha256 = tuple(notes), tuple(assumed), sha256
+        self.name = name
+        self.size = size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.notes = tuple(notes)
+        self.assumed = tuple(assumed)
+        self.sha256 = sha256
 
 
 def encoder(

@@ -139,17 +139,18 @@ def fit_all(
 
 
 def _state(jobs: list[Job]) -> tuple[int, int, str]:
-    logs = [read_log(Path(job.folder) / "log.jsonl") for job in jobs]
-    done = sum(
-        max(job.epochs) if job.done() else log[-1]["epoch"] if log else 0
-        for log, job in zip(logs, jobs, strict=True)
-    )
-    losses = [
-        f"{log[-1]['loss']:.2f}"
-        for log, job in zip(logs, jobs, strict=True)
-        if log and not job.done()
-    ]
-    return done, sum(max(job.epochs) for job in jobs), "loss " + " ".join(losses) if losses else ""
+    """Return the epochs that are done, those that there are, and the losses of running jobs."""
+    done = total = 0
+    losses = []
+    for job in jobs:
+        total += max(job.epochs)
+        log = read_log(Path(job.folder) / "log.jsonl")
+        if job.done():
+            done += max(job.epochs)
+        elif log:
+            done += log[-1]["epoch"]
+            losses.append(f"{log[-1]['loss']:.2f}")
+    return done, total, " ".join(["loss", *losses]) if losses else ""
 
 
 def _log(share: list[Job]) -> Path:

@@ -50,14 +50,17 @@ def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
     """
     import ipywidgets
 
-    drawn = {next(iter(figures)): _png(next(iter(figures.values()))())}
-    still = next(iter(drawn.values()))
-    menu, picture = ipywidgets.Dropdown(options=list(figures), description=label), _image(still)
+    names = list(figures)
+    still = _png(figures[names[0]]())
+    drawn = {names[0]: still}
+    menu = ipywidgets.Dropdown(options=names, description=label)
+    picture = _image(still)
 
     def show(change: dict[str, Any]) -> None:
-        if change["new"] not in drawn:
-            drawn[change["new"]] = _png(figures[change["new"]]())
-        picture.value = drawn[change["new"]]
+        name = change["new"]
+        if name not in drawn:
+            drawn[name] = _png(figures[name]())
+        picture.value = drawn[name]
 
     menu.observe(show, "value")
     return View(ipywidgets.VBox([menu, picture]), still)
@@ -87,13 +90,15 @@ def play(game: Game) -> View:
 
     if not game.rounds:
         raise ValueError("widgets.play: there is no round to play; pass ids to game.start.")
-    picture, text = _image(), ipywidgets.HTML()
+    picture = _image()
+    text = ipywidgets.HTML()
     names = [ipywidgets.Button(description=name) for name in game.classes]
     more = ipywidgets.Button(description="next crop", button_style="primary")
 
     def show(row: dict | None = None) -> None:
         picture.value = _png(plots.gallery([row])) if row else plots.png(game.row["crop"], 240)
-        text.value, more.disabled = _told(game, row), row is None or game.row is None
+        text.value = _told(game, row)
+        more.disabled = row is None or game.row is None
         for button in names:
             button.disabled = row is not None
 
@@ -101,13 +106,14 @@ def play(game: Game) -> View:
         button.on_click(lambda pressed: show(game.guess(pressed.description)))
     more.on_click(lambda pressed: show())
     show()
-    first, right, total = game.rounds[0], game.auto(), len(game.rounds)
+    first = game.rounds[0]
     said = first["said"]
+    right = game.auto()
     figure = plots.gallery([first])
     figure.suptitle(
-        f"The target says {said['target']}, the reference {said['reference']}. Of {total} rounds "
-        "the "
-        f"target gets {right['target']} right, the reference {right['reference']}.",
+        f"The target says {said['target']}, the reference {said['reference']}. Of "
+        f"{len(game.rounds)} rounds the target gets {right['target']} right, the reference "
+        f"{right['reference']}.",
         fontsize=9,
     )
     choices = ipywidgets.HBox([*names, more], layout=ipywidgets.Layout(flex_flow="row wrap"))

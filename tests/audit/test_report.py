@@ -145,7 +145,9 @@ def test_it_says_what_the_tables_say(one, page):
         n = report.scored_images(row)
         ends = report.interval(row["low"], row["high"], n)
         comma = "" if ends.startswith("(") else ","
-        assert f"{report.points(row['score'])} {comma} {ends}".replace("  ", " ") in text
+        shares = [report.points(row[role], sign=False) for role in ("target", "reference")]
+        cells = [report.points(row["score"]), comma, ends, *shares, str(n)]
+        assert " ".join(filter(None, cells)) in text
     for row in one.membership.to_dict("records"):
         assert f"{row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})" in text
     assert all(limit in text for limit in one.case.limits)
