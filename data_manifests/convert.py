@@ -516,8 +516,9 @@ def names_in(file: str, text: str) -> dict[int, str]:
             raise TypeError("a name that is a list")
         return {int(number): str(name) for number, name in numbered.items()}
     except (yaml.YAMLError, *UNREADABLE) as error:
+        reason = " ".join(str(error).split())
         raise SystemExit(
-            f"error: {file} holds no class names ({error}); pass --names FILE"
+            f"error: {file} holds no class names ({reason}); pass --names FILE"
         ) from error
 
 
