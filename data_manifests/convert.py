@@ -46,7 +46,7 @@ Frame = tuple[float, float]  # width, height
 
 
 # what numbers and structures of other types than expected raise
-UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Refused(ValueError):
