@@ -111,7 +111,8 @@ class Source:
                     yield relative
 
     def _members(self) -> Iterator[str]:
-        names = [info.filename for info in self.zip.infolist() if not info.is_dir()]
+        names = [info.filename for info in self.zip.infolist()]
+        names = [name for name in names if name and not name.endswith("/")]
         for name, count in Counter(names).items():
             if count == 1:
                 yield name
