@@ -46,7 +46,7 @@ Frame = tuple[float, float]  # width, height
 
 
 # what numbers and structures of other types than expected raise
-UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Refused(ValueError):
@@ -111,7 +111,8 @@ class Source:
                     yield relative
 
     def _members(self) -> Iterator[str]:
-        names = [info.filename for info in self.zip.infolist() if not info.is_dir()]
+        names = [info.filename for info in self.zip.infolist()]
+        names = [name for name in names if name and not name.endswith("/")]
         for name, count in Counter(names).items():
             if count == 1:
                 yield name
@@ -516,8 +517,9 @@ def names_in(file: str, text: str) -> dict[int, str]:
             raise TypeError("a name that is a list")
         return {int(number): str(name) for number, name in numbered.items()}
     except (yaml.YAMLError, *UNREADABLE) as error:
+        reason = " ".join(str(error).split())
         raise SystemExit(
-            f"error: {file} holds no class names ({error}); pass --names FILE"
+            f"error: {file} holds no class names ({reason}); pass --names FILE"
         ) from error
 
 

@@ -23,6 +23,7 @@ from dejavu_utils.data import converted, manifests, tree
 from dejavu_utils.limited import GIB, LIMIT_GIB
 from dejavu_utils.store import StoreError
 
+pooch.get_logger().setLevel("WARNING")
 CAP = 20 * GIB  # bytes that an archive may unpack to
 TIMEOUT = 60  # s without an answer
 
@@ -32,7 +33,6 @@ def _download(entry: dict, target: Path) -> None:
     checksum.
     """
     print(f"{entry['name']}: {entry['url']} -> {target}\nlicence: {entry['licence']}", flush=True)
-    pooch.get_logger().setLevel("WARNING")
     checksum = f"sha256:{entry['sha256']}" if entry["sha256"] else None
     try:
         pooch.retrieve(

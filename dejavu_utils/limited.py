@@ -25,6 +25,7 @@ GIB = 2**30
 LIMIT_GIB = 8.0  # the budget, where nobody names another
 PATIENCE = 15.0  # s of processor time for a small file
 PER_GIB = 10.0  # s, beyond that
+LONGEST = 1_000  # characters of an error
 _child = False  # whether this process is a limited one
 
 
@@ -87,10 +88,10 @@ def _done(work: Callable[[], Any], path: Path, memory: float, limit_gib: float) 
     except FileNotFoundError:
         raise
     except Exception as error:
-        refusal = as_refusal(error, path, limit_gib, memory)
-        if str(path) not in str(refusal):
-            refusal = StoreError(f"{refusal} ({path})")
-        raise refusal from error
+        text = str(as_refusal(error, path, limit_gib, memory))
+        if len(text) > LONGEST:  # of a name in the file, for example
+            text = f"{text[:LONGEST]}…"
+        raise StoreError(text if str(path) in text else f"{text} ({path})") from error
 
 
 def budget(path: Path, limit_gib: float) -> float:

@@ -64,7 +64,7 @@ def read(name: str) -> dict:
     path = store.root() / "data_manifests" / f"{name}.yaml"
     try:
         entry = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a day 32 is a ValueError
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:  # of odd values
         reason = " ".join(str(error).split())
         raise StoreError(f"data_manifests/{path.name} is no YAML file: {reason}") from error
 

@@ -71,7 +71,8 @@ class Tree:
 
     def _members(self, left_out: list[tuple[str, str]]) -> Iterator[str]:
         """Yield the files of a zip. A name that comes twice could be either, so it is none."""
-        names = [info.filename for info in self.zip.infolist() if not info.is_dir()]
+        names = [info.filename for info in self.zip.infolist()]
+        names = [name for name in names if name and not name.endswith("/")]
         for name, count in Counter(names).items():
             if count == 1:
                 yield name

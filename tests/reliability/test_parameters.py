@@ -25,7 +25,7 @@ VALUES = {
     "rhos": (0.0, 0.2, 0.5),
     "criteria": ("vicreg", "simclr", "supervised"),
     "epochs": (0, 1, 2),
-    "top_p": (100, 50, 20, 1, 0.5),
+    "top_p": (100, 50, 20, 1),
     "conditions": ("projector", "backbone", "both", "nearest"),
     "channels": (8, 16),
     "attention": (2, 4, 8),
