@@ -43,9 +43,10 @@ def one(plan: dict, criterion: str, seed: int, name: str, folder: Path) -> dict:
     """Train one pair by the recipe `name` of the plan, and return its row: scores, probe accuracy
     and the processor seconds of an encoder.
     """
-    last = plan["epochs"][-1]
-    params = {part: plan[part] for part in ("dataset", "sizes", "epochs", "crop")}
-    params["recipe"] = plan["recipes"][name]
+    last = plan["recipes"][name]["epochs"]
+    params = {part: plan[part] for part in ("dataset", "sizes", "crop")}
+    params["epochs"] = [last]
+    params["recipe"] = plan["recipes"][name]["changes"]
     pair = pairs.one(params, folder, criterion, plan["rho"], seed)
 
     began = time.process_time()

@@ -7,17 +7,17 @@ import pytest
 
 from results import recipe
 
+SMALL = {"projector": "16-16", "batch": 16}
 TINY = {
     "seeds": [20],
     "criteria": ["vicreg"],
     "recipes": {
-        "old": {"encoder": "small4", "projector": "16-16", "batch": 16},
-        "new": {"encoder": "patch4", "projector": "16-16", "batch": 16},
+        "old": {"epochs": 2, "changes": {"encoder": "small4"} | SMALL},
+        "new": {"epochs": 1, "changes": {"encoder": "patch4"} | SMALL},
     },
     "dataset": "scenes",
     "rho": 0.2,
     "sizes": {"classes": 4, "attacked": 16, "shared": 0, "public": 20, "probe": 10, "control": 10},
-    "epochs": [0, 1],
     "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
     "k": 5,
     "margin": 0.01,
