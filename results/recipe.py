@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils import store  # noqa: E402  the path comes first
 from dejavu_utils.attack import references, scoring  # noqa: E402
 from dejavu_utils.models import launch, pairs  # noqa: E402
+from results import evidence  # noqa: E402
 
 REPORT = HERE / "recipe"
 ORDER = ["criterion", "seed", "recipe"]
@@ -30,13 +30,6 @@ MEASURES = {
     "score_20": "score at p = 20 %",
     "held_out": "probe, held-out accuracy",
 }
-
-
-def plan() -> dict:
-    """Return the block of results/plan_recipe.md."""
-    text = (HERE / "plan_recipe.md").read_text()
-    block = text.split("```yaml\n")[1].split("```")[0]
-    return yaml.safe_load(block)
 
 
 def one(plan: dict, criterion: str, seed: int, name: str, folder: Path) -> dict:
@@ -173,7 +166,7 @@ Made by `results/recipe.py report` from [scores.csv](scores.csv), a row a pair o
 
 def kept() -> str:
     """Return the generated part of results/recipe/README.md, from the table beside it."""
-    return block(pd.read_csv(REPORT / "scores.csv"), plan())
+    return block(pd.read_csv(REPORT / "scores.csv"), evidence.plan("recipe"))
 
 
 def report(folder: Path) -> None:
@@ -186,7 +179,7 @@ def report(folder: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Do what the command line says."""
-    known = plan()
+    known = evidence.plan("recipe")
     folder = store.runs("recipe")
     if arguments[:1] == ["run"]:
         seeds = [int(seed) for seed in arguments[1:]] or known["seeds"]

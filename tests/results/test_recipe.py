@@ -5,7 +5,7 @@ the numbers.
 import pandas as pd
 import pytest
 
-from results import recipe
+from results import evidence, recipe
 
 SMALL = {"projector": "16-16", "batch": 16}
 TINY = {
@@ -18,7 +18,7 @@ TINY = {
     "dataset": "scenes",
     "rho": 0.2,
     "sizes": {"classes": 4, "attacked": 16, "shared": 0, "public": 20, "probe": 10, "control": 10},
-    "crop": {"kind": "periphery", "rule": "paper", "min_side": 8},
+    "crop": {"kind": "periphery", "min_side": 8},
     "k": 5,
     "margin": 0.01,
 }
@@ -37,7 +37,7 @@ def _table(gain: float, criteria=("vicreg", "simclr"), seeds=range(20, 28)) -> p
 
 
 def _said(table: pd.DataFrame) -> str:
-    return recipe.verdict(recipe.differences(table), recipe.plan())
+    return recipe.verdict(recipe.differences(table), evidence.plan("recipe"))
 
 
 def test_a_recipe_that_scores_the_same_is_not_inferior():
@@ -55,7 +55,7 @@ def test_there_is_no_verdict_before_every_seed_is_there(table):
 
 
 def test_the_page_quotes_means_and_the_ratio_of_times():
-    text = recipe.block(_table(0.02), recipe.plan())
+    text = recipe.block(_table(0.02), evidence.plan("recipe"))
     assert "| simclr | déjà vu score | 0.080 | 0.100 | +0.020 |" in text
     assert "40 processor seconds instead of 80 (medians); within a seed it is 2.0 times" in text
 
