@@ -46,7 +46,7 @@ LATER = [
 ]
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES, SETTINGS  # noqa: E402  the path comes first
-from results import claims, seeds  # noqa: E402
+from results import claims, recipe, seeds  # noqa: E402
 
 
 def copy(profile: str, changes: str = "") -> None:
@@ -593,6 +593,7 @@ WHOLE: dict[str, Callable[[], str]] = {
     "controls": controls_block,
     "coverage": coverage,
     "coverage-line": coverage_line,
+    "recipe": recipe.kept,
 }
 BLOCK = re.compile(r"<!-- results:(\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -25,7 +25,7 @@ def vicreg(
     """
     agree = F.mse_loss(z1, z2)
     hinge = sum(F.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean() for z in (z1, z2)) / 2
-    decorrelate = sum(_off_diagonal(torch.cov(z.T)).pow(2).sum() / z.shape[1] for z in (z1, z2))
+    decorrelate = sum(_covariance_penalty(z) for z in (z1, z2))
     return invariance * agree + variance * hinge + covariance * decorrelate
 
 
@@ -36,9 +36,10 @@ def barlow_twins(z1: Tensor, z2: Tensor, redundancy: float = 0.0051) -> Tensor:
     cross-correlation over the batch, each view standardised by its own mean and deviation.
     """
     z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
-    correlation = z1.T @ z2 / len(z1)
-    invariance = (1 - torch.diagonal(correlation)).pow(2).sum()
-    return invariance + redundancy * _off_diagonal(correlation).pow(2).sum()
+    diagonal = (z1 * z2).mean(0)  # (d,) C_ii
+    invariance = (1 - diagonal).pow(2).sum()
+    off_diagonal = _sum_of_squares(z1, z2) / len(z1) ** 2 - diagonal.pow(2).sum()
+    return invariance + redundancy * off_diagonal
 
 
 def simclr(z1: Tensor, z2: Tensor, temperature: float = 0.15) -> Tensor:
@@ -90,5 +91,21 @@ def supervised(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
-def _off_diagonal(matrix: Tensor) -> Tensor:
-    return matrix - torch.diag(torch.diagonal(matrix))
+def _covariance_penalty(z: Tensor) -> Tensor:
+    """Return c(z) of VICReg: the sum of the squared covariances of different dimensions, over d."""
+    n, d = z.shape
+    centred = z - z.mean(0)  # (n, d)
+    every = _sum_of_squares(centred, centred) / (n - 1) ** 2
+    return (every - z.var(0).pow(2).sum()) / d
+
+
+def _sum_of_squares(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of the squared entries of x.T @ y (d, d), for x and y (n, d).
+
+    It equals the sum of (x @ x.T) * (y @ y.T): where a batch is smaller than the projector is wide,
+    those (n, n) products are the cheaper way.
+    """
+    n, d = x.shape
+    if n >= d:
+        return (x.T @ y).pow(2).sum()
+    return ((x @ x.T) * (y @ y.T)).sum()

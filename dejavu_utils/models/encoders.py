@@ -31,8 +31,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
 def small(width: int = 48) -> nn.Sequential:
@@ -44,6 +44,23 @@ def small(width: int = 48) -> nn.Sequential:
         Block(width, width, 1),
         Block(width, 2 * width, 2),
         Block(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def patch(width: int = 64) -> nn.Sequential:
+    """Return one residual block on patches of 4 px, for small images on a CPU: (n, 3, s, s) ->
+    (n, 2 * width).
+
+    Most of the time that `small` takes goes into its layers at half of the image's resolution; this
+    trunk has none.
+    """
+    return nn.Sequential(
+        nn.Conv2d(3, width, 4, 4, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        Block(width, 2 * width, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
@@ -126,14 +143,17 @@ def _timm(spec: str, name: str, options: dict, image_size: int) -> nn.Module:
 def trunk(spec: str, image_size: int = 224) -> nn.Module:
     """Return the trunk that `spec` names, with random weights: (n, 3, s, s) -> (n, d).
 
-    "small48" is the small CPU net of width 48. A torchvision ResNet goes by its name, "-s" adds the
-    small-image stem: "resnet18-s", "resnet101". Any other name is timm's, with options for its
-    constructor after a colon: "vit_small_patch16_224", "vit_tiny_patch16_224:patch_size=4" (a ViT
-    on 32 px). `image_size` (px) matters only to models with position embeddings. ValueError names
-    what is known, nearest names first.
+    "small48" is the small CPU net of width 48, "patch64" the one on patches of width 64. A
+    torchvision ResNet goes by its name, "-s" adds the small-image stem: "resnet18-s", "resnet101".
+    Any other name is timm's, with options for its constructor after a colon:
+    "vit_small_patch16_224", "vit_tiny_patch16_224:patch_size=4" (a ViT on 32 px). `image_size` (px)
+    matters only to models with position embeddings. ValueError names what is known, nearest names
+    first.
     """
     if match := re.fullmatch(r"small(\d+)", spec):
         return small(int(match[1]))
+    if match := re.fullmatch(r"patch(\d+)", spec):
+        return patch(int(match[1]))
     known = _torchvision_names()
     if (match := re.fullmatch(r"(\w+?)(-s)?", spec)) and match[1] in known:
         return _torchvision_resnet(match[1], small_images=bool(match[2]))
@@ -143,14 +163,13 @@ def trunk(spec: str, image_size: int = 224) -> nn.Module:
     if timm.is_model(name):
         return _timm(spec, name, _options(spec, options), image_size)
     near = difflib.get_close_matches(
-        name, dict.fromkeys(["small48", *known, *timm.list_models()]), n=4
+        name, dict.fromkeys(["small48", "patch64", *known, *timm.list_models()]), n=4
     )
     hint = f"nearest: {', '.join(near)}; " if near else ""
     raise ValueError(
-        f'encoder "{spec}" is not known: {hint}expected "small<width>", a torchvision ResNet such '
-        "as "
-        '"resnet18", "resnet18-s" (3x3 stem), "resnet101", or a timm model such as '
-        '"vit_tiny_patch16_224"'
+        f'encoder "{spec}" is not known: {hint}expected "small<width>", "patch<width>", a '
+        'torchvision ResNet such as "resnet18", "resnet18-s" (3x3 stem), "resnet101", or a timm '
+        'model such as "vit_tiny_patch16_224"'
     )
 
 

@@ -12,6 +12,10 @@ def test_small_trunk_width():
     assert trunk("small8")(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
 
 
+def test_patch_trunk_width():
+    assert trunk("patch8")(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+
+
 def test_resnet_is_torchvisions():
     ours, theirs = trunk("resnet18"), torchvision.models.resnet18(zero_init_residual=True)
     theirs.fc = torch.nn.Identity()
