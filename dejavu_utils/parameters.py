@@ -18,7 +18,7 @@ from dejavu_utils.models import recipe
 # Dicts whose names belong to somebody else (a criterion, `mitigation`), who checks them.
 OPEN = {"constants", "trained"}
 # Lists of which the first entry or the last has a meaning of its own; every other may be empty.
-FILLED = {"seeds", "rhos", "criteria", "epochs", "top_p", "conditions", "channels"}
+FILLED = {"seeds", "rhos", "criteria", "epochs", "top_p", "conditions", "channels", "blocks"}
 
 
 class ParameterError(ValueError):

@@ -62,7 +62,6 @@ VISSL = {
     "recipe": {"engine": "vissl", "encoder": "resnet50", "optimizer": "sgd", "lr": 0.3},
 }
 NEEDS = {
-    "rcdm": ("diffusers",),
     "vissl": ("vissl", "pkg_resources"),
 }  # modules that a bare machine may lack
 

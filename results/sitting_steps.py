@@ -46,7 +46,7 @@ FULL = {
     "encoder": ["resnet101", "8192-8192-8192", 224, 2000],
     "race": {"encoder": "resnet18-s", "projector": "512-128", "size": 32, "batch": 512},
     "race_side": 32,
-    "decoder": {"channels": [128, 256, 256], "layers": 2, "attention": [16], "average": 0.999},
+    "decoder": {"channels": [128, 256, 256], "blocks": [2, 2, 2], "attention": [16]},
     "decoder_size": 64,
     "decoder_batch": 128,
     "sampling": {"steps": 25, "guidance": 3.0},
@@ -63,7 +63,7 @@ TINY = FULL | {
     "neighbours": 3,
     "encoder": ["small4", "16-16", 32, 20],
     "race": {"encoder": "small4", "projector": "16-16", "size": 32, "batch": 16},
-    "decoder": {"channels": [8, 16], "timesteps": 20},
+    "decoder": {"channels": [8, 16], "blocks": [1, 1]},
     "decoder_size": 16,
     "decoder_batch": 16,
     "sampling": {"steps": 2, "guidance": 3.0},
@@ -697,7 +697,7 @@ def _decoder_recipe(place: Place):
     return dataclasses.replace(
         _recipe(place, small),
         criterion="rcdm",
-        lr=0.0008,
+        lr=0.002,
         constants=how["decoder"] | {"conditions": ["projector"]},
     )
 

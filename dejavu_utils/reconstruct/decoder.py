@@ -1,72 +1,41 @@
-"""Decoders: a diffusion U-Net that samples pictures with a given representation (RCDM, Bordes et
-al. 2022; paper §5).
+"""Decoders: networks that turn noise into pictures with a given representation (after RCDM, Bordes
+et al. 2022; paper §5).
 
-The representation enters where the time does: standardised, through one linear layer, it is added
-to the embedding of the time. U-Net, noise schedules, samplers and the moving average are
-diffusers'; the loop, the format on disk and exact resume are those of `train`.
+A picture x is mixed with Gaussian noise, (1 - t) x + t noise at time t from 0 to 1, and the network
+predicts x. The representation enters where the time does: standardised, through one linear layer,
+it is added to the embedding of the time. The loop, the format on disk and exact resume are those of
+`train`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    UNet2DModel,
-)  # lazy inside: two threads would race
-from diffusers.training_utils import EMAModel
+from timm.optim import Muon
 from torch import Tensor, nn
 
 from dejavu_utils import store
 from dejavu_utils.models import own_format, train
+from dejavu_utils.reconstruct.unet import UNet
 
 # The representations that each condition is made of.
 PARTS = {"projector": ("projector",), "backbone": ("backbone",), "both": ("projector", "backbone")}
 # The constants of a decoder's recipe, for two CPU cores; the profile `imagenet` has the paper's.
 NET = {
-    "channels": [64, 128],  # width at each resolution, halved from one to the next
-    "layers": 1,  # residual blocks at each
+    "channels": [64, 192],  # width at each resolution, halved from one to the next
+    "blocks": [1, 2],  # residual blocks at each
     "attention": [],  # resolutions, px, with self-attention
     "patch": 2,  # px: squares of so many pixels become channels, four times less work at 2
-    "timesteps": 1000,  # of the diffusion in training
-    # of the noise, see diffusers.DDPMScheduler; the paper's is "linear"
-    "schedule": "squaredcos_cap_v2",
-    "predicts": "v_prediction",  # or "epsilon", the noise
-    "average": 0.995,  # decay of the moving average of the weights, which is what is kept
     "conditions": ["projector", "backbone", "both"],  # that it learns, each as often, see PARTS
     "unconditional": 0.1,  # share of the pictures that are learned without any, for guidance
 }
+VECTOR = 256  # width of the embedding of time and representation
+EARLIEST = 0.1  # times below count as this one in the loss: at 0 its weight would have no bound
 
 Representations = dict[str, Tensor]  # {"projector": (n, d), "backbone": (n, d)}, or one of them
-
-
-def _unet(
-    size: int, channels: Sequence[int], layers: int, attention: Sequence[int], patch: int
-) -> UNet2DModel:
-    """Return diffusers' U-Net for `size`-px pictures folded into patches, with room for a
-    condition.
-    """
-    sides = [size // patch >> level for level in range(len(channels))]
-    kinds = ["Attn" if side * patch in attention else "" for side in sides]
-    return UNet2DModel(
-        sample_size=sides[0],
-        in_channels=3 * patch**2,
-        out_channels=3 * patch**2,
-        block_out_channels=tuple(channels),
-        layers_per_block=layers,
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-        add_attention=bool(kinds[-1]),
-        attention_head_dim=min(64, channels[0]),
-        norm_num_groups=min(32, channels[0] // 4),
-        resnet_time_scale_shift="scale_shift",
-        class_embed_type="identity",
-    )
 
 
 class Decoder(nn.Module):
@@ -80,17 +49,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.size = size
         self.constants = _checked(constants)
-        self.net = _unet(
+        self.net = UNet(
             size,
             self.constants["channels"],
-            self.constants["layers"],
+            self.constants["blocks"],
             self.constants["attention"],
             self.constants["patch"],
+            VECTOR,
         )
-        self.inner = self.net.time_embedding.linear_2.out_features
+        self.time = nn.Sequential(nn.Linear(64, VECTOR), nn.SiLU(), nn.Linear(VECTOR, VECTOR))
         self.parts = nn.ModuleDict()
         for name in sorted(widths):  # one order, whoever asks: equal seeds make equal weights
-            self.parts[name] = nn.Linear(widths[name], self.inner)
+            self.parts[name] = nn.Linear(widths[name], VECTOR)
             self.register_buffer(f"mean_{name}", torch.zeros(widths[name]))
             self.register_buffer(f"std_{name}", torch.ones(widths[name]))
 
@@ -100,22 +70,6 @@ class Decoder(nn.Module):
             getattr(self, f"mean_{name}").copy_(values.mean(0))
             getattr(self, f"std_{name}").copy_(values.std(0).clamp(min=1e-6))
 
-    def condition(
-        self, representations: Representations, weights: dict[str, Tensor], like: Tensor
-    ) -> Tensor:
-        """Return what is added to the embedding of the time (n, inner), on the device of `like`.
-
-        `weights` (n,) of each representation is 1 where it counts, 0 where the picture is sampled
-        without.
-        """
-        total = like.new_zeros(len(like), self.inner)
-        for name, layer in self.parts.items():
-            if name in representations:
-                mean, std = getattr(self, f"mean_{name}"), getattr(self, f"std_{name}")
-                standard = (representations[name] - mean) / std  # (n, d)
-                total = total + weights[name][:, None] * layer(standard)
-        return total
-
     def forward(
         self,
         noisy: Tensor,
@@ -123,34 +77,25 @@ class Decoder(nn.Module):
         representations: Representations,
         weights: dict[str, Tensor],
     ) -> Tensor:
-        """Return the prediction (n, 3, s, s) for noisy pictures at `time` (n,), see `condition`."""
-        added = self.condition(representations, weights, noisy)  # (n, inner)
-        layout = torch.contiguous_format
-        if noisy.is_cuda:
-            layout = torch.channels_last  # the faster one for group norms
-        patch = self.constants["patch"]
-        folded = F.pixel_unshuffle(noisy, patch).contiguous(memory_format=layout)
-        predicted = self.net(folded, time, added).sample  # (n, 3 patch², s / patch, s / patch)
-        return F.pixel_shuffle(predicted, patch).float()
+        """Return the clean pictures (n, 3, s, s) that it predicts for noisy ones at `time` (n,).
 
-    def noise_schedule(self) -> DDPMScheduler:
-        """Return how noise is added in training."""
-        return DDPMScheduler(**self._schedule())
+        `weights` (n,) of each representation is 1 where it counts, 0 where the picture is predicted
+        without.
+        """
+        vector = self.time(_waves(time))  # (n, VECTOR)
+        for name, values in representations.items():
+            mean = getattr(self, f"mean_{name}")
+            std = getattr(self, f"std_{name}")
+            added = self.parts[name]((values - mean) / std)  # (n, VECTOR)
+            vector = vector + weights[name][:, None] * added
+        return self.net(noisy, F.silu(vector)).float()
 
-    def sampler(self, steps: int, device: str = "cpu") -> DPMSolverMultistepScheduler:
-        """Return DPM-Solver++, which samples in few steps."""
-        sampler = DPMSolverMultistepScheduler(
-            **self._schedule(), lambda_min_clipped=-5.1, timestep_spacing="trailing"
-        )
-        sampler.set_timesteps(steps, device=device)
-        return sampler
 
-    def _schedule(self) -> dict:
-        return {
-            "num_train_timesteps": self.constants["timesteps"],
-            "beta_schedule": self.constants["schedule"],
-            "prediction_type": self.constants["predicts"],
-        }
+def _waves(time: Tensor) -> Tensor:
+    """Return sines and cosines (n, 64) of times (n,), from slow to fast."""
+    frequencies = torch.logspace(0, 3, 32, device=time.device)
+    angles = time[:, None] * frequencies  # (n, 32)
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _checked(constants: dict) -> dict:
@@ -164,39 +109,45 @@ def _checked(constants: dict) -> dict:
         raise ValueError(
             f"decoder: conditions {known['conditions']}; expected some of {', '.join(PARTS)}."
         )
+    if len(known["channels"]) != len(known["blocks"]):
+        raise ValueError(
+            f"decoder: channels {known['channels']} and blocks {known['blocks']}; expected one of "
+            "each for every resolution."
+        )
     return known
 
 
+def mix(pictures: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """Return pictures (n, 3, s, s) with noise at times (n,): the picture at 0, noise alone at 1."""
+    time = time[:, None, None, None]
+    return (1 - time) * pictures + time * noise
+
+
 class Denoiser(nn.Module):
-    """What a decoder needs while it learns: the loss of a batch of pictures with noise, and a
-    moving average.
-    """
+    """What a decoder needs while it learns: the loss of a batch of pictures with noise."""
 
     def __init__(self, decoder: Decoder, bf16: bool) -> None:
         super().__init__()
         self.decoder = decoder
         self.bf16 = bf16
-        self.noise = decoder.noise_schedule()
-        self.average = EMAModel(
-            decoder.parameters(), decay=decoder.constants["average"], foreach=True
-        )
 
     def forward(self, views: list[Tensor], given: tuple, share: float) -> Tensor:
         """Return the mean squared error: `views` are pictures in [-1, 1] and noise, `given` (time,
         representations, weights).
+
+        Divided by the time squared it is that of the velocity, noise - picture, which flow matching
+        learns.
         """
         pictures, noise = views  # (n, 3, s, s) each
         time, representations, weights = given
-        noisy = self.noise.add_noise(pictures, noise, time)
-        target = noise
-        if self.decoder.constants["predicts"] == "v_prediction":
-            target = self.noise.get_velocity(pictures, noise, time)
+        noisy = mix(pictures, noise, time)
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16):
             predicted = self.decoder(noisy, time, representations, weights)
-        return F.mse_loss(predicted, target)
+        error = (predicted - pictures).square().mean((1, 2, 3))  # (n,)
+        return (error / time.clamp(min=EARLIEST).square()).mean()
 
     def after_step(self, share: float) -> None:
-        self.average.step(self.decoder.parameters())
+        """Do nothing: the weights that are kept are the last ones."""
 
 
 class Batches:
@@ -234,10 +185,11 @@ class Batches:
             rows = rows.to(self.pixels.device)
             pictures = self.pixels[rows].to(self.device).float() / 127.5 - 1  # in [-1, 1]
             noise = torch.randn(pictures.shape, generator=rng, device=rng.device)
-            time = self._integers(rng, self.constants["timesteps"], n)
+            # Most of them in the middle, where it is decided what a picture shows.
+            time = torch.randn(n, generator=rng, device=rng.device).sigmoid()
 
             without = len(self.constants["conditions"])
-            kind = self._integers(rng, without, n)
+            kind = torch.randint(without, (n,), generator=rng, device=rng.device)
             chance = torch.rand(n, generator=rng, device=rng.device)
             kind = torch.where(chance < self.constants["unconditional"], without, kind)
             weights = {name: weight[kind] for name, weight in self.weights.items()}
@@ -247,13 +199,10 @@ class Batches:
             }
             yield [pictures, noise], (time, given, weights)
 
-    def _integers(self, rng: torch.Generator, below: int, n: int) -> Tensor:
-        return torch.randint(below, (n,), generator=rng, device=rng.device)
-
 
 def _representations(tensors: dict[str, Tensor]) -> Representations:
-    """Return what a public set's tensors hold besides the pixels."""
-    return {name: values for name, values in tensors.items() if name != "pixels"}
+    """Return what a public set's tensors hold besides pixels and labels."""
+    return {name: tensors[name] for name in PARTS["both"] if name in tensors}
 
 
 class Training(train.Training):
@@ -282,39 +231,33 @@ class Training(train.Training):
             torch.manual_seed(train.stream(seed, "weights").initial_seed())
             decoder = Decoder(widths, recipe.size, recipe.constants)
         decoder.standardise(representations)
-        if device.startswith("cuda"):
-            decoder = decoder.to(device, memory_format=torch.channels_last)
+        decoder = decoder.to(device, memory_format=torch.channels_last)
 
         self.feed = Batches(tensors, recipe, decoder.constants, device)
         self.method = Denoiser(decoder, self.dtype == torch.bfloat16).train()
         self.model = self.method
         if recipe.compile:
             decoder.net.compile()
-        self.optimizer = train.make_optimizer(self.method, recipe)
+        self.optimizer = _optimizer(decoder, recipe)
 
     @property
     def encoder(self) -> Decoder:
-        """The network that is kept: the decoder with the moving average of its weights."""
-        kept = copy.deepcopy(self.method.decoder)
-        self.method.average.copy_to(kept.parameters())
-        return kept
+        """The network that is kept."""
+        return self.method.decoder
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that a resumed run needs: the method's, the optimiser's and the moving
-        average.
-        """
-        found = super().tensors()
-        for i, weights in enumerate(self.method.average.shadow_params):
-            found[f"average.{i}"] = weights
-        return found
 
-    def restore(self, tensors: dict[str, Tensor], epoch: int, where: str | Path) -> None:
-        """Continue from what `tensors()` returned at the end of `epoch`."""
-        others = {n: values for n, values in tensors.items() if not n.startswith("average.")}
-        super().restore(others, epoch, where)
-        for i, weights in enumerate(self.method.average.shadow_params):
-            weights.copy_(tensors[f"average.{i}"])
-        self.method.average.optimization_step = epoch * self.feed.steps
+def _optimizer(decoder: Decoder, recipe: train.Recipe) -> torch.optim.Optimizer:
+    """Return Muon of the weights between hidden layers, which learn faster with it, and AdamW of
+    the others.
+    """
+    outer = [decoder.net.conv_in, decoder.net.conv_out, decoder.time, decoder.parts]
+    others = {id(weight) for module in outer for weight in module.parameters()}
+    hidden = [weight for weight in decoder.parameters() if id(weight) not in others]
+    groups = [
+        {"params": hidden},
+        {"params": [w for w in decoder.parameters() if id(w) in others], "use_fallback": True},
+    ]
+    return Muon(groups, lr=0.0, weight_decay=recipe.weight_decay)
 
 
 def constants() -> dict[str, set[str]]:
@@ -361,7 +304,7 @@ def sample(
     decoder: Decoder,
     representations: Representations,
     samples: int = 1,
-    steps: int = 15,
+    steps: int = 10,
     guidance: float = 1.0,
     seed: int | str = 0,
     device: str = "cpu",
@@ -371,8 +314,8 @@ def sample(
     """Return pictures with the given representations: uint8 (n, samples, 3, s, s).
 
     Equal `seed` and `batch` start from equal noise, whatever the decoder; `precision` is a
-    recipe's. `guidance` g above 1 moves each step from the unconditional prediction u to u + g (c -
-    u). ValueError on representations that the decoder was not trained with.
+    recipe's. `guidance` g above 1 moves each prediction from the unconditional one u to
+    u + g (c - u). ValueError on representations that the decoder was not trained with.
     """
     known = [set(PARTS[kind]) for kind in decoder.constants["conditions"]]
     if set(representations) not in known:
@@ -380,20 +323,20 @@ def sample(
             f"decoder.sample: given {', '.join(representations) or 'nothing'}; this decoder was "
             f"trained with the conditions {', '.join(decoder.constants['conditions'])}."
         )
-    decoder = decoder.to(device)
+    decoder = decoder.to(device, memory_format=torch.channels_last)
     rng = train.stream(seed, "sample")
     bf16 = train.precision(precision, device) == torch.bfloat16
+    times = torch.linspace(1, 0, steps + 1, device=device)
 
     n = len(next(iter(representations.values())))
     found = []
     for rows in torch.arange(n).repeat_interleave(samples).split(batch):
         given = {name: values[rows].to(device) for name, values in representations.items()}
         x = torch.randn(len(rows), 3, decoder.size, decoder.size, generator=rng).to(device)
-        sampler = decoder.sampler(steps, device)
-        for time in sampler.timesteps:
+        for time, after in zip(times[:-1], times[1:], strict=True):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                predicted = guided(decoder, x, time, given, guidance)
-            x = sampler.step(predicted, time, x).prev_sample
+                clean = guided(decoder, x, time, given, guidance)
+            x = clean + after / time * (x - clean)  # so much of the noise is left
         found.append(to_pixels(x).cpu())
     return torch.cat(found).unflatten(0, (-1, samples))
 

@@ -1,7 +1,7 @@
 """Reconstruction: from a background crop's representation to a picture, under target and reference
 (the paper's §5).
 
-The encoder embeds the crop; a decoder that was trained on the public set X, and on nothing else,
+The encoder embeds the crop; a decoder that was trained on public pictures, and on nothing else,
 samples pictures that have this representation. A classifier that knows neither encoder nor decoder
 says what they show.
 """
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dejavu_utils import store
 from dejavu_utils.attack import crops, inference, knn, references
+from dejavu_utils.data import datasets
 from dejavu_utils.data.images import Images, threads
 from dejavu_utils.models import pairs, train
 from dejavu_utils.reconstruct import classifier, decoder
@@ -60,9 +62,10 @@ def prepare(
     """Return the decoders and the classifier of a pair whose encoders are trained; they are not
     trained yet.
 
-    `options`: epochs, batch, lr (per 256 images), size (px), classifier_epochs, and any of
-    `decoder.NET`; `sampling`: steps, guidance, samples (of each image), neighbours (that are
-    averaged). ValueError if X holds an image of A, B, the shared part or the control set.
+    `options`: epochs, batch, lr (per 256 images), size (px), extra (scenes a class that are made
+    beside X), classifier_epochs, and any of `decoder.NET`; `sampling`: steps, guidance, samples (of
+    each image), neighbours (that are averaged). ValueError if X holds an image of A, B, the shared
+    part or the control set.
     """
     _check_public(pair.parts)
     changed = {name: value for name, value in options.items() if name in decoder.NET}
@@ -80,7 +83,7 @@ def prepare(
     )
     jobs = {}
     for model in ("A", "B"):
-        source = _public_set(pair, model, epoch, options["size"], folder / "pixels", device)
+        source = _public_set(pair, model, epoch, options, folder / "pixels", device)
         key = store.key(
             pixels=store.verify(source)["sha256"],  # equal bytes, equal decoder, whoever wrote them
             recipe=recipe,
@@ -108,30 +111,55 @@ def _check_public(parts: dict) -> None:
 
 
 def _public_set(
-    pair: pairs.Pair, model: str, epoch: int, size: int, folder: Path, device: str
+    pair: pairs.Pair, model: str, epoch: int, options: dict, folder: Path, device: str
 ) -> Path:
-    """Return the file that decoder A (B) learns from: pixels of X and their representations under
-    encoder A (B).
+    """Return the file that decoder A (B) learns from: pixels and labels of X, and of extra scenes,
+    and their representations under encoder A (B).
     """
     public = pair.parts["public"]
     key = store.key(
         images=public.digest,
         encoder=Path(pair.jobs[model].folder).name,
         epoch=epoch,
-        size=size,
+        size=options["size"],
+        extra=options["extra"],
         code=store.code_version(references.__name__),
     )
     path = folder / f"public-{key}.safetensors"
 
     def write() -> None:
+        parts = [public]
+        if (
+            options["extra"] and "shade" in public.attributes
+        ):  # only of scenes there are always more
+            parts.append(_extra_scenes(pair, options["extra"]))
+
+        tensors = {
+            "pixels": torch.cat([images.squares(options["size"]) for images in parts]),
+            "labels": torch.from_numpy(np.concatenate([images.labels for images in parts])),
+        }
         encoder = {model: pair.encoder(model, epoch)}
-        found = references.embed_images(encoder, public, pair.size(), LAYERS, device=device)
-        tensors = {layer: found[layer][model] for layer in LAYERS}
-        tensors["pixels"] = public.squares(size)
+        found = [
+            references.embed_images(encoder, images, pair.size(), LAYERS, device=device)
+            for images in parts
+        ]
+        for layer in LAYERS:
+            tensors[layer] = torch.cat([each[layer][model] for each in found])
         store.write_tensors(path, tensors, pair.setting | {"epoch": epoch, "images": "public"})
 
     store.once(path, write)
     return path
+
+
+def _extra_scenes(pair: pairs.Pair, per_class: int) -> Images:
+    """Return scenes of the same kind as X, but of a seed of their own: in no set of the pair."""
+    return datasets.read(
+        "scenes",
+        classes=len(pair.parts["public"].classes),
+        per_class=per_class,
+        rho=pair.setting["rho"],
+        seed=f"{pair.setting['seed']}/decoder",
+    )
 
 
 def representations(
@@ -300,14 +328,24 @@ def gallery(
     "nearest target" and "nearest reference" the nearest public image and its label.
     """
     pair = reconstructor.pair
-    rows = references.neighbours(pair, reconstructor.epoch, ids, 1)
-    for name, row in zip(ids, rows, strict=True):
+    rows = []
+    for name in ids:
         side = "a" if name in pair.parts["a"].ids else "b"
         one = pair.parts[side].subset(pair.parts[side].ids == name)
         rects, _ = crops.background(one, pair.crop)
+        size = reconstructor.classifier.job.recipe.size
+        row = {
+            "crop": one.squares(size, rects)[0],
+            "image": one.squares(size)[0],
+            "name": one.classes[one.labels[0]],
+        }
         for role, model in zip(("target", "reference"), "AB" if side == "a" else "BA", strict=True):
             sampled = pictures(reconstructor, condition, one, rects, model, samples, device)[0]
             names = [one.classes[i] for i in reconstructor.classifier.classes(sampled, device)]
-            row[f"nearest {role}"] = row[role]
             row[role] = list(zip(sampled, names, strict=True))
+
+            _, bank, nearest = _nearest(reconstructor, one, rects, model, device)
+            first = nearest[0, 0]
+            row[f"nearest {role}"] = [(bank["pixels"][first], one.classes[bank["labels"][first]])]
+        rows.append(row)
     return rows

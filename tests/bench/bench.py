@@ -83,7 +83,7 @@ def sizes(device: str) -> dict:
             "decoder": {
                 "size": 64,
                 "channels": [128, 256, 256],
-                "layers": 2,
+                "blocks": [2, 2, 2],
                 "attention": [16],
                 "steps": 8,
                 "guidance": 3.0,
@@ -108,11 +108,12 @@ def sizes(device: str) -> dict:
         "shapes": [[600, 2000, 512], [2000, 20000, 512], [500, 5000, 2048], [5000, 50000, 256]],
         "decoder": {
             "size": 32,
-            "steps": 8,
-            "guidance": 3.0,
+            "steps": 10,
+            "guidance": 2.0,
             "pictures": 64,
             "batch": 64,
-            "channels": [64, 128],
+            "channels": [64, 192],
+            "blocks": [1, 2],
         },
     }
 

@@ -143,15 +143,8 @@ def _sampling(device: str, sizes: dict) -> dict:
         device,
         sizes["repeats"],
     )
-    inner, patch = net.net.time_embedding.linear_2.out_features, net.constants["patch"]
-    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
-    folded = torch.randn(batch, 3 * patch**2, size // patch, size // patch, device=device).to(
-        memory_format=layout
-    )
-    time, condition = (
-        torch.full((batch,), 500, device=device),
-        torch.randn(batch, inner, device=device),
-    )
+    noise = torch.randn(batch, 3, size, size, device=device)
+    vector = torch.randn(batch, decoder.VECTOR, device=device)
     passes = (
         pictures // batch * steps * (1 if guidance == 1 else 2)
     )  # guidance predicts with and without condition
@@ -160,7 +153,7 @@ def _sampling(device: str, sizes: dict) -> dict:
     def alone():
         with _autocast(device):
             for _ in range(passes):
-                net.net(folded, time, condition)
+                net.net(noise, vector)
 
     limit = bench_common.best(alone, device, sizes["repeats"])
     return {"value": pictures / took, "limit": pictures // batch * batch / limit}

@@ -15,7 +15,7 @@ from dejavu_utils.models import launch, train
 from dejavu_utils.models.jobs import read_log
 from dejavu_utils.reconstruct import decoder
 
-TINY = {"channels": [16, 16], "patch": 2, "conditions": ["projector", "both"], "average": 0.9}
+TINY = {"channels": [16, 16], "blocks": [1, 1], "conditions": ["projector", "both"]}
 WHERE = [
     (slice(0, 8), slice(0, 8)),
     (slice(0, 8), slice(8, 16)),
@@ -152,14 +152,19 @@ def test_condition_names_and_constants_are_checked(trained):
         decoder.Decoder({"projector": 4}, 16, {"conditions": ["proj"]})
     with pytest.raises(ValueError, match="width is no constant of it; it has channels"):
         decoder.Decoder({"projector": 4}, 16, {"width": 4})
+    with pytest.raises(
+        ValueError, match=r"channels \[4, 8\] and blocks \[1\]; expected one of each"
+    ):
+        decoder.Decoder({"projector": 4}, 16, {"channels": [4, 8], "blocks": [1]})
     with pytest.raises(ValueError, match="32 public pictures for batches of 64. Lower batch"):
         decoder.Training(_tensors(), _recipe(batch=64), 1, 0)
 
 
 def test_a_condition_that_is_not_given_does_not_matter():
     """With weight 0 the representation must not reach the picture, with weight 1 it must."""
-    training = decoder.Training(_tensors(), _recipe(), 1, 0)
-    training.run_epoch()
+    training = decoder.Training(_tensors(), _recipe(), 4, 0)
+    for _ in range(2):  # what starts at zero is no longer
+        training.run_epoch()
     x, told = (
         torch.zeros(2, 3, 16, 16),
         {"projector": torch.eye(4)[:2], "backbone": torch.randn(2, 6)},
@@ -167,7 +172,7 @@ def test_a_condition_that_is_not_given_does_not_matter():
     other = told | {"backbone": torch.randn(2, 6)}
     for weight, same in ((0.0, True), (1.0, False)):
         chosen = {"projector": torch.ones(2), "backbone": torch.full((2,), weight)}
-        found = [training.encoder(x, torch.full((2,), 500), each, chosen) for each in (told, other)]
+        found = [training.encoder(x, torch.full((2,), 0.5), each, chosen) for each in (told, other)]
         assert torch.equal(*found) == same
 
 
@@ -202,17 +207,19 @@ def test_resuming_at_any_epoch_gives_the_same_bits():
         )
 
 
-def test_the_moving_average_is_kept_not_the_last_weights():
-    training = decoder.Training(_tensors(), _recipe(), 2, 0)
-    training.run_epoch()
-    last, kept = training.method.decoder, training.encoder
-    assert not torch.equal(last.net.conv_in.weight, kept.net.conv_in.weight)
-    assert torch.equal(
-        kept.net.conv_in.weight,
-        training.method.average.shadow_params[
-            [name for name, _ in last.named_parameters()].index("net.conv_in.weight")
-        ],
-    )
+def test_noise_grows_with_time():
+    pictures = torch.ones(3, 3, 2, 2)
+    noise = torch.full((3, 3, 2, 2), -1.0)
+    noisy = decoder.mix(pictures, noise, torch.tensor([0.0, 0.25, 1.0]))
+    assert noisy[:, 0, 0, 0].tolist() == [1, 0.5, -1]
+
+
+def test_sampling_ends_at_what_the_decoder_predicts(trained, monkeypatch):
+    """At the last step no noise is left: one prediction for all times gives that very picture."""
+    grey = torch.full((1, 3, 16, 16), 0.2)
+    monkeypatch.setattr(trained, "forward", lambda x, *rest: grey.expand_as(x))
+    drawn = decoder.sample(trained, {"projector": torch.eye(4)[:2]}, steps=5)
+    assert (drawn == 153).all()  # (0.2 + 1) * 127.5
 
 
 def test_sigkill_loses_nothing_but_time(tmp_path):
@@ -266,23 +273,19 @@ def test_launch_trains_a_decoder_and_load_gives_it_back(tmp_path):
 
 def test_the_paper_s_net_can_be_built():
     """At 128 px, with attention at 32, 16 and 8: shapes only, nothing is computed."""
+    constants = {
+        "channels": [256, 256, 512, 768, 1024],
+        "blocks": [2, 2, 2, 2, 2],
+        "attention": [32, 16, 8],
+        "patch": 1,
+        "conditions": ["both"],
+    }
     with torch.device("meta"):
-        net = decoder.Decoder(
-            {"projector": 8192, "backbone": 2048},
-            128,
-            {
-                "channels": [256, 256, 512, 768, 1024],
-                "layers": 2,
-                "attention": [32, 16, 8],
-                "patch": 1,
-                "schedule": "linear",
-                "predicts": "epsilon",
-                "conditions": ["both"],
-            },
-        )
-    kinds = [type(block).__name__ for block in net.net.down_blocks]
-    assert (
-        kinds == ["DownBlock2D"] * 2 + ["AttnDownBlock2D"] * 3
-        and net.net.mid_block.attentions[0] is not None
-    )
-    assert 3e8 < sum(p.numel() for p in net.parameters()) < 6e8
+        net = decoder.Decoder({"projector": 8192, "backbone": 2048}, 128, constants)
+        both = {"projector": torch.zeros(1, 8192), "backbone": torch.zeros(1, 2048)}
+        weights = dict.fromkeys(both, torch.ones(1))
+        predicted = net(torch.zeros(1, 3, 128, 128), torch.zeros(1), both, weights)
+    assert predicted.shape == (1, 3, 128, 128)
+    attends = [hasattr(stage[0].attention, "qkv") for stage in net.net.down]
+    assert attends == [False, False, True, True, True]
+    assert 1e8 < sum(p.numel() for p in net.parameters()) < 6e8

@@ -32,9 +32,10 @@ HOW = {
     "batch": 16,
     "lr": 0.01,
     "size": 16,
+    "extra": 4,
     "classifier_epochs": 1,
     "channels": [8, 8],
-    "timesteps": 60,
+    "blocks": [1, 1],
 }
 SAMPLING = {"steps": 2, "guidance": 1.0, "samples": 2, "neighbours": 3}
 
@@ -62,15 +63,21 @@ def _rects(reconstructor, side="a"):
     return crops.background(reconstructor.pair.parts[side], reconstructor.pair.crop)
 
 
-def test_decoders_learn_from_the_public_set_alone(reconstructor):
-    public = reconstructor.pair.parts["public"]
+def test_decoders_learn_from_public_pictures_alone(reconstructor):
+    """First X, then extra scenes, which are in no set; each with its own encoder's embeddings."""
+    parts = reconstructor.pair.parts
+    public = parts["public"]
+    known = {row.numpy().tobytes() for images in parts.values() for row in images.squares(16)}
     for model in "AB":
         stored = store.read_tensors(reconstructor.decoders[model].pixels)[0]
-        assert torch.equal(stored["pixels"], public.squares(16))
+        assert len(stored["pixels"]) == len(public) + 3 * 4
+        assert torch.equal(stored["pixels"][: len(public)], public.squares(16))
+        assert not known & {row.numpy().tobytes() for row in stored["pixels"][len(public) :]}
         own = references.embed_images(
             {model: reconstructor.pair.encoder(model, 0)}, public, 32, ("projector", "backbone")
         )
-        assert all(torch.equal(stored[layer], own[layer][model]) for layer in own)
+        for layer, by_model in own.items():
+            assert torch.equal(stored[layer][: len(public)], by_model[model])
     assert reconstructor.decoders["A"].folder != reconstructor.decoders["B"].folder
     assert reconstructor.decoders["A"].seed == reconstructor.decoders["B"].seed, (
         "alike in all but the encoder"
@@ -224,6 +231,10 @@ def test_the_gallery_names_what_the_classifier_reads(reconstructor, table):
         read = reconstructor.classifier.classes(torch.stack(pictures))
         classes = reconstructor.pair.parts["a"].classes
         assert list(names) == [classes[i] for i in read]
+        ((picture, name),) = row["nearest target"]
+        known = store.read_tensors(reconstructor.decoders["A"].pixels)[0]
+        where = (known["pixels"] == picture).flatten(1).all(1)
+        assert name in {classes[i] for i in known["labels"][where]}
     figure = plots.gallery(rows, 2, plots.SAMPLED)
     titles = [axis.get_title() for axis in figure.axes]
     assert {row["name"] for row in rows} <= set(titles)

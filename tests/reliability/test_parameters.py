@@ -17,7 +17,7 @@ SMALLEST = {
     "probe": {"augment": False},
     "views": 2,
     "shown": 2,
-    "decoder": {"epochs": 1, "batch": 8, "size": 16, "classifier_epochs": 1, "timesteps": 20},
+    "decoder": {"epochs": 1, "batch": 8, "size": 16, "classifier_epochs": 1},
     "sampling": {"steps": 2, "neighbours": 2},
 }
 VALUES = {
@@ -28,6 +28,7 @@ VALUES = {
     "top_p": (100, 50, 20, 1),
     "conditions": ("projector", "backbone", "both", "nearest"),
     "channels": (8, 16),
+    "blocks": (1, 2),
     "attention": (2, 4, 8),
     "layer": ("projector", "block1", "backbone"),
     "k": (1, 2, 3, 5, 8),
@@ -61,7 +62,11 @@ def parameters(stage, rng):
         elif name in SMALLEST:
             found[name] = SMALLEST[name]
     if "decoder" in found:
-        found["decoder"] |= {"channels": [8, 16], "conditions": ["projector", "backbone", "both"]}
+        found["decoder"] |= {
+            "channels": [8, 16],
+            "blocks": [1, 1],
+            "conditions": ["projector", "backbone", "both"],
+        }
     return {name: value for name, value in found.items() if value or isinstance(value, list)}
 
 

@@ -22,7 +22,6 @@ ABSENT = [
     "ipykernel",
     "jupyter_client",
     "nbformat",
-    "diffusers",
     "faiss",
     "vissl",
     "snakemake",
@@ -54,8 +53,7 @@ SIZES = {
 }
 DRAWN = (
     "recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.classifier_epochs=1 "
-    "decoder.timesteps=20 "
-    "decoder.channels=[8,16] decoder.layers=1 decoder.attention=[]"
+    "decoder.channels=[8,16] decoder.blocks=[1,1] decoder.attention=[]"
 )
 BENCH = " ".join(f"'bench.{name}={json.dumps(value)}'" for name, value in SIZES.items())
 
@@ -164,7 +162,7 @@ def test_bench_runs_on_a_bare_machine_and_leaves_its_table(tmp_path, reference):
     assert set(table["part"]) == {"training", "embedding", "k-NN", "sampling"}
     skipped = table[table["value"].isna()]
     assert set(skipped["note"]) == {
-        f"skipped: {name} is not installed" for name in ("lightly", "faiss", "sklearn", "diffusers")
+        f"skipped: {name} is not installed" for name in ("lightly", "faiss", "sklearn")
     }
     measured = table[table["value"].notna()]
     assert (measured["value"] > 0).all() and not table["note"].str.startswith(
@@ -199,7 +197,15 @@ OTHERS = (
     "many-100",
 )
 SAMPLED = json.dumps(
-    {"size": 16, "channels": [8, 16], "steps": 2, "guidance": 3.0, "pictures": 8, "batch": 8}
+    {
+        "size": 16,
+        "channels": [8, 16],
+        "blocks": [1, 1],
+        "steps": 2,
+        "guidance": 3.0,
+        "pictures": 8,
+        "batch": 8,
+    }
 )
 
 
@@ -213,9 +219,7 @@ SAMPLED = json.dumps(
     ],
 )
 def test_pieces_keep_to_one_device_on_a_pretended_gpu(tmp_path, reference, names, changes):
-    drawn = any(name.split("-")[0] in ("bench", "rcdm") for name in names)
-    absent = ["faiss", "lightly", "vissl"] if drawn else ABSENT
-    done = _run(tmp_path, "run", *names, changes=changes, absent=absent, before=GPU)
+    done = _run(tmp_path, "run", *names, changes=changes, absent=ABSENT, before=GPU)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     for name in names:
         assert store.verify(tmp_path / "out" / f"{name}.zip")["hardware"].endswith(
@@ -224,18 +228,13 @@ def test_pieces_keep_to_one_device_on_a_pretended_gpu(tmp_path, reference, names
 
 
 def test_a_piece_whose_modules_are_missing_is_left_out_unless_named(tmp_path):
-    named = _run(tmp_path, "run", "vicreg-100", "rcdm-100", "vissl-100")
+    named = _run(tmp_path, "run", "vicreg-100", "vissl-100")
     assert named.returncode == 1 and named.stderr.splitlines() == [
-        "error: rcdm-100 needs diffusers, not installed here",
         "error: vissl-100 needs vissl, not installed here",
     ]
     assert not (tmp_path / "out").exists()  # said before anything runs
     every = _run(tmp_path, "run", "--minutes", "0")
     assert every.returncode == 0 and every.stdout.splitlines() == [
-        *(
-            f"rcdm-{seed}: left out, it needs diffusers, not installed here"
-            for seed in (100, 101, 102)
-        ),
         "vissl-100: left out, it needs vissl, not installed here",
     ]
 
