@@ -86,13 +86,21 @@ def rows(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(found).sort_values(ORDER, ignore_index=True)
 
 
+def complete(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the seeds that both recipes were run on: a run may have been stopped
+    between the two.
+    """
+    recipes = table.groupby(["criterion", "seed"])["recipe"].transform("nunique")
+    return table[recipes == 2]
+
+
 def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Return new - old with its t-interval over the seeds that have both: a row per criterion and
-    measure.
+    """Return new - old with its t-interval over seeds: a row per criterion and measure of a
+    `complete` table.
     """
     found = []
     for criterion, part in table.groupby("criterion", sort=False):
-        wide = part.pivot(index="seed", columns="recipe").dropna()
+        wide = part.pivot(index="seed", columns="recipe")
         for measure in MEASURES:
             old = wide[measure]["old"]
             new = wide[measure]["new"]
@@ -104,7 +112,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
 
 def ratios(table: pd.DataFrame) -> pd.Series:
     """Return how many times faster the new recipe is, by criterion: the median over seeds."""
-    wide = table.pivot(index=["criterion", "seed"], columns="recipe", values="seconds").dropna()
+    wide = table.pivot(index=["criterion", "seed"], columns="recipe", values="seconds")
     return (wide["old"] / wide["new"]).groupby("criterion", sort=False).median()
 
 
@@ -123,6 +131,7 @@ def verdict(compared: pd.DataFrame, plan: dict) -> str:
 
 def block(table: pd.DataFrame, plan: dict) -> str:
     """Return the report's generated part: the verdict and a table, as Markdown."""
+    table = complete(table)
     compared = differences(table)
     faster = ratios(table)
     lines = [

@@ -60,6 +60,14 @@ def test_the_page_quotes_means_and_the_ratio_of_times():
     assert "40 processor seconds instead of 80 (medians); within a seed it is 2.0 times" in text
 
 
+def test_a_seed_that_only_one_recipe_was_run_on_is_left_out():
+    stopped = pd.concat([_table(0.02, ["vicreg"]), _table(0.0, ["simclr"], [20]).head(1)])
+    text = recipe.block(stopped, evidence.plan("recipe"))
+    assert "no verdict" in text
+    assert "+0.020" in text
+    assert "simclr" not in text
+
+
 def test_what_was_run_is_not_run_again(tmp_path):
     recipe.run([20], TINY, tmp_path)
     table = recipe.rows(tmp_path)
