@@ -55,6 +55,7 @@ def run(work: Callable[[], Any], path: Path, limit_gib: float, memory: float = 0
             except (StoreError, FileNotFoundError) as error:
                 said = {type(error).__name__: str(error)}
             answer.write_text(json.dumps(said))
+            os._exit(0)  # threads and exit handlers are the parent's: no clean-up of them here
 
         process = multiprocessing.get_context("fork").Process(target=child, args=(os.getpid(),))
         process.start()

@@ -211,10 +211,9 @@ def _seed(params: Mapping[str, Any]) -> Any:
 
 def _display_plainly() -> None:
     """Show texts without quotes, and tables without row numbers and at most 24 rows long."""
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    if shell is None:
+    module = sys.modules.get("IPython")  # a plain script runs without it
+    shell = module and module.get_ipython()
+    if not shell:
         return
     import pandas as pd
 

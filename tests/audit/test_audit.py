@@ -86,7 +86,7 @@ def test_the_notebook_s_settings_are_those_of_the_door():
         ({"margin": 5}, "margin = 5; expected a share between 0 and 1, such as 0.05"),
         ({"limit": -1}, "limit = -1; expected a number of pictures, or 0 for all"),
         ({"classifier": "resnet"}, "classifier = 'resnet'; expected one of .'naive_bayes'"),
-        ({"crop": {"min": 3}}, "crop = .*; expected only the keys kind, rule, min_side"),
+        ({"crop": {"min": 3}}, "crop = .*; expected only the keys kind, min_side"),
         ({"crop": {"kind": "centre"}}, "expected a kind of .'periphery', 'corner'"),
     ],
 )
@@ -118,6 +118,7 @@ def made(low, high, difference=None, n=100):
 
 class Case:
     layers = ("backbone",)
+    labelled = True
 
     def __init__(self, source, second):
         self.source = source

@@ -50,6 +50,7 @@ SIZES = {
     "encoders": [["small4", "16-16", 32, 20]],
     "shapes": [[20, 300, 16]],
     "k": 3,
+    "scale": {"recipe": {}, "images": [], "attacks": [], "width": 8},
 }
 DRAWN = (
     "recipe.size=16 decoder.size=16 decoder.epochs=1 decoder.batch=16 decoder.classifier_epochs=1 "
