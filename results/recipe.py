@@ -4,7 +4,8 @@
     .venv/bin/python results/recipe.py report       # results/recipe/scores.csv and README.md
 
 Without seeds `run` takes all of the plan. Two processes may run at once, with different seeds. Each
-pair leaves a file in runs/recipe/, so a kill costs only the pair that was being trained.
+pair leaves a file in runs/recipe/, so a kill costs only the pair that was being trained. What
+scores.csv holds is not run again: `report` may be called, and its table committed, on the way.
 """
 
 from __future__ import annotations
@@ -62,15 +63,17 @@ def one(plan: dict, criterion: str, seed: int, name: str, folder: Path) -> dict:
     }
 
 
-def run(seeds: list[int], plan: dict, folder: Path) -> None:
-    """Train and measure what is not yet in `folder`, in the plan's order, recipes of a seed one
-    after the other.
+def run(seeds: list[int], plan: dict, folder: Path, report: Path) -> None:
+    """Train and measure what is not yet in `folder` or in the table of `report`, in the plan's
+    order, recipes of a seed one after the other.
     """
+    table = reported(report)
+    done = set(zip(table["criterion"], table["seed"], table["recipe"], strict=True))
     for seed in seeds:
         for criterion in plan["criteria"]:
             for name in plan["recipes"]:
                 path = folder / "rows" / f"{criterion}-{seed}-{name}.json"
-                if path.exists():
+                if path.exists() or (criterion, seed, name) in done:
                     continue
                 row = one(plan, criterion, seed, name, folder)
                 with store.atomic(path) as temporary:
@@ -78,12 +81,20 @@ def run(seeds: list[int], plan: dict, folder: Path) -> None:
                 print(row, flush=True)
 
 
-def rows(folder: Path) -> pd.DataFrame:
-    """Return what was run: a row per criterion, seed and recipe."""
-    found = [json.loads(path.read_text()) for path in (folder / "rows").glob("*.json")]
-    if not found:
+def reported(report: Path) -> pd.DataFrame:
+    """Return the table of an earlier report, without rows if there is none."""
+    path = report / "scores.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*ORDER, *MEASURES])
+
+
+def rows(folder: Path, report: Path) -> pd.DataFrame:
+    """Return what was run, and reported or not yet: a row per criterion, seed and recipe."""
+    found = [json.loads(path.read_text()) for path in sorted((folder / "rows").glob("*.json"))]
+    tables = [table for table in (reported(report), pd.DataFrame(found)) if len(table)]
+    if not tables:
         raise SystemExit(f"recipe: nothing in {folder}; run results/recipe.py run first")
-    return pd.DataFrame(found).sort_values(ORDER, ignore_index=True)
+    whole = pd.concat(tables).drop_duplicates(ORDER)
+    return whole.sort_values(ORDER, ignore_index=True)
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:
@@ -180,7 +191,7 @@ def kept() -> str:
 
 def report(folder: Path) -> None:
     """Write results/recipe/: the table, and a page that says what it shows."""
-    table = rows(folder)
+    table = rows(folder, REPORT)
     REPORT.mkdir(exist_ok=True)
     table.to_csv(REPORT / "scores.csv", index=False, float_format="%.4f")
     (REPORT / "README.md").write_text(PAGE.format(kept()))
@@ -192,7 +203,7 @@ def main(arguments: list[str]) -> None:
     folder = store.runs("recipe")
     if arguments[:1] == ["run"]:
         seeds = [int(seed) for seed in arguments[1:]] or known["seeds"]
-        run(seeds, known, folder)
+        run(seeds, known, folder, REPORT)
     elif arguments == ["report"]:
         report(folder)
     else:

@@ -69,15 +69,26 @@ def test_a_seed_that_only_one_recipe_was_run_on_is_left_out():
 
 
 def test_what_was_run_is_not_run_again(tmp_path):
-    recipe.run([20], TINY, tmp_path)
-    table = recipe.rows(tmp_path)
+    report = tmp_path / "report"
+    recipe.run([20], TINY, tmp_path, report)
+    table = recipe.rows(tmp_path, report)
     assert table["recipe"].tolist() == ["new", "old"]
     assert (table["seconds"] > 0).all()
 
-    recipe.run([20], TINY, tmp_path)
-    pd.testing.assert_frame_equal(recipe.rows(tmp_path), table)
+    recipe.run([20], TINY, tmp_path, report)
+    pd.testing.assert_frame_equal(recipe.rows(tmp_path, report), table)
+
+
+def test_what_was_reported_is_not_run_again(tmp_path):
+    report, elsewhere = tmp_path / "report", tmp_path / "elsewhere"
+    report.mkdir()
+    table = _table(0.02, ["vicreg"], [20])
+    table.to_csv(report / "scores.csv", index=False)
+    recipe.run([20], TINY, elsewhere, report)
+    assert not elsewhere.exists()
+    assert recipe.rows(elsewhere, report)["score"].tolist() == pytest.approx([0.104, 0.08])
 
 
 def test_a_folder_without_results_names_the_next_command(tmp_path):
     with pytest.raises(SystemExit, match=r"recipe\.py run"):
-        recipe.rows(tmp_path)
+        recipe.rows(tmp_path, tmp_path)
