@@ -147,6 +147,7 @@ def test_simclr_with_the_head_as_fc(tmp_path):
     assert_same(external.encoder("torchvision:resnet18", file), network, head)
 
 
+@pytest.mark.slow
 def test_lightly(tmp_path):
     """Its examples keep a ResNet's children in one Sequential, and give the copies names."""
     heads = pytest.importorskip("lightly.models.modules.heads")
@@ -177,6 +178,7 @@ def test_lightly_dino(tmp_path):
     assert "GELU between the projector's layers" in " ".join(found.assumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["torchvision:resnet18-s", "torchvision:resnet18-s2"])
 def test_solo_learn_pads_its_stem_by_two(tmp_path, spec):
     network, head = resnet18(), mlp(512, 64, 32, norm=True)
@@ -340,6 +342,7 @@ def test_vissl(tmp_path):
     assert_same(external.encoder("torchvision:resnet18", saved(tmp_path, content)), network)
 
 
+@pytest.mark.slow
 def test_vissl_wide_resnet(tmp_path):
     network = randomised(external.resnet("resnet50-w2"))
     network.fc = nn.Identity()

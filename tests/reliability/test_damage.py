@@ -54,7 +54,8 @@ def finished(clone_of_all):
 
 
 def figures(clone, *more, **environment):
-    clean = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make that runs the tests
+    clean = {name: value for name, value in os.environ.items() if name not in outer}
     done = subprocess.run(
         ["make", "figures", "PROFILE=tiny", *more],
         cwd=clone.root,

@@ -154,6 +154,7 @@ def test_every_kind_of_piece_runs_and_merges(tmp_path, reference):
     )
 
 
+@pytest.mark.slow
 def test_bench_runs_on_a_bare_machine_and_leaves_its_table(tmp_path, reference):
     done = _run(tmp_path, "run", "bench", changes=BENCH, absent=[*ABSENT, "sklearn"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -210,6 +211,7 @@ SAMPLED = json.dumps(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names, changes",
     [
