@@ -155,9 +155,7 @@ def prepare(
 
     # held-out images, and public ones, which are none of the others
     fresh = _Pictures.of(_aligned(_or_none(held_out, images), classes))
-    fresh, note = _without_repeats(fresh, "HELD_OUT")
-    notes += note
-    fresh, note = _without_copies(fresh, [trained], "held-out", "training images")
+    fresh, note = _apart(fresh, trained)
     notes += note
     known = _Pictures.of(_aligned(public, classes))
     before = len(known.images)
@@ -204,9 +202,7 @@ def prepare_unlabelled(
 
     trained, note = _without_repeats(_Pictures.of(images), "IMAGES")
     notes += note
-    fresh, note = _without_repeats(_Pictures.of(held_out), "HELD_OUT")
-    notes += note
-    fresh, note = _without_copies(fresh, [trained], "held-out", "training images")
+    fresh, note = _apart(_Pictures.of(held_out), trained)
     notes += note
 
     members = _attackable(trained.images, crop, settings)
@@ -277,6 +273,15 @@ def _without_copies(
         return pictures, []
     note = f"{copies.sum()} {what} pictures look like one of the {those} and were left out"
     return pictures.kept(~copies), [note]
+
+
+def _apart(held_out: _Pictures, trained: _Pictures) -> tuple[_Pictures, list[str]]:
+    """Return the held-out pictures that look neither like an earlier one of their set nor like a
+    training image, and notes of the rest.
+    """
+    once, repeats = _without_repeats(held_out, "HELD_OUT")
+    fresh, copies = _without_copies(once, [trained], "held-out", "training images")
+    return fresh, repeats + copies
 
 
 def _threshold(thumbnails: Tensor) -> float:
