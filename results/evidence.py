@@ -38,15 +38,17 @@ LAYERS = ("projector", "backbone")
 
 
 class Piece(NamedTuple):
-    """One pair of encoders of a plan."""
+    """One pair of encoders of a plan; `change` names one of the plan's changes of the recipe."""
 
     seed: int
     criterion: str
     rho: float
+    change: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.seed}-{self.criterion}-{self.rho:g}"
+        name = f"{self.seed}-{self.criterion}-{self.rho:g}"
+        return f"{name}-{self.change}" if self.change else name
 
 
 def plan(name: str, folder: Path = HERE) -> dict[str, Any]:
@@ -61,7 +63,19 @@ def pieces(planned: dict[str, Any]) -> list[Piece]:
     for block in planned["order"]:
         for seed in planned["seeds"]:
             for criterion in block["criteria"]:
-                found += [Piece(seed, criterion, rho) for rho in block["rhos"]]
+                for rho in block["rhos"]:
+                    found += [
+                        Piece(seed, criterion, rho, change) for change in block.get("changes", [""])
+                    ]
+    return found
+
+
+def recipe(planned: dict[str, Any], change: str) -> dict[str, Any]:
+    """Return the plan's recipe with one of its changes: dictionaries in it are merged."""
+    found = dict(planned["recipe"])
+    if change:
+        for name, value in planned["changes"][change].items():
+            found[name] = found.get(name, {}) | value if isinstance(value, dict) else value
     return found
 
 
@@ -75,7 +89,8 @@ def measure(planned: dict[str, Any], piece: Piece, folder: Path) -> dict[str, pd
     from dejavu_utils.attack import measures, references
     from dejavu_utils.models import launch, pairs
 
-    params = {key: planned[key] for key in ("dataset", "sizes", "epochs", "recipe", "crop")}
+    params = {key: planned[key] for key in ("dataset", "sizes", "epochs", "crop")}
+    params["recipe"] = recipe(planned, piece.change)
     pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
     launch.fit_all(pairs.jobs([pair]))
 
@@ -140,16 +155,16 @@ def unpack(path: Path, name: str) -> pd.DataFrame:
         return pd.read_parquet(io.BytesIO(archive.read(f"{name}.parquet")))
 
 
-def run(name: str, minutes: float, folder: Path, out: Path) -> None:
-    """Run the pieces that are missing, in order; none is begun that would not end in time, if it
-    takes as long as the last one.
+def run(name: str, minutes: float, folder: Path, out: Path, seeds: list[int]) -> None:
+    """Run the pieces that are missing of these seeds, in order; none is begun that would not end in
+    time, if it takes as long as the last one.
     """
     planned = plan(name)
     end = time.monotonic() + 60 * minutes
     took = 0.0
     for piece in pieces(planned):
         path = out / f"{piece.name}.zip"
-        if path.exists():
+        if path.exists() or piece.seed not in seeds:
             continue
         if time.monotonic() + took > end:
             return
@@ -212,7 +227,8 @@ def _claimed(out: Path, seed: int, claim: dict[str, Any], planned: dict[str, Any
     for sign, key in ((1, "value"), (-1, "minus")):
         what = claim.get(key)
         if isinstance(what, dict):
-            piece = Piece(seed, what["criterion"], what.get("rho", planned["order"][0]["rhos"][0]))
+            rho = what.get("rho", planned["order"][0]["rhos"][0])
+            piece = Piece(seed, what["criterion"], rho, what.get("change", ""))
             total += sign * value(out, piece, what, planned)
         elif what is not None:
             total += sign * what
@@ -220,7 +236,8 @@ def _claimed(out: Path, seed: int, claim: dict[str, Any], planned: dict[str, Any
 
 
 def judged(found: pd.DataFrame, planned: dict[str, Any]) -> pd.DataFrame:
-    """Return a row per claim: n seeds, mean, t-interval, sd, p, Holm's p, verdict.
+    """Return a row per claim: n seeds, mean, t-interval, sd, p, Holm's p, verdict. Holm's is over
+    the claims of a family: those that name none are the primary ones.
 
     "supported": Holm's p below the level and the mean beyond the margin on the claimed side;
     "contradicted": Holm's p below the level on the other side; else "undecided", with the effect
@@ -230,11 +247,11 @@ def judged(found: pd.DataFrame, planned: dict[str, Any]) -> pd.DataFrame:
     rows = []
     for claim in planned["claims"]:
         values = found.loc[found["claim"] == claim["id"], "value"].dropna().to_numpy()
-        rows.append({"claim": claim["id"], "says": claim["says"]} | over_seeds(values, level))
+        about = {"claim": claim["id"], "family": claim.get("family", "primary")}
+        rows.append(about | {"says": claim["says"]} | over_seeds(values, level))
     table = pd.DataFrame(rows)
     ran = table["seeds"] >= planned["fewest"]
-    table["p_holm"] = np.nan
-    table.loc[ran, "p_holm"] = holm(table.loc[ran, "p"].to_numpy())
+    table["p_holm"] = table[ran].groupby("family")["p"].transform(holm)
     sides = {claim["id"]: claim for claim in planned["claims"]}
     table["verdict"] = [
         _verdict(row, sides[row["claim"]], level) if ok else "not run"
@@ -265,8 +282,9 @@ def over_seeds(values: np.ndarray, level: float) -> dict[str, float]:
     }
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm(values: pd.Series) -> np.ndarray:
     """Return Holm's adjusted p-values."""
+    p = values.to_numpy()
     order = np.argsort(p)
     factors = len(p) - np.arange(len(p))
     adjusted = np.maximum.accumulate(p[order] * factors).clip(max=1)
@@ -309,10 +327,13 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "claims"))
     parser.add_argument("plan", help="such as scenes, of results/plan_scenes.md")
     parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--seeds", type=int, nargs="+", help="these alone: two may run at once")
     options = parser.parse_args()
     out = HERE / options.plan
     if options.command == "run":
-        run(options.plan, options.minutes, store.runs(f"evidence-{options.plan}"), out)
+        folder = store.runs(f"evidence-{options.plan}")
+        seeds = options.seeds or plan(options.plan)["seeds"]
+        run(options.plan, options.minutes, folder, out, seeds)
     else:
         print(claims(options.plan, out).to_string(index=False))
     left = len(list(missing(options.plan, out)))

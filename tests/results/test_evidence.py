@@ -129,8 +129,45 @@ def test_the_smallest_effect_is_found_four_times_in_five():
 
 
 def test_holm_by_hand():
-    assert evidence.holm(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
-    assert evidence.holm(np.array([0.6])) == pytest.approx([0.6])
+    assert evidence.holm(pd.Series([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
+    assert evidence.holm(pd.Series([0.6])) == pytest.approx([0.6])
+
+
+def test_families_are_corrected_each_for_itself():
+    noise = np.array([-1, 1, -1, 1, 0.5, -0.5]) * 0.02
+    claim = {"side": "above", "margin": 0.0, "says": "", "value": {}}
+    claims = [
+        claim | {"id": "S1"},
+        claim | {"id": "S2"},
+        claim | {"id": "M1", "family": "settings"},
+    ]
+    found = evidence.judged(
+        long(S1=0.02 + noise, S2=0.05 + noise, M1=0.02 + noise), PLAN | {"claims": claims}
+    ).set_index("claim")
+    assert found.loc["S1", "p_holm"] == found.loc["S1", "p"]  # the larger of two
+    assert found.loc["S2", "p_holm"] == pytest.approx(2 * found.loc["S2", "p"])
+    assert found.loc["M1", "p_holm"] == found.loc["M1", "p"]
+
+    nothing = evidence.judged(long(S1=[], S2=[], M1=[]), PLAN | {"claims": claims})
+    assert set(nothing["verdict"]) == {"not run"}
+
+
+def test_a_change_of_the_recipe_is_merged_into_it_and_named():
+    planned = PLAN | {
+        "recipe": {"encoder": "small4", "views": {"grey": 0.0}},
+        "changes": {"large-crops": {"views": {"scale_min": 0.2}, "batch": 8}},
+        "order": [{"criteria": ["vicreg"], "rhos": [0.2], "changes": ["large-crops"]}],
+    }
+    assert [piece.name for piece in evidence.pieces(planned)] == [
+        "7-vicreg-0.2-large-crops",
+        "8-vicreg-0.2-large-crops",
+    ]
+    assert evidence.recipe(planned, "large-crops") == {
+        "encoder": "small4",
+        "views": {"grey": 0.0, "scale_min": 0.2},
+        "batch": 8,
+    }
+    assert evidence.recipe(planned, "") == planned["recipe"]
 
 
 def test_verdicts_follow_the_rules_that_the_plan_states():
@@ -155,9 +192,11 @@ def test_no_piece_is_begun_that_would_not_end_in_time(measured, tmp_path, monkey
     monkeypatch.setattr(
         evidence, "measure", lambda planned, piece, folder: begun.append(piece) or {}
     )
-    evidence.run("x", 0, tmp_path, tmp_path / "out")
+    evidence.run("x", 0, tmp_path, tmp_path / "out", [7, 8])
     assert begun == []
-    evidence.run("x", 1, tmp_path, tmp_path / "out")
-    assert [piece.name for piece in begun] == [piece.name for piece in evidence.pieces(PLAN)]
-    evidence.run("x", 1, tmp_path, tmp_path / "out")  # all are done
+    evidence.run("x", 1, tmp_path, tmp_path / "out", [8])
+    assert [piece.seed for piece in begun] == [8, 8, 8]
+    evidence.run("x", 1, tmp_path, tmp_path / "out", [7, 8])
+    assert {piece.name for piece in begun} == {piece.name for piece in evidence.pieces(PLAN)}
+    evidence.run("x", 1, tmp_path, tmp_path / "out", [7, 8])  # all are done
     assert len(begun) == 6
