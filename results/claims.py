@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ LATER = (
 SHARE = 0.25
 # Our bar for "at little cost": two points of the probe's accuracy. No source has a number.
 COST = 0.02
+# The default trunk of the recipe, and of the one before it.
+TRUNKS = ("patch64", "small32")
 # A probe that is right about all of its training images has a gap of 1 - held-out accuracy.
 SATURATED = 0.99
 
@@ -383,20 +386,28 @@ def size(tables: Tables, name: str = "trained", fixed: str = "epochs") -> Findin
     return Finding(value, within(rows.tail(1), margin), int(last["n"]), unit)
 
 
+def trunk_width(name: str) -> int:
+    """Return the width of a small trunk: 32 of "small32"."""
+    return int(re.sub(r"\D", "", name))
+
+
 def width(tables: Tables) -> Finding:
     """P12."""
     rows = setting(tables, "encoder", "vicreg")
-    rows = rows[rows["value"] != "small32"] if len(rows) else rows
     if rows.empty:
         return NOT_RUN
-    narrower = rows["value"] == "small16"
+
+    defaults = rows[rows["value"].isin(TRUNKS)]
+    default = defaults["value"].iloc[0]
+    rows = rows[rows["value"] != default]
+    narrower = rows["value"].map(trunk_width) < trunk_width(default)
     larger = rows.assign(
         low=rows["low"].where(~narrower, -rows["high"]),
         high=rows["high"].where(~narrower, -rows["low"]),
     )
     unit = unit_of(rows)
     text = "; ".join(f"{row['value']} {number(row, 'score_change')}" for _, row in rows.iterrows())
-    value = f"score against the default width 32, {over(unit)}: {text}"
+    value = f"score against the default width {trunk_width(default)}, {over(unit)}: {text}"
     return Finding(value, verdict(larger), int(rows["n"].iloc[0]), unit)
 
 

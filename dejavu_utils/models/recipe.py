@@ -33,7 +33,7 @@ class Recipe:
     """
 
     criterion: str = "vicreg"  # one of CRITERIA
-    encoder: str = "small32"  # trunk, see encoders.trunk
+    encoder: str = "patch64"  # trunk, see encoders.trunk
     projector: str = "512-512-512"  # widths of the projector's layers
     size: int = 32  # px, side of the square that the encoder sees
     batch: int = 50  # images a step; the last incomplete batch of an epoch is dropped
@@ -45,7 +45,13 @@ class Recipe:
         default_factory=lambda: {"temperature": 0.2}
     )  # of the criterion, e.g. {"invariance": 25.0}
     views: dict = field(
-        default_factory=lambda: {"scale_min": 0.04, "strength": 0.4, "blur": 0.0}
+        default_factory=lambda: {
+            "scale_min": 0.04,
+            "strength": 0.4,
+            "grey": 0.0,
+            "blur": 0.0,
+            "solarize": 0.0,
+        }
     )  # see Views
     precision: str = "auto"  # "fp32", "bf16" or "auto": bf16 where the processor computes it
     threads: int = 1  # CPU threads of one job: 1 and 2 give different bits

@@ -103,7 +103,7 @@ def sizes(device: str) -> dict:
             {"encoder": "small8", "projector": "32-32-32", "threads": cores},
             {"compile": True},
         ],
-        "encoders": [["small32", "512-512-512", 32, 2000]],
+        "encoders": [["patch64", "512-512-512", 32, 2000]],
         "memory": True,
         "shapes": [[600, 2000, 512], [2000, 20000, 512], [500, 5000, 2048], [5000, 50000, 256]],
         "decoder": {
