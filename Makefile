@@ -108,7 +108,7 @@ PTH = import pathlib, sysconfig; \
 	  fi; fi
 	@test -x $(UV) || $(PYTHON) -m pip install --quiet --disable-pip-version-check "uv>=0.5"
 	@echo "installing requirements.lock into .venv"
-	@VIRTUAL_ENV="$$PWD/.venv" $(UV) pip install --quiet --python $(PYTHON) --no-deps --require-hashes -r requirements.lock
+	@VIRTUAL_ENV="$$PWD/.venv" $(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --no-deps --require-hashes -r requirements.lock
 	@$(PYTHON) -c "$(PTH)"
 	@$(PYTHON) -m ipykernel install --sys-prefix --name python3 >/dev/null 2>&1
 	@touch $@
