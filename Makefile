@@ -7,8 +7,8 @@ PROFILE ?= laptop
 EXECUTOR ?=
 CORES ?= 1
 PYTHON := .venv/bin/python
-# Two processes of one thread each: files go to whichever is free.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+# Two processes of one thread each: files go to whichever is free, the long ones first (tests/conftest.py).
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 UV := .venv/bin/uv
 # What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
 EXECUTOR_FLAGS ?=
