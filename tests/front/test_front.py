@@ -1,5 +1,6 @@
 """The front door: Makefile, Snakefile, environment.yml, requirements.lock."""
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from dejavu_utils import store
+from dejavu_utils.parameters import ParameterError
 
 HERE = store.PACKAGE.parent
 EIGHT = [
@@ -118,6 +120,17 @@ def test_make_figures_passes_parameters_on_and_stops_at_an_error(clone):
     assert done.returncode == 0
     assert not (clone.root / "runs").exists()
     assert (clone.root / "notebooks").is_dir()
+
+
+def test_what_was_announced_and_has_not_run_is_an_error(repository, monkeypatch, capsys):
+    """Whoever ran the notebooks says that all went well, and nothing was made."""
+    monkeypatch.syspath_prepend(HERE / "notebooks")
+    runner = importlib.import_module("figures")
+    monkeypatch.setattr(runner, "supervised", lambda words: 0)
+    repository.add("02_attack", "print(1)")
+    with pytest.raises(ParameterError, match="^02_attack should have run and is not up to date"):
+        runner.figures({"PROFILE": "tiny"})
+    assert capsys.readouterr().out == "to run: 02_attack\n"
 
 
 RECORDS = """import json, os, pathlib, sys
