@@ -298,6 +298,15 @@ def test_tensors_keep_the_order_of_the_file(tmp_path, form):
     assert list(checkpoint_files.read(tmp_path / "file.pt")) == [f"model.{n}" for n in content]
 
 
+def test_an_error_that_holds_a_name_is_one_short_line(tmp_path):
+    """A library quotes the name of a tensor whose place is wrong, however long it is."""
+    path = tmp_path / "file.safetensors"
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
+    header = json.dumps({"a\n" * 5000: entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    assert judge(SMALL, path) == "refused"
+
+
 def test_names_and_numbers_of_tensors_are_bounded(tmp_path):
     words = refusal({"a." * 600: torch.zeros(1)}, tmp_path / "file.pt")
     assert "has 1206 characters: expected at most 1000" in words

@@ -138,7 +138,7 @@ def test_pieces_run_without_jupyter_are_recognised_and_merge(tmp_path, reference
 @pytest.mark.slow
 def test_a_merge_that_is_killed_is_made_again(tmp_path, reference):
     """At eight moments: what is there is whole, and the tables are the same in the end."""
-    done = _run(tmp_path, "run", "vicreg-100")
+    done = _run(tmp_path, "run", "vicreg-100", dataset=_dataset())
     assert done.returncode == 0, done.stderr[-2000:]
     began = time.monotonic()
     assert _run(tmp_path, "merge").returncode == 0
