@@ -104,7 +104,7 @@ def contents(runs):
 
 def kill(process, rng):
     """Kill a runner alone, one of what it has started, or all of them; fail if one of them lives
-    on.
+    on when the runner has ended.
     """
     first = psutil.Process(process.pid)
     family = [first, *first.children(recursive=True)]
@@ -115,7 +115,7 @@ def kill(process, rng):
         except psutil.NoSuchProcess:
             pass
 
-    process.wait(PATIENCE)
+    process.wait()  # a notebook that has lost a helper only may go on to its end
     _, left = psutil.wait_procs(family[1:], PATIENCE)
     names = [" ".join(one.cmdline()) for one in left]
     for one in left:
