@@ -7,8 +7,8 @@ PROFILE ?= laptop
 EXECUTOR ?=
 CORES ?= 1
 PYTHON := .venv/bin/python
-# Two processes of one thread each: files go to whichever is free.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+# Two processes of one thread each: files go to whichever is free, the long ones first (tests/conftest.py).
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 UV := .venv/bin/uv
 # What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
 EXECUTOR_FLAGS ?=
@@ -108,7 +108,7 @@ PTH = import pathlib, sysconfig; \
 	  fi; fi
 	@test -x $(UV) || $(PYTHON) -m pip install --quiet --disable-pip-version-check "uv>=0.5"
 	@echo "installing requirements.lock into .venv"
-	@VIRTUAL_ENV="$$PWD/.venv" $(UV) pip install --quiet --python $(PYTHON) --no-deps --require-hashes -r requirements.lock
+	@VIRTUAL_ENV="$$PWD/.venv" $(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --no-deps --require-hashes -r requirements.lock
 	@$(PYTHON) -c "$(PTH)"
 	@$(PYTHON) -m ipykernel install --sys-prefix --name python3 >/dev/null 2>&1
 	@touch $@

@@ -17,6 +17,26 @@ PARAMETERS = (
 )
 START = 'import dejavu_utils.notebook as nb\nrun = nb.start("{stage}", globals())'
 
+# Files that take long begin first, so that two processes (`make test`) end at about the same time.
+LONG = (
+    "test_sitting",
+    "test_front",
+    "test_damage",
+    "test_evidence",
+    "test_engine_vissl",
+    "test_signals",
+    "test_launch",
+    "test_train",
+    "test_notebook",
+    "test_inputs",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files of LONG first, in their order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 def notebook(*sources, kernel="somebody-elses"):
     """Return a notebook as a dict: the first source is the parameters cell."""

@@ -69,7 +69,17 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             _check_names(path, list(file.keys()))
         return load_file(path)
     except (SafetensorError, RuntimeError, OverflowError) as error:
-        raise StoreError(f"{path} is truncated or damaged: {error}.") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: Exception | str) -> StoreError:
+    """Return the error for a damaged file, in one line: what a library says of it may hold a name
+    of any length.
+    """
+    said = " ".join(str(reason).split())
+    if len(said) > limited.LONGEST:
+        said = f"{said[: limited.LONGEST]}…"
+    return StoreError(f"{path} is truncated or damaged: {said}. Fetch it again.")
 
 
 def _check_names(path: Path, names: list[str]) -> None:
@@ -198,9 +208,9 @@ def _check_entries(path: Path) -> None:
     except (StoreError, MemoryError):
         raise
     except Exception as error:  # zipfile raises whatever a damaged directory makes it stumble over
-        raise StoreError(f"{path} is truncated or damaged: {error}.") from error
+        raise _damaged(path, error) from error
     if damaged:
-        raise StoreError(f"{path} is truncated or damaged: {damaged}. Fetch it again.")
+        raise _damaged(path, damaged)
 
 
 class Settings:

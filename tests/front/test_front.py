@@ -1,5 +1,6 @@
 """The front door: Makefile, Snakefile, environment.yml, requirements.lock."""
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from dejavu_utils import store
+from dejavu_utils.parameters import ParameterError
 
 HERE = store.PACKAGE.parent
 EIGHT = [
@@ -120,14 +122,26 @@ def test_make_figures_passes_parameters_on_and_stops_at_an_error(clone):
     assert (clone.root / "notebooks").is_dir()
 
 
+def test_what_was_announced_and_has_not_run_is_an_error(repository, monkeypatch, capsys):
+    """Whoever ran the notebooks says that all went well, and nothing was made."""
+    monkeypatch.syspath_prepend(HERE / "notebooks")
+    runner = importlib.import_module("figures")
+    monkeypatch.setattr(runner, "supervised", lambda words: 0)
+    repository.add("02_attack", "print(1)")
+    with pytest.raises(ParameterError, match="^02_attack should have run and is not up to date"):
+        runner.figures({"PROFILE": "tiny"})
+    assert capsys.readouterr().out == "to run: 02_attack\n"
+
+
 RECORDS = """import json, os, pathlib, sys
-names = ("PROFILE", "P", "DRY", "EXECUTOR", "OUT", "NAME", "ENCODER", "IMAGES", "PUBLIC", "WEIGHTS")
-line = json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}])
+line = json.dumps([sys.argv[1:], dict(os.environ)])
 with pathlib.Path("said").open("a") as file:
     file.write(line + "\\n")
 """
 HOSTILE = [
     "$(shell touch done)",
+    "$(file >done,x)",
+    "$(eval x := $(shell touch done))",
     "$$(touch done)",
     "$(touch done)",
     "`touch done`",
@@ -136,43 +150,61 @@ HOSTILE = [
     "; touch done",
     "& touch done",
     "| touch done",
+    "x && touch done",
+    "x || touch done",
+    "> done",
+    "<(touch done)",
     "x\ntouch done",
+    "x\n+@touch done",
+    "\\\n; touch done",
     "\\$(touch done)",
     "${IFS}touch${IFS}done",
     "John's model.pt",
     "a$b.pt",
     "a#b.pt",
     "--help",
+    "--eval=$(shell touch done)",
     "(touch done)",
+    "{touch,done}",
     "*",
     "~",
     "%",
 ]
+TYPED = {
+    "figures": ("PROFILE", "P", "DRY", "VERIFY", "EXECUTOR", "EXECUTOR_FLAGS", "CORES"),
+    "report": ("PROFILE",),
+    "student": ("OUT",),
+    "data": ("NAME",),
+    "audit": ("ENCODER", "WEIGHTS", "IMAGES", "PUBLIC", "HELD_OUT", "OUT", "JSON", "STRICT", "P"),
+    "reference": ("PIECES", "MINUTES"),
+    "sitting": ("OUT", "MINUTES", "PART"),
+}
 
 
-@pytest.mark.parametrize(
-    "target, names",
-    [
-        ("figures", ("PROFILE", "P", "DRY")),
-        ("report", ("PROFILE",)),
-        ("student", ("OUT",)),
-        ("data", ("NAME",)),
-        ("audit", ("ENCODER", "WEIGHTS", "IMAGES", "PUBLIC", "OUT", "P")),
-    ],
-)
-def test_what_a_user_types_is_never_run(clone, target, names):
-    """Every value arrives as it was typed, in the environment or as one argument."""
+@pytest.mark.parametrize("target", TYPED)
+def test_what_a_user_types_is_never_run(clone, target):
+    """Every value of every variable arrives as it was typed: half on the command line of make, half
+    in its environment.
+    """
     (clone.root / "records.py").write_text(RECORDS)
     python = clone.root / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S records.py "$@"\n')
-    for name in names:
-        for value in HOSTILE:
-            said = clone.root / "said"
-            said.unlink(missing_ok=True)
-            make(target, f"{name}={value}", cwd=clone.root)
-            assert not (clone.root / "done").exists(), f"{name}={value} was run"
-            lines = [json.loads(line) for line in said.read_text().splitlines()]
-            assert all(there[name] == value for _, there in lines), f"{name}={value}"
+    said = clone.root / "said"
+    for turn in range(len(HOSTILE)):
+        # each variable has another value than its neighbours, and in the end has had all of them
+        places = enumerate(TYPED[target], turn)
+        given = {name: HOSTILE[place % len(HOSTILE)] for place, name in places}
+        said.unlink(missing_ok=True)
+        if turn % 2:
+            make(target, cwd=clone.root, **given)
+        else:
+            make(target, *[f"{name}={value}" for name, value in given.items()], cwd=clone.root)
+
+        assert not (clone.root / "done").exists(), f"one of {given} was run"
+        lines = [json.loads(line) for line in said.read_text().splitlines()]
+        assert lines
+        for _, there in lines:
+            assert {name: there[name] for name in given} == given
 
 
 def test_without_a_python_make_says_so_once(clone, tmp_path):

@@ -73,6 +73,7 @@ def versions(package, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_an_edit_of_squares_makes_the_attack_s_table_again_and_trains_nothing(package, tmp_path):
     encoders, tables = attacked(package, tmp_path / "runs")
     assert len(encoders) == 2 and len(tables) == 1

@@ -513,6 +513,26 @@ def test_a_run_with_this_interpreter_replaces_the_part_and_then_is_up_to_date(li
     assert batch.write_keys("tiny", {}) == ["02_attack"]
 
 
+def test_of_two_at_once_the_second_takes_what_the_first_has_made(light, batch):
+    """It was out of date when both began; this process is the first one."""
+    light.add("02_attack", "raise AssertionError('it ran again')")
+    done = light.root / "runs" / "tiny" / "notebooks" / "02_attack.ipynb"
+    command = [sys.executable, "-u", str(batch.RUNNER), "run", "02_attack", "--profile", "tiny"]
+    with store.lock(done):
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert second.stdout.readline() == "02_attack …\n"
+        assert f"process {os.getpid()} " in second.stdout.readline()
+        values = batch.given("tiny", {})["02_attack"]
+        key = batch.stage_key("02_attack", "tiny", values)
+        meta = {"key": key, "stage": "02_attack", "used": []}
+        with store.artifact(done, meta) as temporary:
+            temporary.write_text("made by the first")
+
+    assert second.communicate()[0].startswith("02_attack done")
+    assert second.returncode == 0
+    assert done.read_text() == "made by the first"
+
+
 def test_a_wrong_parameter_stops_before_any_kernel(light, capsys, batch):
     light.add("02_attack")
     assert batch.main(["run", "02_attack", "--profile", "tiny", "-p", "sede", "5"]) == 1

@@ -49,10 +49,14 @@ def _gone(processes, seconds):
     return names
 
 
-def _until(condition, seconds=120):
+def _until(condition, process, seconds=300):
+    """Wait for a condition; of a process for which it never comes true, leave nothing behind."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it never came to that"
+        if time.monotonic() > until:
+            for one in _family(process):
+                one.kill()
+            pytest.fail("it never came to that")
         time.sleep(0.1)
 
 
@@ -77,7 +81,7 @@ def test_a_signal_to_make_ends_everything(clone, name):
         text=True,
         start_new_session=True,
     )
-    _until(there.exists)
+    _until(there.exists, process)
     family = _family(process)
     assert any("ipykernel" in " ".join(one.cmdline()) for one in family)
 
@@ -114,9 +118,9 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path, delay):
     )
     process.stdin.write(text)
     process.stdin.close()
-    _until(lambda: len(_family(process)) == 3)
+    _until(lambda: len(_family(process)) == 3, process)
     if delay > 1:
-        _until(lambda: read_log(f"{todo[0].folder}/log.jsonl"))
+        _until(lambda: read_log(f"{todo[0].folder}/log.jsonl"), process)
     else:
         time.sleep(delay)
 

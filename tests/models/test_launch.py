@@ -60,10 +60,23 @@ def test_a_job_that_another_process_trains_is_waited_for_and_not_trained_again(t
     assert [job.checkpoint(epoch).stat().st_mtime_ns for epoch in (0, 2)] == written
 
 
-def test_a_failure_in_torchrun_is_reported(tmp_path):
+@pytest.mark.slow
+def test_a_batch_that_processes_cannot_share_is_reported(tmp_path):
     job = _job(tmp_path, "bad", dataclasses.replace(TINY, processes=2, batch=7))
     with pytest.raises(
         RuntimeError, match=r"(?s)over 2 processes failed.*torchrun.log.*cannot be shared by 2"
+    ):
+        launch.fit(job)
+
+
+def test_a_failure_in_torchrun_is_reported(tmp_path, monkeypatch):
+    """Its own summary, at the end, does not say why."""
+    says = "echo first; echo ValueError: what a process said >&2; echo '== summary =='; exit 1"
+    monkeypatch.setattr(launch, "torchrun", lambda job, entry: ["sh", "-c", says])
+    job = _job(tmp_path, "bad", dataclasses.replace(TINY, processes=2))
+    with pytest.raises(
+        RuntimeError,
+        match=r"over 2 processes failed, see .*torchrun.log:\nValueError: what a.*said$",
     ):
         launch.fit(job)
 

@@ -38,6 +38,7 @@ _found.loader.exec_module(mutations)
 
 SMALL = "timm:vit_tiny_patch16_224:img_size=32,depth=1,embed_dim=12,num_heads=2"
 GIB = 2**30
+FIRST = 1000 * (1 + int(os.environ.get("DEJAVU_SEED", "0")))  # of the many mutants
 ANY = ("bits", "edges", "truncated", "inserted", "swapped", "numbers", "contents")
 CASES = [
     (form, mutation)
@@ -140,6 +141,7 @@ def make(form, mutation, seed, folder):
 def judge(spec, file):
     """Return "read", or "refused", or in other words what is wrong with how a file was refused."""
     started = time.monotonic()
+    before = os.times()
     try:
         external.encoder(spec, file and str(file))
         verdict = "read"
@@ -151,8 +153,10 @@ def judge(spec, file):
         verdict = "refused" if named and short and not ours else f"says {text!r}"
     except BaseException as error:
         verdict = f"raises {type(error).__name__}: {str(error)[:200]}"
-    if time.monotonic() - started > 20:
-        return f"took {time.monotonic() - started:.0f} s, and {verdict}"
+    waited = time.monotonic() - started
+    spent = sum(os.times()[:4]) - sum(before[:4])
+    if min(spent, waited) > 20 or waited > 300:  # other programs may use the processor
+        return f"took {waited:.0f} s, {spent:.0f} s of them of the processor, and {verdict}"
     return verdict
 
 
@@ -202,7 +206,7 @@ def test_a_few_mutants(form, mutation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "mutation"), CASES)
 def test_many_mutants(form, mutation, tmp_path):
-    counts = check(form, mutation, range(1000, 1065), tmp_path)
+    counts = check(form, mutation, range(FIRST, FIRST + 65), tmp_path)
     print(f"\n{form} {mutation}: {counts}")
 
 
@@ -292,6 +296,15 @@ def test_tensors_keep_the_order_of_the_file(tmp_path, form):
     content = {name: torch.zeros(1) for name in ("b.10", "b.9", "a", "z")}
     write(form, tmp_path / "file.pt", content, random.Random(0))
     assert list(checkpoint_files.read(tmp_path / "file.pt")) == [f"model.{n}" for n in content]
+
+
+def test_an_error_that_holds_a_name_is_one_short_line(tmp_path):
+    """A library quotes the name of a tensor whose place is wrong, however long it is."""
+    path = tmp_path / "file.safetensors"
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
+    header = json.dumps({"a\n" * 5000: entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    assert judge(SMALL, path) == "refused"
 
 
 def test_names_and_numbers_of_tensors_are_bounded(tmp_path):

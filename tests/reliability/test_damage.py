@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,21 @@ def test_all_that_was_flipped_is_made_again(finished):
     assert "to run: 01_training, 02_attack" in said
     assert contents(folder) == before
     assert figures(finished).startswith("up to date")
+
+
+@pytest.mark.slow
+def test_two_at_once_run_each_notebook_once(clone):
+    """The second one waits for the first one's notebooks and takes them as they are."""
+    count = (
+        "with open('count', 'a') as file:\n    print({!r}, file=file)\nimport time; time.sleep(3)"
+    )
+    for stage in ("01_training", "02_attack"):
+        clone.add(stage, count.format(stage))
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda _: figures(clone), range(2)))
+    assert (clone.root / "count").read_text().split() == ["01_training", "02_attack"]
+    assert sum("waiting for 01_training.ipynb" in text for text in said) == 1
 
 
 @pytest.mark.parametrize("years", [-30, 30])

@@ -38,6 +38,7 @@ convert = load(store.PACKAGE.parent / "data_manifests" / "convert.py")
 fetch = load(store.PACKAGE.parent / "data_manifests" / "fetch.py")
 
 GIB = 2**30
+FIRST = 1000 * (1 + int(os.environ.get("DEJAVU_SEED", "0")))  # of the many mutants
 BYTES = ("bits", "edges", "truncated", "inserted", "swapped", "numbers")
 FILES = ("texts", "long_texts", "structures", "pictures", "names", "gone", "twins")
 CASES = [(layout, mutation) for layout in mutations.LAYOUTS for mutation in ("bytes", *FILES)]
@@ -148,7 +149,7 @@ def check(images):
 def judge(layout, path):
     """Return "read", or "refused", or in other words what is wrong with how it was refused."""
     started = time.monotonic()
-    cpu = os.times()
+    before = os.times()
     try:
         read(layout, path)
         verdict = "read"
@@ -160,10 +161,10 @@ def judge(layout, path):
         verdict = "refused" if named and short and not ours else f"says {text!r}"
     except BaseException as error:
         verdict = f"raises {type(error).__name__}: {str(error)[:200]}"
-    now = os.times()
-    spent = sum(now[:4]) - sum(cpu[:4])
-    if min(spent, time.monotonic() - started) > 20:
-        return f"took {spent:.0f} s, and {verdict}"
+    waited = time.monotonic() - started
+    spent = sum(os.times()[:4]) - sum(before[:4])
+    if min(spent, waited) > 20 or waited > 300:  # other programs may use the processor
+        return f"took {waited:.0f} s, {spent:.0f} s of them of the processor, and {verdict}"
     return verdict
 
 
@@ -224,7 +225,7 @@ def test_a_few_mutants(layout, mutation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "mutation"), CASES)
 def test_many_mutants(layout, mutation, tmp_path):
-    counts = examine(layout, mutation, range(1000, 1035), tmp_path)
+    counts = examine(layout, mutation, range(FIRST, FIRST + 35), tmp_path)
     print(f"\n{layout} {mutation}: {counts}")
 
 

@@ -4,12 +4,14 @@ not.
 Each case is a notebook and a seed, which a failure prints.
 """
 
+import os
 import random
 
 import pytest
 
 from dejavu_utils.parameters import FILLED, ParameterError, declared, merged, stages
 
+SEED = int(os.environ.get("DEJAVU_SEED", "0"))
 SMALLEST = {
     "sizes": {"classes": 3, "attacked": 8, "shared": 0, "public": 12, "probe": 4, "control": 8},
     "k": 3,
@@ -86,7 +88,7 @@ def test_every_list_is_taken_or_refused_in_one_line(stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(2 * SEED, 2 * SEED + 2))
 @pytest.mark.parametrize("stage", [stage for stage in stages() if stage != "06_figures"])
 def test_the_smallest_notebooks_run_with_any_lists(batch, tmp_path, monkeypatch, stage, seed):
     monkeypatch.setenv("DEJAVU_RUNS", str(tmp_path / "runs"))

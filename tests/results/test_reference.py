@@ -6,8 +6,10 @@ import importlib.util
 import io
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 import zipfile
 
 import pandas as pd
@@ -70,7 +72,9 @@ def reference(tmp_path, monkeypatch):
     return module
 
 
-def _run(tmp_path, *arguments, dataset="scenes", changes="", absent=ABSENT, before=""):
+def _run(
+    tmp_path, *arguments, dataset="scenes", changes="", absent=ABSENT, before="", timeout=None
+):
     """Run the script in a process of its own that cannot import what a bare machine lacks."""
     path, out = store.PACKAGE.parent / "results" / "reference.py", tmp_path / "out"
     code = (
@@ -88,7 +92,9 @@ def _run(tmp_path, *arguments, dataset="scenes", changes="", absent=ABSENT, befo
         f"dataset={dataset} {TINY} {changes}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def _dataset():
@@ -127,6 +133,34 @@ def test_pieces_run_without_jupyter_are_recognised_and_merge(tmp_path, reference
     merged = store.read_table(tmp_path / "out" / "scores.csv")
     both = meta["n"] + store.verify(tmp_path / "out" / "vicreg-101.zip")["n"]
     assert set(merged["seeds"]) == {2} and merged["n"].max() == both
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_killed_is_made_again(tmp_path, reference):
+    """At eight moments: what is there is whole, and the tables are the same in the end."""
+    done = _run(tmp_path, "run", "vicreg-100", dataset=_dataset())
+    assert done.returncode == 0, done.stderr[-2000:]
+    began = time.monotonic()
+    assert _run(tmp_path, "merge").returncode == 0
+    seconds = time.monotonic() - began
+    tables = sorted((tmp_path / "out").glob("*.csv"))
+    before = [path.read_bytes() for path in tables]
+    assert len(tables) == 5
+
+    rng = random.Random(0)
+    killed = 0
+    while killed < 8:
+        for path in tables:
+            path.unlink(missing_ok=True)
+        try:
+            _run(tmp_path, "merge", timeout=rng.uniform(seconds / 3, seconds))
+        except subprocess.TimeoutExpired:  # its process was killed, by SIGKILL
+            killed += 1
+        for path in (tmp_path / "out").glob("[!.]*.csv"):
+            store.verify(path)
+
+    assert _run(tmp_path, "merge").returncode == 0
+    assert [path.read_bytes() for path in tables] == before
 
 
 @pytest.mark.slow
