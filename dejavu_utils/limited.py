@@ -26,6 +26,7 @@ LIMIT_GIB = 8.0  # the budget, where nobody names another
 PATIENCE = 15.0  # s of processor time for a small file
 PER_GIB = 10.0  # s, beyond that
 LONGEST = 1_000  # characters of an error
+MORE = "pass a larger limit_gib"  # what to do where the budget is too small
 _child = False  # whether this process is a limited one
 
 
@@ -139,7 +140,7 @@ def _lower(kind: int, value: int) -> None:
 def over_budget(path: Path, limit_gib: float, memory: float = 0.0) -> StoreError:
     """Return the error for what takes more than `memory` GiB to read (0: `budget`)."""
     memory = memory or budget(path, limit_gib)
-    advice = "pass a larger limit_gib"
+    advice = MORE
     if memory < limit_gib:
         advice = "save its weights alone: torch.save(model.state_dict(), NEW)"
     return StoreError(

@@ -32,7 +32,7 @@ class Stratum(NamedTuple):
 
     hits: np.ndarray  # (2, n) 0 or 1: right or not
     confidence: np.ndarray  # (2, n)
-    cluster: np.ndarray  # (n,) int: what the bootstrap draws, an image or its class
+    cluster: np.ndarray  # (n,) int: what the bootstrap draws, an image, its owner or its class
     stream: int  # of its random numbers
 
 
@@ -43,7 +43,9 @@ def stratify(table: pd.DataFrame) -> list[Stratum]:
     keys = ["direction", "seed"] if "seed" in table else ["direction"]
     _check(table, keys)
 
-    rows = table.set_index([*keys, "id", "label", "role"])[["correct", "confidence"]]
+    by_owner = "owner" in table
+    about = ["id", "label", "owner"] if by_owner else ["id", "label"]
+    rows = table.set_index([*keys, *about, "role"])[["correct", "confidence"]]
     wide = rows.unstack("role")  # a row per image, sorted by id
     if len(table) != 2 * len(wide):
         raise ValueError(
@@ -60,9 +62,9 @@ def stratify(table: pd.DataFrame) -> list[Stratum]:
         confidence = part["confidence"][["target", "reference"]].to_numpy(float).T
 
         cluster = np.arange(len(part))
-        if by_class:
-            labels = part.index.get_level_values("label")
-            cluster = np.unique(labels, return_inverse=True)[1]
+        if by_owner or by_class:
+            drawn = part.index.get_level_values("owner" if by_owner else "label")
+            cluster = np.unique(drawn, return_inverse=True)[1]
 
         # The stream depends on the images and the seed, not on the name "a" or "b": swapping names
         # changes nothing.
@@ -278,8 +280,9 @@ def score(
 
     Keys: score, low, high; target, target_low, target_high; reference, reference_low,
     reference_high; n (images), p, level, resamples. Each model is judged on its own most confident
-    examples, as in the paper. The bootstrap is stratified and ranks anew in every resample; from 50
-    classes it draws classes. `rounding`: see `top_count`.
+    examples, as in the paper. The bootstrap is stratified and ranks anew in every resample; it
+    draws owners where the table has a column `owner`, else classes from 50 on, else images.
+    `rounding`: see `top_count`.
     ValueError if the table is not one row per image, role, direction and seed.
     """
     return curve(table, [p], resamples, seed, level, rounding)[0]

@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
         type=_yes_or_no,
         help="False: pictures without classes; a weaker audit, without --public",
     )
+    settings.add_argument(
+        "--audit.limit_gib", type=float, help="GiB that reading a file or a set may take (8)"
+    )
     settings.add_argument("--audit.classifier", help="naive_bayes, or network, which is slower")
     settings.add_argument("--crop.kind", help="periphery (outside the boxes), or corner")
     settings.add_argument("--crop.min_side", type=int, help="px of the shorter side; 0: what fits")

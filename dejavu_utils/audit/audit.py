@@ -29,6 +29,8 @@ from dejavu_utils.audit.settings import Settings
 from dejavu_utils.data.images import Images
 from dejavu_utils.models.encoders import Encoder, embed
 
+TRIED = 8  # members that an encoder is tried on
+
 
 class Report(Findings):
     """What an audit found, and its page."""
@@ -135,16 +137,19 @@ def load(
 ) -> subject.Subject:
     """Return what an audit looks at, read and made comparable; arguments and errors as of `run`."""
     settings = settings or Settings()
-    sources.check_encoder(encoder, weights)  # pictures take longer
+    limit = {"limit_gib": settings.limit_gib}
+    sources.check_encoder(encoder, weights, **limit)  # pictures take longer
     if reference:
-        sources.check_encoder(reference, reference_weights, "REFERENCE")
+        sources.check_encoder(reference, reference_weights, "REFERENCE", **limit)
 
     labels = settings.labels
-    members = sources.pictures(images, "IMAGES", labels)
-    known = sources.pictures(public, "PUBLIC") if labels else None
-    fresh = sources.pictures(held_out, "HELD_OUT", labels) if held_out or not labels else None
+    members = sources.pictures(images, "IMAGES", labels, **limit)
+    known = sources.pictures(public, "PUBLIC", **limit) if labels else None
+    fresh = None
+    if held_out or not labels:
+        fresh = sources.pictures(held_out, "HELD_OUT", labels, **limit)
 
-    how = {"prefix": settings.prefix, "unused": settings.unused}
+    how = {"prefix": settings.prefix, "unused": settings.unused, "size": settings.size, **limit}
     target = sources.encoder(encoder, weights, "ENCODER", **how)
     second = None
     if reference:
@@ -157,20 +162,40 @@ def load(
         case = subject.prepare_unlabelled(target, members, fresh, second, settings)
     for what, model in (("ENCODER", target), ("REFERENCE", second)):
         if model is not None:
-            _check_size(case, model, what)
+            _check_encoder(case, model, what)
     return case
 
 
-def _check_size(case: subject.Subject, encoder: Encoder, what: str) -> None:
-    """Raise ValueError unless the encoder takes one picture of the size that all will have."""
-    one = case.members.subset([0]).squares(case.size)
+def _check_encoder(case: subject.Subject, encoder: Encoder, what: str) -> None:
+    """Raise ValueError unless the encoder takes pictures of the size that all will have, and gives
+    each an answer of its own: finite, and whatever else is in the batch.
+    """
+    some = case.members.subset(range(TRIED)).squares(case.size)  # (TRIED, 3, s, s)
     try:
-        embed(encoder, one, case.layers)
-    except (RuntimeError, AssertionError, ValueError) as error:
+        together = embed(encoder, some, case.layers)
+        alone = embed(encoder, some[:1], case.layers)
+    except Exception as error:  # it may be anybody's code
         raise ValueError(
             f"{what}: it fails on a picture of {case.size} px ({error}). Pass the size that it was "
             "made for, as reading.size."
         ) from error
+
+    for layer in case.layers:
+        found = together[layer]
+        size = float(found.abs().max())
+        differs = float((found[:1] - alone[layer]).abs().max())
+        fault = ""
+        if not found.isfinite().all():
+            fault = "gives NaN or infinity"
+        elif differs > 0.02 * size:  # some calculate in half precision
+            fault = "gives a picture another answer alone than among others, or is random"
+        elif float((found - found[0]).abs().max()) <= 1e-6 * size:
+            fault = f"gives {TRIED} pictures one answer: it has collapsed, or lacks its weights"
+        if fault:
+            raise ValueError(
+                f"{what}: it {fault} ({layer}, {case.size} px). Expected features of each picture "
+                "by itself, in evaluation mode. Pass an encoder that gives them."
+            )
 
 
 def examine(
@@ -231,11 +256,7 @@ def _unlabelled(
     statistics = membership.statistics(case, inferred)
     controls = checks.unlabelled(case, statistics, inferred)
 
-    gap = statistics["alignment_gap"].to_numpy()
-    member = statistics["member"].to_numpy()
-    row = membership.over_chance(gap[member], gap[~member])
-    if estimate.fewest(row) < scoring.FEWEST:
-        row |= {"low": math.nan, "high": math.nan}
+    row = estimate.sure(membership.over_chance(statistics, "alignment_gap"))
     about = {"layer": case.layers[0], "reading": estimate.DIFFERENCE, "p": 100}
     scores = pd.DataFrame([about | row])
     return Report(
@@ -270,10 +291,14 @@ def file_name(case: subject.Subject, settings: Settings) -> str:
     """Return the name of an audit's report, such as "torchvision-resnet50-1a2b3c4d"."""
     models = [case.encoder, case.reference]
     sets = case.attacked | {"public": case.public}
+    chosen = asdict(settings)
+    del chosen["limit_gib"]  # changes nothing that is found
+    owners = [case.owners(each) for each in case.attacked.values()]
     key = store.key(
         encoders=[getattr(model, "sha256", "") for model in models],
         images={name: each.digest for name, each in sets.items()},
-        settings=asdict(settings),
+        owners=[each.tolist() for each in owners if each is not None],
+        settings=chosen,
         read=[case.crop, case.size, case.layers],
     )
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", getattr(case.encoder, "name", "encoder"))

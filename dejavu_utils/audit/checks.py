@@ -58,14 +58,16 @@ def unlabelled(case: Subject, statistics: pd.DataFrame, inferred: Found) -> pd.D
     - pictures alone: see `controls`.
     """
     layer = case.layers[0]
-    members, held_out = [
-        inferred[name, layer, "untrained"]["alignment"] for name in ("members", "held-out")
-    ]
-    gaps = statistics.loc[~statistics["member"], "alignment_gap"].to_numpy()
-    mixed = np.random.default_rng(0).permutation(gaps)
+    names = ("members", "held-out")
+    untrained = np.concatenate([inferred[name, layer, "untrained"]["alignment"] for name in names])
+    random = statistics.assign(alignment_gap=untrained)
+    unseen = statistics[~statistics["member"]]
+    mixed = unseen.iloc[np.random.default_rng(0).permutation(len(unseen))]
+    first = _half(mixed) if "owner" in mixed else np.arange(len(mixed)) % 2 == 0
+    halves = mixed.assign(member=first)
     found = [
-        {"control": UNTRAINED} | membership.over_chance(members, held_out, LEVEL),
-        {"control": HALVES} | membership.over_chance(mixed[::2], mixed[1::2], LEVEL),
+        {"control": UNTRAINED} | membership.over_chance(random, "alignment_gap", LEVEL),
+        {"control": HALVES} | membership.over_chance(halves, "alignment_gap", LEVEL),
         {"control": PICTURES} | pictures_alone(case, inferred),
     ]
     return _passed(found)
@@ -104,18 +106,24 @@ def permuted(case: Subject, found: dict[str, np.ndarray]) -> dict[str, float]:
 
 def split_held_out(rows: pd.DataFrame) -> dict[str, float]:
     """Return one half of the held-out images minus the other."""
-    ids = np.random.default_rng(0).permutation(sorted(set(rows["id"])))
-    half = rows["id"].isin(ids[::2])
+    half = _half(rows)
     return members_minus_held_out(rows[half], rows[~half], LEVEL)
+
+
+def _half(rows: pd.DataFrame) -> pd.Series:
+    """Return which rows are of one half of the images, or of the owners where they are known."""
+    drawn = rows["owner"] if "owner" in rows else rows["id"]
+    mixed = np.random.default_rng(0).permutation(sorted(set(drawn)))
+    return drawn.isin(mixed[::2])
 
 
 def pictures_alone(case: Subject, inferred: Found) -> dict[str, float]:
     """Return AUC - 0.5 of telling members from held-out images by their crops alone.
 
     Logistic regression of random features (the untrained backbone's) and of simple statistics of
-    the pixels, learned on half of the images and judged on the other half. Each class's mean is
-    subtracted first, so that another mix of classes is no difference. A blind baseline: whatever it
-    tells apart, no training told it.
+    the pixels, learned on half of the images (or of the owners) and judged on the other half. Each
+    class's mean is subtracted first, so that another mix of classes is no difference. A blind
+    baseline: whatever it tells apart, no training told it.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -132,14 +140,26 @@ def pictures_alone(case: Subject, inferred: Found) -> dict[str, float]:
     for label in np.unique(labels):
         x[labels == label] -= x[labels == label].mean(0)
 
+    owners = [case.owners(images) for images in sets.values()]
+    by_owner = owners[0] is not None
+    rows = pd.DataFrame({"member": member})
+    unit = np.arange(len(x))
+    if by_owner:
+        rows["owner"] = np.concatenate(owners)
+        unit = np.unique(rows["owner"].to_numpy(), return_inverse=True)[1]
+
     # one split, not several folds: their classifiers share images, and the interval is too short
+    units = pd.Series(member).groupby(unit).max()  # a row each: is it one of members?
     learn, judge = train_test_split(
-        np.arange(len(x)), test_size=0.5, stratify=member, random_state=0
+        units.index.to_numpy(), test_size=0.5, stratify=units, random_state=0
     )
+    if by_owner:
+        learn = np.flatnonzero(np.isin(unit, learn))
+        judge = np.flatnonzero(np.isin(unit, judge))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     model.fit(x[learn], member[learn])
-    score = model.decision_function(x[judge])
-    return membership.over_chance(score[member[judge]], score[~member[judge]], LEVEL)
+    judged = rows.iloc[judge].assign(score=model.decision_function(x[judge]))
+    return membership.over_chance(judged, "score", LEVEL)
 
 
 def boxes(case: Subject, inferred: Found) -> str:

@@ -1,5 +1,6 @@
 """The verdict of an audit: "memorizes", "no evidence" or "undecided", and why."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,6 +22,9 @@ SENTENCES = {
     "reliably. Pass more images, and more held-out ones.",
     "few": "Undecided, because {n} images are too few for an interval: pass {fewest} or more "
     "members, and as many held-out images.",
+    "owners": "Undecided, because {owners} owners are too few for an interval: pictures of one "
+    "owner are alike, so owners count. Pass pictures of {fewest_owners} owners or more, and "
+    "held-out ones of as many.",
     "disagree": "Undecided, because no held-out images were passed, and then the score of the "
     "members and members minus public images must lead to one verdict; they do not. Pass held-out "
     "images.",
@@ -85,7 +89,9 @@ def verdict(
     elif case.held_out is None and case.reference is None:
         why = "offset"
     elif pd.isna(row["low"]):
-        why = "few"
+        few_owners = row.get("owners", math.inf) < estimate.FEWEST_OWNERS
+        enough = estimate.fewest(row) >= scoring.FEWEST
+        why = "owners" if few_owners and enough else "few"
     elif len(words) > 1:
         why = "disagree"
     else:
@@ -99,6 +105,8 @@ def verdict(
         failed=", ".join(failed),
         n=estimate.fewest(row),
         fewest=scoring.FEWEST,
+        owners=row.get("owners"),
+        fewest_owners=estimate.FEWEST_OWNERS,
     )
     return Verdict(
         word=why if why in STATUS else "undecided",

@@ -169,8 +169,21 @@ class _Embedding:
         found = {"pixels": pixel_statistics(pixels)}
         for model, encoder in self.models.items():
             embedded = embed(encoder, pixels, self.layers, batch, self.device)
+            _check_finite(embedded, images, model)
             found |= {f"{model} {layer}": embedded[layer] for layer in self.layers}
         return found
+
+
+def _check_finite(embedded: dict[str, Tensor], images: Images, model: str) -> None:
+    """Raise ValueError unless every picture has an embedding of numbers."""
+    for layer, features in embedded.items():
+        wrong = ~features.isfinite().all(1).numpy()
+        if wrong.any():
+            raise ValueError(
+                f"the {model} encoder gives NaN or infinity for {wrong.sum()} of {len(wrong)} "
+                f"pictures, such as {images.ids[wrong][0]} ({layer}). Leave them out, or pass an "
+                "encoder that takes them."
+            )
 
 
 def pixel_statistics(pixels: Tensor) -> Tensor:
@@ -206,6 +219,7 @@ def classify(
     labels = np.concatenate([images.labels for images in sets.values()])
     lengths = [len(images) for images in sets.values()]
     part = np.repeat(np.arange(len(sets)), lengths)
+    owners = [case.owners(images) for images in sets.values()]
 
     if kind == "network":
         x = torch.cat([case.squares(images, 32) for images in sets.values()])
@@ -218,6 +232,8 @@ def classify(
     prefix = {"members": "audited", "held-out": "unseen"}
     ids = [f"{prefix[name]}/{each}" for name, images in sets.items() for each in images.ids]
     fold = one_model.assign(np.array(ids), 2 * labels + part, folds, seed)
+    if owners[0] is not None:
+        fold = _of_owners(np.concatenate(owners), labels, part == 0, fold, folds, seed)
     classes = len(case.public.classes)
     chances = one_model.cross_fit(fit, x, labels, fold, classes, part == 0, seed)  # (n, classes)
 
@@ -230,13 +246,30 @@ def classify(
     }
 
 
+def _of_owners(
+    owners: np.ndarray,
+    labels: np.ndarray,
+    learn: np.ndarray,
+    fold: np.ndarray,
+    folds: int,
+    seed: int,
+) -> np.ndarray:
+    """Return folds in which no owner is in two, or `fold` where a class would have nobody to be
+    learned from: what a classifier learned of an owner would be knowledge of the others' pictures.
+    """
+    names, of = np.unique(owners, return_inverse=True)
+    dealt = one_model.assign(names, np.zeros(len(names)), folds, seed)[of]
+    apart = pd.Series(dealt[learn]).groupby(labels[learn]).nunique()
+    return dealt if (apart > 1).all() else fold
+
+
 def table(case: Subject, inferred: Found, classified: Guesses | None = None) -> pd.DataFrame:
     """Return a tidy table, a row per set, layer, model ("target", "untrained"), role and image.
 
     The reference is the second model, or `classified`, what the classifiers of crops say; the
     untrained network is compared with the same one. `probability` is the share of votes, or the
-    classifier's probability, that a role gives to the truth. `scoring` takes the rows of one set,
-    layer and model (see `part`).
+    classifier's probability, that a role gives to the truth; `owner` is there where owners are
+    known. `scoring` takes the rows of one set, layer and model (see `part`).
     """
     parts = []
     for name, images in case.attacked.items():
@@ -246,6 +279,9 @@ def table(case: Subject, inferred: Found, classified: Guesses | None = None) -> 
             for model in ("target", "untrained"):
                 about = {"set": name, "layer": layer, "model": model, "direction": "a"}
                 own = _votes(case, inferred[name, layer, model], images)
+                owners = case.owners(images)
+                if owners is not None:
+                    about["owner"] = owners
                 parts.append(_rows(images, own).assign(role="target", **about))
                 parts.append(_rows(images, reference).assign(role="reference", **about))
     return pd.concat(parts, ignore_index=True)

@@ -28,7 +28,7 @@ STATISTICS = {
 
 def statistics(case: Subject, inferred: Found, rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a row per attacked image, members first: id, member (bool), and the STATISTICS, all at
-    the judged layer.
+    the judged layer; and `owner` where owners are known.
 
     The reference of the alignment gap is the second model, or else the untrained network. Without
     `rows` (of `evidence.table`), as where there are no labels, there is no `deja_vu`.
@@ -38,6 +38,9 @@ def statistics(case: Subject, inferred: Found, rows: pd.DataFrame | None = None)
     parts = []
     for name, images in case.attacked.items():
         columns = {"id": images.ids, "member": name == "members"}
+        owners = case.owners(images)
+        if owners is not None:
+            columns["owner"] = owners
         if rows is not None:
             own = part(rows, layer, which=name)
             wide = own.pivot(index="id", columns="role", values="probability").loc[images.ids]
@@ -64,7 +67,7 @@ def summary(found: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     rows = []
     for name in names:
         score = found[name].to_numpy(float)
-        area = auc(score[member], score[~member], level)
+        area = _area_of(found, name, level)
         about = {"statistic": name, "auc": area["auc"]}
         about |= {"auc_low": area["low"], "auc_high": area["high"]}
         false, true, _ = roc_curve(member, score, drop_intermediate=False)
@@ -103,10 +106,21 @@ def at_threshold(
     }
 
 
-def auc(members: np.ndarray, held_out: np.ndarray, level: float = LEVEL) -> dict[str, float]:
-    """Return the area under the ROC curve with its bootstrap interval: auc, low, high."""
+def auc(
+    members: np.ndarray,
+    held_out: np.ndarray,
+    level: float = LEVEL,
+    owners: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """Return the area under the ROC curve with its bootstrap interval: auc, low, high. With the
+    `owners` of members and held-out images, these are drawn, each with all of its images.
+    """
     member = np.repeat([True, False], [len(members), len(held_out)])
     area = roc_auc_score(member, np.concatenate([members, held_out]))
+    if owners is not None:
+        areas = _areas(members, held_out, *map(_weights, owners))
+        low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+        return {"auc": float(area), "low": float(low), "high": float(high)}
     drawn = bootstrap(
         (members, held_out),
         _area,
@@ -121,18 +135,57 @@ def auc(members: np.ndarray, held_out: np.ndarray, level: float = LEVEL) -> dict
     return {"auc": float(area), "low": float(low), "high": float(high)}
 
 
-def over_chance(
-    members: np.ndarray, held_out: np.ndarray, level: float = LEVEL
-) -> dict[str, float]:
-    """Return AUC - 0.5 with its bootstrap interval: score, low, high, n, held_out."""
-    found = auc(members, held_out, level)
-    return {
-        "score": found["auc"] - 0.5,
-        "low": found["low"] - 0.5,
-        "high": found["high"] - 0.5,
-        "n": len(members),
-        "held_out": len(held_out),
+def _weights(owners: np.ndarray) -> np.ndarray:
+    """Return how often each image is drawn, (RESAMPLES, n), where owners are."""
+    names, of = np.unique(owners, return_inverse=True)
+    random = np.random.default_rng([0, len(owners), len(names)])
+    drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    return drawn[:, of]
+
+
+def _areas(
+    members: np.ndarray, held_out: np.ndarray, weights: np.ndarray, others: np.ndarray
+) -> np.ndarray:
+    """Return the area under the ROC curve (r,) of members and held-out images that are there
+    `weights` (r, n) and `others` (r, m) times.
+    """
+    order = np.argsort(held_out)
+    below = np.searchsorted(held_out[order], members, "left")  # (n,)
+    up_to = np.searchsorted(held_out[order], members, "right")
+    count = np.cumsum(others[:, order], axis=1)
+    count = np.pad(count, ((0, 0), (1, 0)))  # (r, 1 + m): of the lowest so many
+    beaten = (count[:, below] + count[:, up_to]) / 2  # (r, n): ties count half
+    return (weights * beaten).sum(1) / (weights.sum(1) * others.sum(1))
+
+
+def _area_of(found: pd.DataFrame, name: str, level: float) -> dict[str, float]:
+    """Return `auc` of a column of a table with `member`, and perhaps `owner`."""
+    member = found["member"].to_numpy()
+    score = found[name].to_numpy(float)
+    owners = None
+    if "owner" in found:
+        owner = found["owner"].to_numpy()
+        owners = (owner[member], owner[~member])
+    return auc(score[member], score[~member], level, owners)
+
+
+def over_chance(found: pd.DataFrame, name: str, level: float = LEVEL) -> dict[str, float]:
+    """Return AUC - 0.5 of the column `name` of a table with `member` (bool), with its bootstrap
+    interval: score, low, high, n, held_out. Where it has a column `owner`, owners are drawn, and
+    `owners` is how many the set with fewer has.
+    """
+    area = _area_of(found, name, level)
+    members = int(found["member"].sum())
+    row = {
+        "score": area["auc"] - 0.5,
+        "low": area["low"] - 0.5,
+        "high": area["high"] - 0.5,
+        "n": members,
+        "held_out": len(found) - members,
     }
+    if "owner" in found:
+        row["owners"] = int(found.groupby("member")["owner"].nunique().min())
+    return row
 
 
 def _area(members: np.ndarray, held_out: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -76,7 +76,11 @@ def numbers(found: Findings) -> str:
     n = min(len(images) for images in found.case.attacked.values())
     ends = interval(row.low, row.high, n)
     of = f"{row.n} members, layer {found.case.layers[0]}"
-    about = f"95 % interval {ends[1:-1]}" if np.isfinite(row.low) else f"no interval: {ends}"
+    about = "no interval: too few owners"
+    if np.isfinite(row.low):
+        about = f"95 % interval {ends[1:-1]}"
+    elif n < scoring.FEWEST:
+        about = f"no interval: {ends}"
     return f"{row.reading.capitalize()}: {points(row.score)} points, {about} ({of})."
 
 
@@ -314,6 +318,7 @@ def page(found: Findings) -> str:
         "description": description,
         "controls": scored(found.controls, "control", _control, outcome, 99),
         "summary": summary,
+        "owned": statistics is not None and "owner" in statistics,
         "roc": "" if statistics is None else _drawn(roc(statistics)),
         "rates": [f"TPR at {100 * rate:g} % FPR" for rate in membership.RATES],
         "membership": [] if summary is None else membership_rows(summary),

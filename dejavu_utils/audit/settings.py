@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dejavu_utils.attack import crops
+from dejavu_utils.limited import LIMIT_GIB
 
 CLASSIFIERS = ("naive_bayes", "network")
 CROP = crops.CROP | {"min_side": 0}
@@ -24,6 +25,7 @@ class Settings:
     prefix: str = ""  # see external.encoder
     unused: str = ""  # see external.encoder
     seed: int = 0  # of folds and samples
+    limit_gib: float = LIMIT_GIB  # GiB that reading one file, or one set of pictures, may take
     dataset: str = (
         ""  # the manifest whose min_side holds; "": that of the members, if they have one
     )
@@ -34,6 +36,7 @@ class Settings:
         self._check("margin", 0 < self.margin < 1, "a share between 0 and 1, such as 0.05")
         self._check("limit", self.limit >= 0, "a number of pictures, or 0 for all")
         self._check("size", self.size >= 0, "px, or 0 for what the encoder wants")
+        self._check("limit_gib", self.limit_gib > 0, "GiB of memory, more than 0")
         self._check("classifier", self.classifier in CLASSIFIERS, f"one of {CLASSIFIERS}")
 
         unknown = sorted(set(self.crop) - set(CROP))
@@ -60,5 +63,6 @@ class Settings:
             prefix=reading["prefix"],
             unused=reading["unused"],
             seed=params["seeds"][0],
+            limit_gib=audit["limit_gib"],
             dataset="" if params["encoder"]["target"] else params["dataset"],
         )

@@ -1,16 +1,20 @@
 """Where an audit's encoders and pictures come from: names, files, folders, and our own pairs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dejavu_utils import store
+from dejavu_utils import limited, store
 from dejavu_utils.data import datasets, manifests
 from dejavu_utils.data.images import Images
 from dejavu_utils.data.pictures import UNNAMED
+from dejavu_utils.limited import LIMIT_GIB
 from dejavu_utils.models import external
 from dejavu_utils.models.encoders import Encoder
 from dejavu_utils.models.pairs import Pair
+from dejavu_utils.store import StoreError
 
 # the arguments of `audit.run` that are pictures, and what `make audit` calls them
 SETS = {"images": "IMAGES", "public": "PUBLIC", "held_out": "HELD_OUT"}
@@ -30,10 +34,28 @@ def manifest_of(name: object) -> str:
     return known if known in data_sets() else ""
 
 
-def pictures(name: str | Path | Images, what: str = "IMAGES", labels: bool = True) -> Images:
+@contextmanager
+def _budget(limit_gib: float) -> Iterator[None]:
+    """Where that budget of memory was too small, say how an audit is given a larger one."""
+    try:
+        yield
+    except StoreError as error:
+        if limited.MORE not in str(error):
+            raise
+        larger = max(LIMIT_GIB, 2 * limit_gib)
+        told = str(error).replace(limited.MORE, f"pass audit.limit_gib={larger:g}")
+        raise StoreError(told) from error
+
+
+def pictures(
+    name: str | Path | Images,
+    what: str = "IMAGES",
+    labels: bool = True,
+    limit_gib: float = LIMIT_GIB,
+) -> Images:
     """Return the pictures of a data set ("pets", or with its place "pets:/my/copy"), or of a folder
     or zip (see `datasets.folder`); `Images` are returned as they are. Without `labels` all are of
-    one class.
+    one class. Listing them may take `limit_gib` GiB of memory.
 
     FileNotFoundError and ValueError begin with `what`, the set that was asked for.
     """
@@ -41,7 +63,8 @@ def pictures(name: str | Path | Images, what: str = "IMAGES", labels: bool = Tru
         return name if labels else _unlabelled(name)
     if manifest_of(name):
         known, _, place = name.partition(":")
-        found = datasets.read(known, place or None)
+        with _budget(limit_gib):
+            found = datasets.read(known, place or None, limit_gib)
         return found if labels else _unlabelled(found)
 
     if not str(name) or not Path(name).exists():
@@ -52,7 +75,8 @@ def pictures(name: str | Path | Images, what: str = "IMAGES", labels: bool = Tru
         raise FileNotFoundError(
             f"{what}: {found}; expected a folder or zip of class folders{sets}."
         )
-    return datasets.folder(Path(name), what, labels)
+    with _budget(limit_gib):
+        return datasets.folder(Path(name), what, labels, limit_gib=limit_gib)
 
 
 def _unlabelled(images: Images) -> Images:
@@ -61,23 +85,33 @@ def _unlabelled(images: Images) -> Images:
 
 
 def encoder(
-    spec: str | Encoder, weights: str, what: str = "ENCODER", prefix: str = "", unused: str = ""
+    spec: str | Encoder,
+    weights: str,
+    what: str = "ENCODER",
+    prefix: str = "",
+    unused: str = "",
+    limit_gib: float = LIMIT_GIB,
+    size: int = 0,
 ) -> Encoder:
     """Return the encoder that `spec` names, with its weights: see `external.encoder`; one that is
     there already is returned as it is.
     """
     if isinstance(spec, Encoder):
         return spec
-    check_encoder(spec, weights, what)
-    return external.encoder(spec, weights or None, prefix, unused)
+    check_encoder(spec, weights, what, limit_gib)
+    with _budget(limit_gib):
+        return external.encoder(spec, weights or None, prefix, unused, limit_gib, size)
 
 
-def check_encoder(spec: str | Encoder, weights: str, what: str = "ENCODER") -> None:
+def check_encoder(
+    spec: str | Encoder, weights: str, what: str = "ENCODER", limit_gib: float = LIMIT_GIB
+) -> None:
     """Raise FileNotFoundError or ValueError, in a moment, if there can be no such encoder."""
     if isinstance(spec, Encoder):
         return
     try:
-        external.check(spec, weights or None)
+        with _budget(limit_gib):
+            external.check(spec, weights or None, limit_gib)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{what}: {error}") from None
 

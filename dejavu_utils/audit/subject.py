@@ -90,13 +90,8 @@ class Subject:
         found += LABELLED if self.labelled else UNLABELLED
         if self.reference is not None:
             found.append("Whether the second model was trained alike, and without the members.")
-        owners = self.members.attributes.get("owner")
-        if owners is not None and len(set(owners)) < len(owners):
-            found.append(
-                "Whether pictures of one owner are alike beyond their class: the intervals take "
-                f"the {len(owners)} members as independent; they have {len(set(owners) - {''})} "
-                "owners."
-            )
+        if self.owners(self.members) is not None:
+            found.append(self._trust_in_owners())
         found += [f"Assumed of the encoder: {note}." for note in self.assumed]
         return found + [f"Of encoder and images: {note}." for note in self.notes]
 
@@ -113,6 +108,26 @@ class Subject:
             "stand in: the offset of the reference is not known, and most negative controls could "
             "not be run."
         )
+
+    def _trust_in_owners(self) -> str:
+        owners = {name: set(self.owners(images)) for name, images in self.attacked.items()}
+        counts = " and ".join(f"{len(each)} of {name}" for name, each in owners.items())
+        both = len(set.intersection(*owners.values())) if len(owners) > 1 else 0
+        return (
+            "Whether owners are independent of each other: the intervals of scores, controls and "
+            f"AUC draw owners ({counts}, {both} in both; a picture without one counts as one). "
+            "Those of TPR and the bound of ε take pictures as independent."
+        )
+
+    def owners(self, images: Images) -> np.ndarray | None:
+        """Return the owner of each attacked image (n,), a name of its own for one without; None
+        where no attacked image has one.
+        """
+        if not any("owner" in each.attributes for each in self.attacked.values()):
+            return None
+        nobody = np.array([f"nobody: {name}" for name in images.ids], object)
+        owners = images.attributes.get("owner", np.full(len(images), "")).astype(object)
+        return np.where(owners == "", nobody, owners)
 
     def squares(self, images: Images, size: int) -> Tensor:
         """Return the background crops of attacked images, uint8 (n, 3, size, size)."""
@@ -149,15 +164,19 @@ def prepare(
     members = _attackable(trained.images, crop, settings)
     classes = _classes(members)
     _check_enough(members, images, crop, "IMAGES", len(classes))
+    notes += _not_attacked(members, trained.images, "IMAGES")
     if lost := len(np.unique(members.labels)) - len(classes):
         notes.append(f"{lost} classes with one usable image were left out")
     members = _aligned(members, classes)
 
     # held-out images, and public ones, which are none of the others
-    fresh = _Pictures.of(_aligned(_or_none(held_out, images), classes))
-    fresh, note = _apart(fresh, trained)
+    fresh = _aligned(_or_none(held_out, images), classes)
+    notes += _of_other_classes(held_out, fresh, "HELD_OUT")
+    fresh, note = _apart(_Pictures.of(fresh), trained)
     notes += note
-    known = _Pictures.of(_aligned(public, classes))
+    known = _aligned(public, classes)
+    notes += _of_other_classes(public, known, "PUBLIC")
+    known = _Pictures.of(known)
     before = len(known.images)
     known, note = _without_copies(known, [trained, fresh], "public", "attacked images")
     notes += note
@@ -166,6 +185,7 @@ def prepare(
     source, unseen, bank = _held_out(fresh.images, held_out, known.images, members, crop, settings)
     if source == "held-out":
         _check_enough(unseen, fresh.images, crop, "HELD_OUT", len(classes))
+        notes += _not_attacked(unseen, fresh.images, "HELD_OUT")
     _check_covers(bank, public.classes, copies, settings.k)
 
     size, assumed = _side(settings.size, encoder, trained.images)
@@ -209,6 +229,8 @@ def prepare_unlabelled(
     unseen = _attackable(fresh.images, crop, settings)
     _check_enough(members, images, crop, "IMAGES", None)
     _check_enough(unseen, held_out, crop, "HELD_OUT", None)
+    notes += _not_attacked(members, trained.images, "IMAGES")
+    notes += _not_attacked(unseen, fresh.images, "HELD_OUT")
     size, assumed = _side(settings.size, encoder, trained.images)
     return Subject(
         encoder,
@@ -300,6 +322,19 @@ def _files_not_used(sets: dict[str, Images | None]) -> list[str]:
         if left_out:
             notes.append(f"{sources.SETS[name]}: {left_out}")
     return notes
+
+
+def _not_attacked(attacked: Images, usable: Images, what: str) -> list[str]:
+    """Return a note of the pictures without a background crop, or beyond the limit."""
+    n = len(usable) - len(attacked)
+    why = "have no background crop that is large enough, or are beyond audit.limit"
+    return [f"{what}: {n} of {len(usable)} pictures {why}"] if n else []
+
+
+def _of_other_classes(given: Images | None, kept: Images, what: str) -> list[str]:
+    """Return a note of the pictures of classes that no member has."""
+    n = 0 if given is None else len(given) - len(kept)
+    return [f"{what}: {n} pictures are of classes that are not attacked"] if n else []
 
 
 def _or_none(images: Images | None, others: Images) -> Images:

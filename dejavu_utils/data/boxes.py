@@ -21,6 +21,8 @@ from dejavu_utils.store import StoreError
 NUMBERS = ("width", "height", "x0", "y0", "x1", "y1")
 COLUMNS = ("image", *NUMBERS, "class")
 OPTIONAL = ("owner", "split")
+WHOLE = 20  # rows from which on a table is judged as a whole
+SLACK = 0.05  # share of rows that may be wrong, and of its frame that a box may reach out
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -
     columns = tuple(frame.columns)
     frame = frame.reindex(columns=[*COLUMNS, *OPTIONAL], fill_value="")
     numbers = frame[list(NUMBERS)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    _check_as_a_whole(numbers)
     texts = frame[["class", *OPTIONAL]].to_numpy(object)
     reasons = _row_reasons(numbers)
 
@@ -90,6 +93,31 @@ def _check_columns(frame: pd.DataFrame) -> None:
         )
 
 
+def _check_as_a_whole(numbers: np.ndarray) -> None:
+    """Raise StoreError where rows (width, height, x0, y0, x1, y1) show that the table means
+    something else: one bad row is a line, but these would be wrong in the others, too.
+    """
+    width, height, x0, y0, x1, y1 = numbers.T
+    n = len(numbers)
+    if n < WHOLE:
+        return
+    with np.errstate(invalid="ignore"):
+        turned = (x0 > x1) | (y0 > y1)
+        out = (x1 > width + 1 + SLACK * width) | (y1 > height + 1 + SLACK * height)
+        within = (np.maximum(x1, y1) <= 100) & (np.minimum(width, height) >= 200)
+    checks = (
+        (turned.mean() > SLACK, turned, "end before they start: are x1, y1 widths and heights?"),
+        (out.mean() > SLACK, out, "reach far out of their frame, width x height: is it another?"),
+        (within.all(), within, "lie in the first 100 px of large frames: are they in percent?"),
+    )
+    for wrong, rows, what in checks:
+        if wrong:
+            raise StoreError(
+                f"boxes.csv: {rows.sum()} of {n} boxes {what} Expected x0, y0, x1, y1 in px of the "
+                "frame, ends and no sizes (data_manifests/README.md). Write the table anew."
+            )
+
+
 def _unused_reasons(file: IO[bytes] | Path) -> dict[str, str]:
     """Return {picture: reason} of annotations that convert.py could not use."""
     listed = _read_csv(file)
@@ -109,11 +137,13 @@ def _row_reasons(numbers: np.ndarray) -> np.ndarray:
     """Return why each row (width, height, x0, y0, x1, y1) cannot be used; empty if it can."""
     width, height, x0, y0, x1, y1 = numbers.T
     with np.errstate(invalid="ignore"):
+        first = (np.maximum(x1, y1) <= 1) & (np.maximum(width, height) > 10)
         checks = (
             (~np.isfinite(numbers).all(1), "a number in boxes.csv is missing or not finite"),
             ((width <= 0) | (height <= 0), "its width or height in boxes.csv is not above 0"),
             ((x0 > x1) | (y0 > y1), "a box ends before it starts"),
             ((x0 >= width) | (y0 >= height) | (x1 < 0) | (y1 < 0), "a box outside its picture"),
+            (first, "a box in the first pixel: shares of the frame, not px?"),
         )
     reasons = np.full(len(numbers), "", object)
     for wrong, reason in reversed(checks):

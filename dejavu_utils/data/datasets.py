@@ -14,24 +14,29 @@ from dejavu_utils.data.boxes import Table, class_text, read_table
 from dejavu_utils.data.images import Images
 from dejavu_utils.data.listing import in_child
 from dejavu_utils.data.tree import Tree, printable
+from dejavu_utils.limited import LIMIT_GIB
 from dejavu_utils.store import StoreError
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def read(
-    name: str, folder: str | Path | None = None, **options: int | float | str | None
+    name: str,
+    folder: str | Path | None = None,
+    limit_gib: float = LIMIT_GIB,
+    **options: int | float | str | None,
 ) -> Images:
     """Return a data set by the name of its manifest, as `Images`.
 
     "scenes" is made from `options` (see `scenes.make`); every other is looked for in `folder`
     ($DEJAVU_DATA, else data/), which may also be the data set itself, and read with the options of
-    `load`. FileNotFoundError says how to get a data set that is missing.
+    `load`, by at most `limit_gib` GiB of memory. FileNotFoundError says how to get a data set that
+    is missing.
     """
     entry = manifests.read(name)
     if entry["layout"] == "scenes":
         return scenes.make(**options)
-    return load(entry, manifests.locate(entry, folder), **options)
+    return load(entry, manifests.locate(entry, folder), limit_gib=limit_gib, **options)
 
 
 @in_child
@@ -97,6 +102,7 @@ def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     """
     tree = Tree(path)
     table = _own_table(tree)
+    _check_one_split(table, what)
     if not labels:
         return pictures.read(tree, "", table, pictures.Rules(class_from="none"), what=what)
     named = any(mark.name for mark in table.found.values())
@@ -143,6 +149,17 @@ def _single_top(tree: Tree) -> str:
     tops = {file.partition("/")[0] for file in tree.files if not readers.not_a_picture(file)}
     flat = any("/" not in file for file in tree.files)
     return tops.pop() if tree.zip and len(tops) == 1 and not flat else ""
+
+
+def _check_one_split(table: Table, what: str) -> None:
+    """Raise StoreError if boxes.csv names several splits: a set of an audit is one of them."""
+    count = Counter(mark.split for mark in table.found.values() if mark.split)
+    if len(count) > 1:
+        told = ", ".join(f"{printable(name)} ({n})" for name, n in sorted(count.items()))
+        raise StoreError(
+            f"{what}: boxes.csv names the splits {told}; expected pictures of one. Move those of "
+            "one into a folder with a boxes.csv of its own, and pass that."
+        )
 
 
 def _check_folders(tree: Tree, top: str, what: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from dejavu_utils import limited
 from dejavu_utils.data import identity, readers
 from dejavu_utils.data.boxes import Annotation, Table, class_text, fit
 from dejavu_utils.data.images import Images, threads
@@ -70,6 +71,8 @@ def read(
     others are decoded when asked for. StoreError if nothing can be read; `what` names the data set.
     """
     pictures, skipped = _listed(tree, images, table, rules)
+    if not pictures:
+        raise StoreError(f"{what or tree.path}: no file can be used{_most(skipped)}")
     names = _chosen((each.name for each in pictures), rules, classes, what or str(tree.path))
     label = {name: i for i, name in enumerate(names)}
     pictures = [each for each in pictures if each.name in label]
@@ -89,9 +92,8 @@ def read(
         if one.reason:
             skipped.append((each.file, one.reason))
     if not good:
-        raise StoreError(
-            f"{tree.path}: none of {len(pictures)} pictures could be read. {(skipped or [''])[0]}"
-        )
+        reason = _most(skipped)
+        raise StoreError(f"{tree.path}: none of {len(pictures)} pictures could be read{reason}")
 
     kept = [pictures[i] for i in good]
     found = [measured[i] for i in good]
@@ -110,6 +112,16 @@ def read(
         attributes=_attributes(kept),
         skipped=sorted((printable(name), printable(reason)) for name, reason in skipped),
     )
+
+
+def _most(skipped: list[tuple[str, str]]) -> str:
+    """Return the most common reasons why files are not used, with an example of each."""
+    if not skipped:
+        return ": there is none."
+    example = {reason: name for name, reason in reversed(skipped)}
+    count = Counter(reason for _, reason in skipped).most_common(3)
+    told = [f"{n} ({printable(example[reason])}): {printable(reason)}" for reason, n in count]
+    return f". {'; '.join(told)}."
 
 
 def _listed(
@@ -171,6 +183,8 @@ def _why(error: Exception) -> str:
     """Return in words why a picture cannot be read; a ValueError of ours says it."""
     if type(error) is ValueError:
         return str(error)
+    if limited.out_of_memory(error):
+        return f"takes more memory than limit_gib allows: {limited.MORE}"
     if isinstance(error, UnidentifiedImageError):  # its words hold an address in memory
         return "cannot be read (cannot identify a picture in it)"
     return f"cannot be read ({type(error).__name__}: {error})"

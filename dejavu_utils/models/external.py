@@ -65,6 +65,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.network = made.network
         self.preprocess = made.preprocess
+        self.features = ""  # how they were made of the last output, where that was no vector
         self.same = made.preprocess is None and (tuple(made.mean), tuple(made.std)) == (MEAN, STD)
         for name, values in (("mean", made.mean), ("std", made.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -87,9 +88,14 @@ class Trunk(nn.Module):
                 "function of yours that returns a module with them: ENCODER=package.module:function"
             )
         if out.ndim == 4:  # (n, c, h, w)
+            self.features = "the mean over the map that it returns"
             return out.mean((2, 3))
-        if out.ndim == 3:  # (n, tokens, d)
-            return out[:, 0] if self.has_class_token() else out.mean(1)
+        if out.ndim == 3 and self.has_class_token():  # (n, tokens, d)
+            self.features = "the class token of the last layer"
+            return out[:, 0]
+        if out.ndim == 3:
+            self.features = "the mean token of the last layer"
+            return out.mean(1)
         return out
 
     def has_class_token(self) -> bool:
@@ -135,19 +141,21 @@ def encoder(
     prefix: str = "",
     unused: str = "",
     limit_gib: float = LIMIT_GIB,
+    size: int = 0,
 ) -> External:
     """Return the encoder that `spec` names, in evaluation mode on the CPU, in float32.
 
     `spec`: FORMS. `file` holds its weights; without one they are the pretrained ones of its source.
     Of several copies in a file the one whose prefix contains `prefix` is read. `unused` is a
     regular expression of tensors that no forward pass uses, where `weights.unexplained` asks.
+    `size` is that of the pictures that it will see (px; 0: what it wants).
     Reading a file takes at most `limit_gib` GiB of memory; on other systems than Linux only its
     headers are compared with that.
 
     StoreError says what is wrong with a file, ValueError with a name, FileNotFoundError what is not
     there.
     """
-    check(spec, file)
+    check(spec, file, limit_gib)
     _check_pattern(unused)
     if Path(spec).is_file():
         with _one_error(Path(spec), limit_gib):
@@ -157,8 +165,10 @@ def encoder(
         made = _make(spec, pretrained=not file)
     made.network.float().eval()
     trunk = Trunk(made).eval()
-    width = _width(trunk, made, spec)
+    width = _width(trunk, size or made.size or 224, spec)
     made.notes.insert(0, f"network: {spec}")
+    if trunk.features:
+        made.assumed.append(f"features: {trunk.features}")
 
     head = None
     if file:
@@ -170,8 +180,8 @@ def encoder(
         state = made.network.state_dict().values()
         digest = hashlib.sha256(b"".join(_bytes(tensor) for tensor in state)).hexdigest()
 
-    size = f"{made.size} px" if made.size else "size not known"
-    made.notes.append(f"input: {size}, mean {_numbers(made.mean)}, std {_numbers(made.std)}")
+    wanted = f"{made.size} px" if made.size else "size not known"
+    made.notes.append(f"input: {wanted}, mean {_numbers(made.mean)}, std {_numbers(made.std)}")
     return External(
         trunk,
         head.blocks if head else None,
@@ -185,14 +195,14 @@ def encoder(
     ).eval()
 
 
-def check(spec: str, file: str | None = None) -> None:
+def check(spec: str, file: str | None = None, limit_gib: float = LIMIT_GIB) -> None:
     """Raise FileNotFoundError or ValueError, in a moment, if there can be no such encoder."""
     if file and not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}; expected a file of weights.")
     if Path(spec).is_file():
         if not store.sidecar(spec).is_file():
-            with _one_error(Path(spec), LIMIT_GIB):
-                advice = _unnamed(spec)
+            with _one_error(Path(spec), limit_gib):
+                advice = _unnamed(spec, limit_gib)
             raise ValueError(advice)
         return
     kind, _, name = spec.partition(":")
@@ -383,17 +393,20 @@ def _hf(name: str, pretrained: bool) -> Factory:
     else:
         config = transformers.AutoConfig.from_pretrained(name)
         network = transformers.AutoModel.from_config(config)
-    made = Factory(network)
+    pictures = getattr(network, "vision_model", network)  # of CLIP and its like
+    made = Factory(pictures)
     made.notes.append(f"the code of transformers for {name} was run")
+    if pictures is not network:
+        made.notes.append("its part for pictures alone")
+        network = pictures
 
     pooler = getattr(network, "pooler", None)
     if pooler is not None and list(pooler.parameters()):
         network.pooler = None  # for classification, untrained in self-supervised models
+        made.classifier = ("pooler",)
     if getattr(network.config, "mask_ratio", None):
         network.config.mask_ratio = 0.0
         made.notes.append("no patch is masked")
-    made.assumed.append("features: the class token of the last layer, or else the mean token")
-
     made.size = int(getattr(network.config, "image_size", 0) or 0)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
@@ -566,18 +579,26 @@ def _fits(spec: str, flat: dict[str, Tensor]) -> bool:
     return not weights.unexplained(found, made.network, made.classifier, "")
 
 
-def _unnamed(file: str) -> str:
+def _unnamed(file: str, limit_gib: float) -> str:
     """Return the advice for a file that is given as the encoder."""
-    advice = f"{_advice('', checkpoint_files.read(file))} WEIGHTS={shlex.quote(file)}"
+    advice = f"{_advice('', checkpoint_files.read(file, limit_gib))} WEIGHTS={shlex.quote(file)}"
     return f"{file} holds weights, and not the network that they are of. Next: {advice}"
 
 
-def _width(trunk: nn.Module, made: Factory, spec: str) -> int:
-    """Return the width d of the features; ValueError unless two passes give one (1, d)."""
-    size = made.size or 224
+def _width(trunk: nn.Module, size: int, spec: str) -> int:
+    """Return the width d of the features; ValueError unless two passes of a picture of `size` px
+    give one (1, d).
+    """
     picture = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        one, two = trunk(picture), trunk(picture)
+    try:
+        with torch.inference_mode():
+            one, two = trunk(picture), trunk(picture)
+    except Exception as error:  # it is somebody else's code
+        raise ValueError(
+            f"{spec} fails on a picture of {size} px ({type(error).__name__}: {error}). Pass the "
+            "size that it was made for, as reading.size, or a function that returns a module with "
+            "features (n, d): ENCODER=package.module:function."
+        ) from error
     if one.ndim != 2 or len(one) != 1:
         raise ValueError(f"{spec} returns {tuple(one.shape)} for one picture: expected (1, d).")
     if not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * one.abs().max().item()):

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import nn
 
 from dejavu_utils import parameters
 from dejavu_utils.attack import one_model
-from dejavu_utils.audit import audit, checks, conclusion, estimate, evidence
+from dejavu_utils.audit import audit, checks, conclusion, estimate, evidence, membership
 from dejavu_utils.audit.settings import Settings
 from dejavu_utils.models import encoders, external, train
 from dejavu_utils.models.encoders import Encoder
@@ -354,7 +355,11 @@ def test_the_owner_whose_pictures_are_remembered_stands_out(audits):
     assert (others["low"] < 0.02).all() and (others["score"].abs() < 0.15).all()
     assert found.summary()["owners"][0].keys() >= {"owner", "score", "low", "high", "n"}
     assert "Owner by owner" in found.html() and "owner 3" in found.html()
-    assert any("have 6 owners" in limit for limit in found.case.limits)
+    count = len(set(found.case.owners(found.case.members)))  # the one of nobody counts
+    assert found.verdict.why == "owners" and f"because {count} owners are too few" in found.html()
+    counts = f"{count} of members and {len(found.case.held_out)} of held-out, 0 in both"
+    assert any(counts in limit for limit in found.case.limits)
+    assert found.name != audits.examined(audits.sets("a")).name
 
 
 def test_few_pictures_of_an_owner_have_no_interval(audits, remembered):
@@ -368,6 +373,104 @@ def test_few_pictures_of_an_owner_have_no_interval(audits, remembered):
     assert table.loc["few", "n"] == 9 and np.isnan(table.loc["few", "low"])
     assert table.loc["many", "low"] < table.loc["many", "score"] < table.loc["many", "high"]
     assert remembered.owners is None and "Owner by owner" not in remembered.html()
+
+
+OWNED = {"owners": 60, "pictures": 4}  # a set
+
+
+def owned(seed, alike):
+    """Return rows of owners, and whether an owner's pictures are `alike` or only have its name;
+    nothing was trained on them.
+    """
+    random = np.random.default_rng(seed)
+    count = OWNED["owners"] if alike else OWNED["owners"] * OWNED["pictures"]
+    right = random.random(count) < 0.4
+    probability = random.random(count)
+    if alike:
+        right = np.repeat(right, OWNED["pictures"])
+        probability = np.repeat(probability, OWNED["pictures"])
+    rows = rows_of(right, probability, np.arange(len(right)) % 10)
+    owner = np.repeat(np.arange(OWNED["owners"]).astype(str), OWNED["pictures"])
+    return rows.assign(owner=np.concatenate([owner, owner]))
+
+
+def false_alarms(alike, columns, times=200):
+    """Return the ends (95 %, Clopper-Pearson) of the share of audits that find memory."""
+    alarms = 0
+    for seed in range(times):
+        members, held_out = [owned([seed, part], alike)[columns] for part in (0, 1)]
+        found = estimate.members_minus_held_out(members, held_out, resamples=300)
+        alarms += found["low"] > 0
+    return binomtest(alarms, times).proportion_ci(method="exact")
+
+
+def test_where_owners_send_the_same_picture_four_times_the_interval_knows():
+    """The bootstrap of pictures cries wolf, that of owners does not; nor where they differ."""
+    known = ["id", "label", "role", "correct", "probability", "owner"]
+    assert false_alarms(True, known[:-1]).low > 0.025
+    assert false_alarms(True, known).low <= 0.025
+    assert false_alarms(False, known).low <= 0.025
+
+
+def test_an_area_of_owners_is_that_of_their_pictures_with_a_wider_interval():
+    random = np.random.default_rng(0)
+    members, held_out = random.normal(0.5, 1, 40), random.normal(0, 1, 50)
+    plain = membership.auc(members, held_out)
+    names = (np.arange(40), np.arange(50))
+    found = membership.auc(members, held_out, owners=names)
+    assert found["auc"] == plain["auc"]
+    assert found["low"] == pytest.approx(plain["low"], abs=0.02)
+    assert found["high"] == pytest.approx(plain["high"], abs=0.02)
+
+    four = [np.repeat(each, 4) for each in (members, held_out, *names)]
+    found = membership.auc(*four[:2], owners=tuple(four[2:]))
+    assert found["auc"] == pytest.approx(plain["auc"])
+    assert found["low"] == pytest.approx(plain["low"], abs=0.02)
+    assert membership.auc(*four[:2])["low"] > plain["low"] + 0.03
+
+
+def tinted(images, seed):
+    """Return the pictures with an owner for each four, who has a camera of a colour of its own."""
+    random = np.random.default_rng(seed)
+    mixed = random.permutation(len(images))
+    owner = mixed // 4
+    colours = torch.from_numpy(random.normal(0, 25, (owner.max() + 1, 3, 1, 1))).float()
+    pixels = (images.pixels + colours[owner]).round().clamp(0, 255).byte()
+    names = np.array([f"{seed}/{each}" for each in owner])
+    return dataclasses.replace(images, pixels=pixels, attributes={"owner": names})
+
+
+def test_cameras_of_owners_are_no_difference_between_the_sets(audits):
+    """No control fires because the owners of members are others than those of held-out pictures,
+    and no classifier of crops is judged on a picture whose owner it knows.
+    """
+    members = tinted(audits.parts["a"].subset(range(400)), 1)
+    held_out = tinted(audits.parts["control"].subset(range(400)), 2)
+    found = audits.examined(audits.sets(members, held_out), encoder=random_encoder())
+    assert found.controls["passed"].all(), found.controls
+    assert found.verdict.word != "memorizes" and np.isfinite(found.verdict.low)
+
+    seen = []
+    case = found.case
+
+    def spy(x, labels, classes, name):
+        learned = {float(each) for each in x[:, -1]}
+
+        def predict(other):
+            seen.append((learned, {float(each) for each in other[:, -1]}))
+            return np.full((len(other), classes), 1 / classes)
+
+        return predict
+
+    numbers = {name: i for i, name in enumerate({*members.attributes["owner"]})}
+    inferred = {}
+    for name, images in case.attacked.items():
+        column = np.array([numbers.get(each, -1.0) for each in case.owners(images)])
+        inferred[name, "backbone", "untrained"] = {"features": column[:, None]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_model, "naive_bayes", spy)
+        evidence.classify(case, inferred)
+    assert seen and not any((learned & judged) - {-1.0} for learned, judged in seen)
 
 
 # -- a killed audit goes on -------------------------------------------------------------------

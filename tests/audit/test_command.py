@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,14 +10,19 @@ import zipfile
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
-from dejavu_utils import store
+from dejavu_utils import parameters, store
 from dejavu_utils.audit import __main__ as terminal
-from dejavu_utils.audit import audit
+from dejavu_utils.audit import audit, sources
+from dejavu_utils.audit.settings import Settings
 from dejavu_utils.models import own_format, train
 from dejavu_utils.models.encoders import Encoder
 
 SIZES = {"a": 300, "public": 300, "control": 300, "few": 40}
+# elsewhere there are no limits
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 OF_ONE_SIZE = """
 import torch
 
@@ -122,6 +128,57 @@ def test_a_report_that_is_there_is_refused_before_anything_is_embedded(place, tm
     said = capsys.readouterr().err
     assert "report.html is there already" in said and "pictures" not in said
     assert out.read_text() == "another audit's"
+
+
+def larger_network(root):
+    """A file of weights that is larger than a small budget."""
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), root / "model.pt")
+    return {"encoder": "torchvision:shufflenet_v2_x0_5", "weights": root / "model.pt"}
+
+
+def unnamed_network(root):
+    return {"encoder": larger_network(root)["weights"]}
+
+
+def larger_pictures(root):
+    """A folder of pictures that cannot be decoded in a small budget."""
+    for file in (root / "few").rglob("*.png"):
+        Image.open(file).resize((1000, 1000)).save(file)
+    return {"images": root / "few"}
+
+
+@on_linux
+@pytest.mark.parametrize("make", [larger_network, unnamed_network, larger_pictures])
+def test_too_small_a_budget_names_a_command_that_works(place, tmp_path, monkeypatch, capsys, make):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "few", tmp_path / "few")
+    given = arguments(place, **make(tmp_path), **{"reading.size": 32, "audit.limit": 50})
+    assert terminal.main([*given, "--audit.limit_gib=0.001"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "more memory than" in said
+    (advised,) = re.findall(r"pass (audit\.limit_gib=\d+)", said)
+    status = terminal.main([*given, f"--{advised}"])
+    said = capsys.readouterr().err
+    assert "limit_gib" not in said, said
+    assert status in ((2,) if make is unnamed_network else (0, 4))
+
+
+@on_linux
+def test_the_budget_is_a_setting_of_make_audit_and_changes_no_report(place, tmp_path):
+    shutil.copytree(place / "few", tmp_path / "few")
+    params = parameters.declared("05_audit")
+    params["encoder"]["target"] = "torchvision:resnet18"
+    params["audit"]["limit_gib"] = 1e-4
+    limit = Settings.of(params).limit_gib
+    with pytest.raises(store.StoreError, match=r"few.* more memory.*pass audit.limit_gib=8"):
+        sources.pictures(**{"name": larger_pictures(tmp_path)["images"], "limit_gib": limit})
+
+    few = sources.pictures(place / "few")
+    control = sources.pictures(place / "control")
+    encoder = str(place / "e.safetensors")
+    case = audit.load(encoder, few, control, settings=Settings(k=5))
+    names = {audit.file_name(case, Settings(k=5, limit_gib=limit)) for limit in (1, 8.0)}
+    assert len(names) == 1
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from dejavu_utils.audit import sources
+from dejavu_utils.audit import audit, sources
 from dejavu_utils.data.images import Images
+from dejavu_utils.models import external, views
 
 CLASSES = 10
 
@@ -114,6 +116,75 @@ def test_without_boxes_the_corner_is_attacked(audits):
     assert case.crop["kind"] == "corner" and len(case.members) == len(audits.parts["a"])
     assert case.rects(case.members)[0].tolist() == [0, 23, 9, 32]
     assert any("no boxes" in limit for limit in case.limits)
+
+
+def test_what_is_not_attacked_is_counted(audits):
+    members = audits.parts["a"].subset(audits.parts["a"].labels < 7)
+    limited = dataclasses.replace(audits.settings, limit=100)
+    case = audits.prepared(audits.sets(members), settings=limited)
+    public, held_out = audits.parts["public"], audits.parts["control"]
+    assert len(case.members) == len(case.held_out) == 100
+    said = " ".join(case.notes)
+    assert f"IMAGES: {len(members) - 100} of {len(members)} pictures have no back" in said
+    assert f"PUBLIC: {(public.labels >= 7).sum()} pictures are of classes that are not" in said
+    assert f"HELD_OUT: {(held_out.labels >= 7).sum()} pictures are of classes that are" in said
+    assert "or are beyond audit.limit" in said
+
+
+# -- encoders ---------------------------------------------------------------------------------
+
+
+class Wrong(nn.Module):
+    """Means of the channels, but for one fault."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x):
+        found = x.mean((2, 3))  # (n, 3)
+        if self.fault == "batch":
+            return found - found.mean(0)
+        if self.fault == "dropout":
+            return nn.functional.dropout(found.repeat(1, 20), training=True)
+        if self.fault == "constant":
+            return 0 * found + 3
+        if self.fault == "nan":
+            return found / 0 * 0
+        return {"features": found}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("batch", "ENCODER: it gives a picture another answer alone than among others"),
+        ("dropout", "ENCODER: it gives a picture another answer .*, or is random"),
+        ("constant", "ENCODER: it gives 8 pictures one answer: it has collapsed, or lacks its"),
+        ("nan", "ENCODER: it gives NaN or infinity"),
+        ("dictionary", "ENCODER: it fails on a picture of 16 px"),
+    ],
+)
+def test_an_encoder_that_is_no_function_of_one_picture_is_refused(audits, fault, message):
+    encoder = external.External(Wrong(fault), name="wrong")
+    with pytest.raises(ValueError, match=message):
+        audit.load(encoder, **audits.sets("a"), settings=audits.settings)
+
+
+def test_an_encoder_that_fails_on_one_picture_names_it(audits):
+    case = audits.prepared(audits.sets("a"))
+    bad = case.members.ids[300]
+    dark = case.squares(case.members.subset([300]), 16)
+    wanted = views.normalize(dark)[0]
+
+    class Dark(nn.Module):
+        def forward(self, x):
+            found = x.mean((2, 3))
+            found[[torch.allclose(each, wanted, atol=1e-4) for each in x]] = float("nan")
+            return found
+
+    wrong = dataclasses.replace(case, encoder=external.External(Dark(), name="dark"))
+    with pytest.raises(ValueError, match=f"NaN or infinity for 1 of .* such as {bad}"):
+        audit.examine(wrong, audits.settings)
 
 
 # -- sources ----------------------------------------------------------------------------------

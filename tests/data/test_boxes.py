@@ -175,6 +175,70 @@ def test_a_row_that_makes_no_sense_leaves_its_picture_out(tmp_path, numbers, rea
     assert found.startswith(reason) or found.startswith("its rows differ")
 
 
+def shares(width, height, x0, y0, x1, y1):
+    return [x0 / width, y0 / height, x1 / width, y1 / height]
+
+
+def centres(width, height, x0, y0, x1, y1):
+    middle = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height]
+    return [*middle, (x1 - x0) / width, (y1 - y0) / height]
+
+
+def percents(width, height, *box):
+    return [100 * each for each in shares(width, height, *box)]
+
+
+def thousandths(width, height, *box):
+    return [1000 * each for each in shares(width, height, *box)]
+
+
+def widths(width, height, x0, y0, x1, y1):
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        (shares, "no file can be used. .*shares of the frame, not px"),
+        (centres, r"\d+ of 40 boxes end before they start: are x1, y1 widths"),
+        (percents, "40 of 40 boxes lie in the first 100 px of large frames: are they in percent"),
+        (thousandths, r"40 of 40 boxes reach far out of their frame"),
+        (widths, r"\d+ of 40 boxes end before they start: are x1, y1 widths"),
+    ],
+)
+def test_boxes_in_other_units_are_refused_as_a_whole(tmp_path, units, message):
+    """Not only those that are impossible: the others would be as wrong."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        save(tmp_path / f"{i}.jpg", 400, 300, seed=i)
+        x0, y0 = random.integers(20, 200, 2)
+        numbers = units(400, 300, x0, y0, x0 + 150, y0 + 90)
+        rows.append(f"{i}.jpg,400,300,{','.join(map(str, numbers))},{'ab'[i % 2]}")
+    table(tmp_path, *rows)
+    with pytest.raises(ValueError, match=message):
+        datasets.folder(tmp_path)
+
+
+def test_a_box_in_shares_of_its_frame_is_a_reason_of_its_picture(tmp_path):
+    save(tmp_path / "1.jpg")
+    save(tmp_path / "2.jpg")
+    table(tmp_path, "1.jpg,96,80,0.2,0.3,0.6,0.9,a", "2.jpg,96,80,1,2,9,9,b")
+    images = datasets.folder(tmp_path)
+    assert images.ids.tolist() == ["2.jpg"]
+    assert images.skipped == [("1.jpg", "a box in the first pixel: shares of the frame, not px?")]
+
+
+def test_a_table_of_several_splits_is_no_set(tmp_path):
+    classes_of(tmp_path, count=2)
+    rows = [f"{name}/000.jpg,96,80,1,1,9,9,{name},train" for name in ("ant", "bee")]
+    table(tmp_path, *rows, header=f"{COLUMNS},split")
+    assert len(datasets.folder(tmp_path)) == 2
+    table(tmp_path, *rows, "cat/000.jpg,96,80,1,1,9,9,cat,val", header=f"{COLUMNS},split")
+    with pytest.raises(ValueError, match=r"HELD_OUT: .* the splits train \(2\), val \(1\)"):
+        datasets.folder(tmp_path, "HELD_OUT")
+
+
 def test_rows_and_files_that_find_no_partner(tmp_path):
     classes_of(tmp_path, count=2)
     table(tmp_path, "ant/000.jpg,96,80,1,1,9,9,ant", "ant/gone.jpg,96,80,1,1,9,9,ant")

@@ -306,6 +306,41 @@ def test_transformers_folder_and_file(tmp_path):
         external.encoder(SMALL, file)
 
 
+def test_transformers_pooler_is_not_used(tmp_path):
+    """It is there in the folder and in the file, and made for another task."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BeitConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=64, patch_size=16
+    )
+    network = randomised(transformers.BeitModel(config))
+    network.save_pretrained(tmp_path / "model")
+    file = saved(tmp_path, {"state_dict": under("student.", network)})
+
+    def features(x):
+        return network(pixel_values=x).last_hidden_state[:, 0]
+
+    for weights_file in (None, file):
+        found = external.encoder(f"hf:{tmp_path / 'model'}", weights_file)
+        assert_same(found, features)
+        assert "features: the class token of the last layer" in found.assumed
+
+
+def test_transformers_clip_is_its_part_for_pictures(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    part = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    pictures = part | {"image_size": 64, "patch_size": 16}
+    config = transformers.CLIPConfig(vision_config=pictures, text_config=part)
+    network = randomised(transformers.CLIPModel(config))
+    network.save_pretrained(tmp_path)
+
+    def features(x):
+        return network.vision_model(pixel_values=x).last_hidden_state[:, 0]
+
+    found = external.encoder(f"hf:{tmp_path}")
+    assert_same(found, features)
+    assert "its part for pictures alone" in told(found) and found.size == 64
+
+
 def test_transformers_mae_masks_nothing(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTMAEConfig(
@@ -476,6 +511,9 @@ class Mean(nn.Module):
     def forward(self, x):
         return x.mean((2, 3)) * self.scale
 
+def of_one_size():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+
 def plain():
     return Mean()
 
@@ -519,7 +557,13 @@ def test_a_function_of_ones_own(here):
     found = external.encoder("my_encoders:plain", file)
     torch.testing.assert_close(embed(found, pixels, None)["backbone"], 2 * normalized)
 
-    assert external.encoder("my_encoders:maps")(torch.zeros(2, 3, 48, 48)).shape == (2, 8)
+    maps = external.encoder("my_encoders:maps")
+    assert maps(torch.zeros(2, 3, 48, 48)).shape == (2, 8)
+    assert "features: the mean over the map that it returns" in maps.assumed
+
+    assert external.encoder("my_encoders:of_one_size", size=32)
+    with pytest.raises(ValueError, match=r"fails on a picture of 224 px .*as reading.size"):
+        external.encoder("my_encoders:of_one_size")
     with pytest.raises(ValueError, match="two answers for one picture"):
         external.encoder("my_encoders:random")
     with pytest.raises(ValueError, match="my_encoders:nothing was not found.*expected timm:NAME"):
