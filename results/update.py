@@ -46,7 +46,7 @@ LATER = [
 ]
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES, SETTINGS  # noqa: E402  the path comes first
-from results import claims, recipe, seeds  # noqa: E402
+from results import claims, evidence, evidence_report, recipe, seeds  # noqa: E402
 
 
 def copy(profile: str, changes: str = "") -> None:
@@ -464,15 +464,26 @@ def judged(name: str) -> str:
 
 
 def all_verdicts() -> str:
-    """Return a row per claim with its source and its verdict on scenes and on photographs."""
+    """Return a row per claim with its source, and its verdicts: by the plan, and by the exploratory
+    studies of scenes and photographs.
+    """
+    planned = evidence_report.answers()
     scenes = _read("study", "claims").set_index("id")
     photographs = _read("pictures", "claims").set_index("id")["verdict"]
     photographs = photographs.replace("not tested", "")
     rows = [
-        [key, row["claim"], row["source"], row["verdict"], photographs[key]]
+        [
+            key,
+            row["claim"],
+            row["source"],
+            planned.get(key, "not asked"),
+            row["verdict"],
+            photographs[key],
+        ]
         for key, row in scenes.iterrows()
     ]
-    return _grid(["", "claim", "source", "scenes", "photographs"], rows)
+    head = ["", "claim", "source", "by plan, fresh seeds", "scenes, exploratory"]
+    return _grid([*head, "photographs, exploratory"], rows)
 
 
 def coverage() -> str:
@@ -535,40 +546,44 @@ def controls_block() -> str:
 
 
 def found() -> str:
-    """Return what was found, in five lines with intervals, for the top of README."""
-    interval = ["mean", "low", "high"]
-    single = _by_seed("study").set_index(["criterion", "quantity"])
-    score = single.loc[("vicreg", "score")]
-    layer = single.loc[("vicreg", "projector - backbone")]
-    large = single.loc[("vicreg", "constants.invariance = 100.0")]
+    """Return what was found, in at most five lines with intervals, for the top of README: by the
+    plan of results/scenes as far as it was run, photographs from the exploratory study.
+    """
+    claimed = _read("scenes", "claims").set_index("claim")
+    claimed = claimed[claimed["verdict"] != "not run"]
+    planned = len(evidence.plan("scenes")["seeds"])
 
-    every = single.xs("score", level="quantity")
-    above = ", ".join(NAMES[name] for name in every.index[every["low"] > 0])
-    undecided = " and ".join(NAMES[name] for name in every.index[every["low"] <= 0])
+    def over(claim: str) -> str:
+        row = claimed.loc[claim]
+        seeds = int(row["seeds"])
+        partly = f", provisional ({seeds} of {planned} seeds)" if seeds < planned else ""
+        return f"{_bold(row['mean'], row['low'], row['high'])}, {row['verdict']}{partly}"
 
-    truth = _read("study", "truth").set_index("rho")
-    plain, blind = truth.loc[0.2], truth.loc[0.0]
-    named = _number(*blind[["target", "target_low", "target_high"]], ".3f")
+    asked = {"S2": "SimCLR", "C1": "Barlow Twins", "C2": "BYOL", "C3": "DINO"}
+    others = [f"{name} {over(claim)}" for claim, name in asked.items() if claim in claimed.index]
 
     pictures = _last_scores("pictures").query("p == 100").set_index("criterion")
     pictures = pictures[["score", "low", "high"]]
     shown = {name: _number(*pictures.loc[name]) for name in pictures.index}
 
     lines = [
-        f"- **It remembers.** VICReg names {plain['target']:.0%} of the objects from the "
-        f"background, its reference {plain['reference']:.0%}: a score of "
-        f"{_bold(*score[interval])} over {score['n']} seeds. By seed, {above} are above 0; "
-        f"{undecided} are undecided.",
-        "- **It is not correlation.** Where the background tells nothing (ρ = 0) the target still "
-        f"names {named}; chance is {blind['chance']:g} (images of these encoders).",
-        "- **The last layer remembers most.** Projector minus backbone, VICReg: "
-        f"{_bold(*layer[interval])} over seeds.",
-        f"- **Photographs**, ten classes, images of these encoders: VICReg {shown['vicreg']}, "
-        f"SimCLR {shown['simclr']}. The supervised baseline has {shown['supervised']}, but label "
-        "inference is its own loss.",
-        "- **A mitigation can cost more than it saves.** λ = 100 instead of 25 changes VICReg's "
-        f"score by {_bold(*large[interval])}, and most of the encoder's use goes with it.",
+        f"- **It remembers.** The déjà vu score of VICReg is {over('S1')}; {'; '.join(others)}.",
+        f"- **The last layer remembers most.** Projector minus backbone, VICReg: {over('S3')}.",
     ]
+    if "S6" in claimed.index:
+        lines.append(
+            "- **It is not correlation.** Where the background tells nothing (ρ = 0) VICReg's "
+            f"target beats chance, 0.1, by {over('S6')}."
+        )
+    if "S7" in claimed.index:
+        lines.append(
+            "- **Against a supervised net** it depends on the question. VICReg minus it: by "
+            f"label inference, that net's own loss, {over('S7')}; without labels {over('S8')}."
+        )
+    lines.append(
+        f"- **Photographs**, ten classes, exploratory, images of these encoders: VICReg "
+        f"{shown['vicreg']}, SimCLR {shown['simclr']}, supervised {shown['supervised']}."
+    )
     return "\n".join(lines)
 
 
@@ -586,6 +601,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "reconstruction": reconstruction,
     "made": made,
     "claims": judged,
+    **evidence_report.PARTS,
 }
 WHOLE: dict[str, Callable[[], str]] = {
     "claims": all_verdicts,
