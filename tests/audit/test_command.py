@@ -103,7 +103,7 @@ def test_json_is_the_report_s_summary(place, tmp_path, capsys):
         ({"reading.layer": "block9"}, "Pass reading.layer=backbone"),
         (
             {"encoder": "of_one_size:make", "reading.size": 40},
-            "ENCODER: it fails on a picture of 40 px",
+            "ENCODER=of_one_size:make fails on a picture of 40 px",
         ),
     ],
 )

@@ -199,7 +199,7 @@ def widths(width, height, x0, y0, x1, y1):
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        (shares, "no file can be used. .*shares of the frame, not px"),
+        (shares, "no row of boxes.csv can be used. 40 .*shares of the frame, not px"),
         (centres, r"\d+ of 40 boxes end before they start: are x1, y1 widths"),
         (percents, "40 of 40 boxes lie in the first 100 px of large frames: are they in percent"),
         (thousandths, r"40 of 40 boxes reach far out of their frame"),
