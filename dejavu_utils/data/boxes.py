@@ -108,7 +108,7 @@ def _check_as_a_whole(numbers: np.ndarray) -> None:
     checks = (
         (turned.mean() > SLACK, turned, "end before they start: are x1, y1 widths and heights?"),
         (out.mean() > SLACK, out, "reach far out of their frame, width x height: is it another?"),
-        (within.all(), within, "lie in the first 100 px of large frames: are they in percent?"),
+        (within.all(), within, "lie in the first 100 px of large frames: in percent, or shares?"),
     )
     for wrong, rows, what in checks:
         if wrong:

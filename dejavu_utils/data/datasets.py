@@ -105,6 +105,9 @@ def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     _check_one_split(table, what)
     if not labels:
         return pictures.read(tree, "", table, pictures.Rules(class_from="none"), what=what)
+    if table.refused and not table.found:
+        reasons = pictures.most([*table.refused.items()])
+        raise StoreError(f"{what}: no row of boxes.csv can be used{reasons}")
     named = any(mark.name for mark in table.found.values())
     top = _single_top(tree)
     if not named:

@@ -72,7 +72,7 @@ def read(
     """
     pictures, skipped = _listed(tree, images, table, rules)
     if not pictures:
-        raise StoreError(f"{what or tree.path}: no file can be used{_most(skipped)}")
+        raise StoreError(f"{what or tree.path}: no file can be used{most(skipped)}")
     names = _chosen((each.name for each in pictures), rules, classes, what or str(tree.path))
     label = {name: i for i, name in enumerate(names)}
     pictures = [each for each in pictures if each.name in label]
@@ -92,7 +92,7 @@ def read(
         if one.reason:
             skipped.append((each.file, one.reason))
     if not good:
-        reason = _most(skipped)
+        reason = most(skipped)
         raise StoreError(f"{tree.path}: none of {len(pictures)} pictures could be read{reason}")
 
     kept = [pictures[i] for i in good]
@@ -114,7 +114,7 @@ def read(
     )
 
 
-def _most(skipped: list[tuple[str, str]]) -> str:
+def most(skipped: list[tuple[str, str]]) -> str:
     """Return the most common reasons why files are not used, with an example of each."""
     if not skipped:
         return ": there is none."

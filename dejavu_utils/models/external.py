@@ -594,10 +594,11 @@ def _width(trunk: nn.Module, size: int, spec: str) -> int:
         with torch.inference_mode():
             one, two = trunk(picture), trunk(picture)
     except Exception as error:  # it is somebody else's code
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{spec} fails on a picture of {size} px ({type(error).__name__}: {error}). Pass the "
-            "size that it was made for, as reading.size, or a function that returns a module with "
-            "features (n, d): ENCODER=package.module:function."
+            f"ENCODER={spec} fails on a picture of {size} px ({reason}). Pass the size that it was "
+            "made for, as reading.size, or a function that returns a module with features (n, d): "
+            "ENCODER=package.module:function."
         ) from error
     if one.ndim != 2 or len(one) != 1:
         raise ValueError(f"{spec} returns {tuple(one.shape)} for one picture: expected (1, d).")

@@ -199,9 +199,9 @@ def widths(width, height, x0, y0, x1, y1):
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        (shares, "no file can be used. .*shares of the frame, not px"),
+        (shares, "40 of 40 boxes lie in the first 100 px of large frames: in percent, or shares"),
         (centres, r"\d+ of 40 boxes end before they start: are x1, y1 widths"),
-        (percents, "40 of 40 boxes lie in the first 100 px of large frames: are they in percent"),
+        (percents, "40 of 40 boxes lie in the first 100 px of large frames: in percent"),
         (thousandths, r"40 of 40 boxes reach far out of their frame"),
         (widths, r"\d+ of 40 boxes end before they start: are x1, y1 widths"),
     ],
