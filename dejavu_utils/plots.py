@@ -69,6 +69,7 @@ SAMPLED = {
     "nearest target": ("nearest", TARGET),
     "nearest reference": ("nearest", REFERENCE),
 }
+SHOWN = 8.6  # inches: the width at which pages show a figure that is wider
 
 
 def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
@@ -82,12 +83,27 @@ def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
     return file.getvalue()
 
 
-def _set_style() -> None:
+def _font_scale(width: float) -> float:
+    """Return the scale of all text of a figure `width` inches wide: where pages shrink it to SHOWN,
+    its text is as large as that of the others, and never below 8 pt.
+    """
+    return 0.85 * max(1.0, width / SHOWN)
+
+
+def _set_style(width: float) -> None:
     import seaborn as sns
 
     # A class may be called $10_$20: no text of a figure is a formula.
     rc = {"legend.frameon": False, "text.parse_math": False}
-    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc=rc)
+    sns.set_theme(context="notebook", style="ticks", font_scale=_font_scale(width), rc=rc)
+
+
+def _fix_ticks(figure: Figure) -> None:
+    """Keep the size of tick labels: matplotlib makes some of them only when a figure is drawn."""
+    import matplotlib.pyplot as plt
+
+    for axis in figure.axes:
+        axis.tick_params(labelsize=plt.rcParams["xtick.labelsize"])
 
 
 def subplots(
@@ -97,7 +113,7 @@ def subplots(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    _set_style()
+    _set_style(width * columns)
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -106,6 +122,7 @@ def subplots(
         layout="constrained",
         **options,
     )
+    _fix_ticks(figure)
     sns.despine(figure)
     plt.close(figure)  # shown by whoever asked for it, never twice
     return figure, axes
@@ -116,10 +133,12 @@ def drawn(plot: so.Plot, width: float = 6.0, height: float = 3.5) -> Figure:
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    _set_style()
-    style = sns.axes_style("ticks") | sns.plotting_context("notebook", font_scale=0.85)
+    _set_style(width)
+    text = sns.plotting_context("notebook", font_scale=_font_scale(width))
+    style = sns.axes_style("ticks") | text
     figure = plt.figure(figsize=(width, height), layout="constrained")
     plot.theme(style).on(figure).plot()
+    _fix_ticks(figure)
     sns.despine(figure)
     for legend in figure.legends:  # it stands right of the axes, not on them
         legend.set_frame_on(False)
@@ -225,7 +244,7 @@ def examples(
         ]
         for (x0, y0, x1, y1), style in zip([*boxes, crop], styles, strict=True):
             top.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **style))
-        top.set_title(label, fontsize=9)
+        top.set_title(label, fontsize="small")
         x0, y0, x1, y1 = map(int, crop)
         bottom.imshow(picture[y0:y1, x0:x1])
     for axis in axes.flat:
@@ -300,7 +319,7 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     figure.legend(
         *bottoms[0].get_legend_handles_labels(),
         loc="outside lower center",
-        fontsize=8,
+        fontsize="small",
         ncols=1 if len(panels) == 1 else 3,
     )
     return figure
@@ -331,7 +350,7 @@ def split(shares: pd.DataFrame) -> Figure:
     first = figure.axes[0]
     first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
     label_left(figure.axes, "share of attacked images")
-    first.legend(loc="upper left", fontsize=8)
+    first.legend(loc="upper left", fontsize="small")
     return figure
 
 
@@ -359,7 +378,7 @@ def over_rho(table: pd.DataFrame) -> Figure:
         ylim=(0, None),
         xticks=table["rho"],
     )
-    axis.legend(fontsize=8)
+    axis.legend(fontsize="small")
     return figure
 
 
@@ -439,19 +458,23 @@ def _blocks(blocks: list[tuple[str, str, list[list[tuple]]]], names: list[str]) 
     """
     import matplotlib.pyplot as plt
 
-    _set_style()
     heads = [head for head, _, _ in blocks]
     widths = [len(lines[0]) for _, _, lines in blocks]
     size = (1.05 * sum(widths), 0.4 + 1.25 * len(names))
+    _set_style(size[0])
+    letters = min(12, 130 // sum(widths))  # of a text above a picture
     figure = plt.figure(figsize=size, layout="constrained")
     parts = figure.subfigures(1, len(blocks), width_ratios=widths, squeeze=False)
     for part, (head, colour, lines) in zip(parts[0], blocks, strict=True):
         if any(heads):
-            part.suptitle(head or " ", color=colour, fontsize=9.5)  # a blank one keeps rows level
+            part.suptitle(
+                head or " ", color=colour, fontsize="small"
+            )  # a blank one keeps rows level
         axes = part.subplots(len(names), len(lines[0]), squeeze=False)
         for line, cells, name in zip(axes, lines, names, strict=True):
             for axis, (picture, text) in zip(line, cells, strict=True):
-                _show(axis, picture, text, colour, text == name and colour != "black")
+                short = text if len(text) <= letters else text[: letters - 1] + "…"
+                _show(axis, picture, short, colour, text == name and colour != "black")
     plt.close(figure)
     return figure
 
@@ -464,8 +487,7 @@ def _show(
     """
     axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
     style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
-    short = text if len(text) < 13 else text[:11] + "…"
-    axis.set_title(short, fontsize=9, pad=2, **style)
+    axis.set_title(text, fontsize="small", pad=2, **style)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=True, color=frame, linewidth=1.5)
