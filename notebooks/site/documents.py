@@ -46,7 +46,7 @@ def rendered(text: str) -> BeautifulSoup:
     for heading in soup.find_all(["h1", "h2", "h3", "h4"]):
         heading["id"] = slug(heading.text)
     for table in soup.find_all("table"):
-        table.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0"}))
+        table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
     return soup
 
 

@@ -116,6 +116,15 @@ def templates() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
 
 
+def accessible(body: str) -> str:
+    """Return HTML whose parts that scroll sideways can be reached with a keyboard, and in which a
+    cell without a word is no head of a column.
+    """
+    scrolls = r'<(pre\b|div(?= class="?(?:wide|output_html)\b))'
+    marked = re.sub(scrolls, r"<\1 tabindex=0", body)
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", marked)
+
+
 def shell(page: Page, pages: Sequence[Page], script: str = "") -> str:
     """Return the HTML of a page: links to each group's first page and to those of its own group,
     then its body. `script`, the only one that may run, is a part of the body.
@@ -138,7 +147,7 @@ def shell(page: Page, pages: Sequence[Page], script: str = "") -> str:
         .get_template("page.html.j2")
         .render(
             page=page,
-            body=Markup(page.body),
+            body=Markup(accessible(page.body)),
             groups=groups,
             allowed=allowed,
             style=report.css() + (HERE / "style.css").read_text() + code,

@@ -19,7 +19,7 @@ function search() {
   const holds = (section) => words.every((word) => (section.title + " " + section.text).toLowerCase().includes(word));
   const titled = (section) => words.filter((word) => section.title.toLowerCase().includes(word)).length;
   const hits = words.length ? sections.filter(holds).sort((a, b) => titled(b) - titled(a)) : [];
-  count.textContent = words.length ? `${hits.length} sections` : `${sections.length} sections can be searched.`;
+  count.textContent = words.length ? `${hits.length} of ${sections.length} sections` : `${sections.length} sections can be searched.`;
   list.replaceChildren(...hits.slice(0, 50).map((section) => shown(section, words[0])));
 }
 

@@ -36,6 +36,7 @@ def build(profile: str) -> Path:
         extra_loaders=[FileSystemLoader(pages.HERE)],
         template_file="slides.html.j2",
         exclude_input=True,
+        reveal_theme="white",  # its letters are in the release: no font from elsewhere
         exclude_output_prompt=True,
         config=pages.shown_outputs(),
     )

@@ -291,6 +291,7 @@ DOCUMENTS = {
     "results/study/README.md": "# Study\n\n[back](../README.md#a_b-and-more)",
     "notebooks/TEACHING.md": "# Lecturers",
     "CHANGELOG.md": "# Changes",
+    "notebooks/02_attack.ipynb": "{}",
 }
 
 
