@@ -83,27 +83,25 @@ def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
     return file.getvalue()
 
 
-def _font_scale(width: float) -> float:
-    """Return the scale of all text of a figure `width` inches wide: where pages shrink it to SHOWN,
-    its text is as large as that of the others, and never below 8 pt.
-    """
-    return 0.85 * max(1.0, width / SHOWN)
-
-
-def _set_style(width: float) -> None:
+def _set_style() -> None:
     import seaborn as sns
 
     # A class may be called $10_$20: no text of a figure is a formula.
     rc = {"legend.frameon": False, "text.parse_math": False}
-    sns.set_theme(context="notebook", style="ticks", font_scale=_font_scale(width), rc=rc)
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc=rc)
 
 
-def _fix_ticks(figure: Figure) -> None:
-    """Keep the size of tick labels: matplotlib makes some of them only when a figure is drawn."""
+def _legible(figure: Figure) -> Figure:
+    """Return a figure, its text enlarged as much as pages shrink it: never below 8 pt there."""
     import matplotlib.pyplot as plt
+    from matplotlib.text import Text
 
-    for axis in figure.axes:
-        axis.tick_params(labelsize=plt.rcParams["xtick.labelsize"])
+    scale = max(1.0, figure.get_size_inches()[0] / SHOWN)
+    for text in figure.findobj(Text):
+        text.set_fontsize(scale * text.get_fontsize())
+    for axis in figure.axes:  # matplotlib makes some tick labels only when a figure is drawn
+        axis.tick_params(labelsize=scale * plt.rcParams["xtick.labelsize"])
+    return figure
 
 
 def subplots(
@@ -113,7 +111,7 @@ def subplots(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    _set_style(width * columns)
+    _set_style()
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -122,7 +120,6 @@ def subplots(
         layout="constrained",
         **options,
     )
-    _fix_ticks(figure)
     sns.despine(figure)
     plt.close(figure)  # shown by whoever asked for it, never twice
     return figure, axes
@@ -133,18 +130,16 @@ def drawn(plot: so.Plot, width: float = 6.0, height: float = 3.5) -> Figure:
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    _set_style(width)
-    text = sns.plotting_context("notebook", font_scale=_font_scale(width))
-    style = sns.axes_style("ticks") | text
+    _set_style()
+    style = sns.axes_style("ticks") | sns.plotting_context("notebook", font_scale=0.85)
     figure = plt.figure(figsize=(width, height), layout="constrained")
     plot.theme(style).on(figure).plot()
-    _fix_ticks(figure)
     sns.despine(figure)
     for legend in figure.legends:  # it stands right of the axes, not on them
         legend.set_frame_on(False)
         figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))
     plt.close(figure)
-    return figure
+    return _legible(figure)
 
 
 def subplot_columns(
@@ -249,7 +244,7 @@ def examples(
         bottom.imshow(picture[y0:y1, x0:x1])
     for axis in axes.flat:
         axis.set_axis_off()
-    return figure
+    return _legible(figure)
 
 
 def losses(table: pd.DataFrame) -> Figure:
@@ -283,7 +278,7 @@ def over_p(curve: pd.DataFrame) -> Figure:
     figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
     label_left(figure.axes, "label-inference accuracy")
     figure.axes[0].legend()
-    return figure
+    return _legible(figure)
 
 
 def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
@@ -322,7 +317,7 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
         fontsize="small",
         ncols=1 if len(panels) == 1 else 3,
     )
-    return figure
+    return _legible(figure)
 
 
 def split(shares: pd.DataFrame) -> Figure:
@@ -351,7 +346,7 @@ def split(shares: pd.DataFrame) -> Figure:
     first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
     label_left(figure.axes, "share of attacked images")
     first.legend(loc="upper left", fontsize="small")
-    return figure
+    return _legible(figure)
 
 
 def over_rho(table: pd.DataFrame) -> Figure:
@@ -379,7 +374,7 @@ def over_rho(table: pd.DataFrame) -> Figure:
         xticks=table["rho"],
     )
     axis.legend(fontsize="small")
-    return figure
+    return _legible(figure)
 
 
 def settings(rows: pd.DataFrame) -> Figure:
@@ -407,7 +402,7 @@ def settings(rows: pd.DataFrame) -> Figure:
     label_left(bottoms, "held-out accuracy")
     lines, labels = tops[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=2)
-    return figure
+    return _legible(figure)
 
 
 def _values(axis: Axes, part: pd.DataFrame, name: str, colour: str, label: str) -> None:
@@ -458,25 +453,24 @@ def _blocks(blocks: list[tuple[str, str, list[list[tuple]]]], names: list[str]) 
     """
     import matplotlib.pyplot as plt
 
+    _set_style()
     heads = [head for head, _, _ in blocks]
     widths = [len(lines[0]) for _, _, lines in blocks]
     size = (1.05 * sum(widths), 0.4 + 1.25 * len(names))
-    _set_style(size[0])
     letters = min(12, 130 // sum(widths))  # of a text above a picture
     figure = plt.figure(figsize=size, layout="constrained")
     parts = figure.subfigures(1, len(blocks), width_ratios=widths, squeeze=False)
     for part, (head, colour, lines) in zip(parts[0], blocks, strict=True):
         if any(heads):
-            part.suptitle(
-                head or " ", color=colour, fontsize="small"
-            )  # a blank one keeps rows level
+            # A blank head keeps rows level.
+            part.suptitle(head or " ", color=colour, fontsize="small")
         axes = part.subplots(len(names), len(lines[0]), squeeze=False)
         for line, cells, name in zip(axes, lines, names, strict=True):
             for axis, (picture, text) in zip(line, cells, strict=True):
                 short = text if len(text) <= letters else text[: letters - 1] + "…"
                 _show(axis, picture, short, colour, text == name and colour != "black")
     plt.close(figure)
-    return figure
+    return _legible(figure)
 
 
 def _show(

@@ -116,7 +116,7 @@ def play(game: Game) -> View:
         f"The target says {said['target']}, the reference {said['reference']}.\nOf "
         f"{len(game.rounds)} rounds the target gets {right['target']} right, the reference "
         f"{right['reference']}.",
-        fontsize="small",
+        fontsize="medium",
     )
     choices = ipywidgets.HBox([*names, more], layout=ipywidgets.Layout(flex_flow="row wrap"))
     return View(ipywidgets.VBox([text, choices, picture]), _png(figure))

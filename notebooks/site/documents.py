@@ -17,7 +17,13 @@ from nbconvert.filters.markdown_mistune import MarkdownWithMath
 
 from dejavu_utils import store
 
-FIRST = ("README.md", "results/README.md", "notebooks/TEACHING.md", "CHANGELOG.md")
+FIRST = (
+    "README.md",
+    "results/README.md",
+    "dejavu_utils/README.md",
+    "notebooks/TEACHING.md",
+    "CHANGELOG.md",
+)
 GROUPS = {"results": "Results", "dejavu_utils": "Module", "": "Home"}  # by folder; else "More"
 
 
@@ -75,7 +81,7 @@ def follow(link: Tag, folder: str, where: str, out: Path) -> str | None:
 
     path = posixpath.normpath(posixpath.join(folder, unquote(target)))
     if (store.root() / path).is_dir():
-        path = f"{path}/README.md"
+        path = posixpath.normpath(f"{path}/README.md")
     if not (store.root() / path).is_file():
         raise FileNotFoundError(f"{where}: the link {link['href']} leads nowhere.")
 

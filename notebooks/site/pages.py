@@ -122,7 +122,7 @@ def accessible(body: str) -> str:
     """
     scrolls = r'<(pre\b|div(?= class="?(?:wide|output_html)\b))'
     marked = re.sub(scrolls, r"<\1 tabindex=0", body)
-    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", marked)
+    return re.sub(r"<th[^>]*></th>", "<td></td>", marked)
 
 
 def shell(page: Page, pages: Sequence[Page], script: str = "") -> str:
