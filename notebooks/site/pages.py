@@ -319,7 +319,7 @@ def of_run(profile: str, out: Path, first: str = "index.html") -> list[Page]:
 
     group = "Notebooks"
     found = index(folder, books, metas, out)
-    pages = [Page(first, "Results", group, f"Déjà vu: results of {profile}", found)]
+    pages = [Page(first, f"results of {profile}", group, f"Déjà vu: results of {profile}", found)]
     export = exporter()
     for stem, book in books.items():
         print(f"{stem} …", file=sys.stderr, flush=True)
