@@ -53,9 +53,11 @@ student: .venv/.installed  ## the notebooks without their solutions, into OUT=st
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@echo "JupyterLab saves what you run: \`git restore notebooks\` undoes that; \`make student\` makes copies to work in"
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+	  > .venv/share/jupyter/lab/settings/overrides.json  # no question about news over the notebook
 	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
-	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
-	  --LabApp.news_url=None $(if $(filter 0,$(shell id -u)),--allow-root)
+	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
 	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }
