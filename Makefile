@@ -1,6 +1,6 @@
 # The front door. Plain `make` lists what it can do.
 .DEFAULT_GOAL := help
-.PHONY: help figures report student lab test test-all test-slurm data controls audit reference bench sitting address lock clean
+.PHONY: help figures report site slides student lab test test-all test-slurm data controls audit reference bench sitting address lock clean
 SHELL := /bin/sh
 
 PROFILE ?= laptop
@@ -13,10 +13,25 @@ UV := .venv/bin/uv
 # What the cluster wants to know, such as EXECUTOR_FLAGS="--default-resources slurm_partition=gpu gpu=8 runtime=2000"
 EXECUTOR_FLAGS ?=
 # What a user types goes to the programs through the environment, as it was typed: no make and no shell reads quotes, \ or $ in it.
-TYPED = PROFILE P DRY VERIFY EXECUTOR EXECUTOR_FLAGS CORES OUT NAME PIECES MINUTES PART
+TYPED = PROFILE P DRY VERIFY EXECUTOR EXECUTOR_FLAGS CORES OUT NAME PIECES MINUTES PART REVEAL
 $(foreach name,$(TYPED),$(eval override $(name) := $$(value $(name))))
 export $(TYPED)
-help:  ## list the targets
+define START
+What does a vision model remember of its training images? First:
+
+  1. make figures PROFILE=smoke   a try of some minutes: sets up .venv (8 GB), runs every notebook, small
+  2. make report PROFILE=smoke    pages of it to read, in runs/smoke/report/
+  3. make figures                 the real thing: about half an hour on two cores; then make report
+  4. make lab                     the notebooks in JupyterLab, 00_tour first
+  5. make audit                   an encoder of your own: says what it needs
+  6. make test                    is all well here? Ten minutes on two cores
+
+All targets:
+endef
+export START
+
+help:  ## what to do first, and every target
+	@printf '%s\n' "$$START"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="k=10", DRY=1, VERIFY=0|full
@@ -25,14 +40,24 @@ figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
 	@$(PYTHON) notebooks/site/pages.py "$$PROFILE"
 
+site: .venv/.installed  ## all there is to read as one static site: pages of a PROFILE, results, API, search
+	@$(PYTHON) notebooks/site/publish.py "$$PROFILE"
+
+slides: .venv/.installed  ## the tour of a PROFILE as slides; reveal.js comes over the network, or from REVEAL=folder
+	@$(PYTHON) notebooks/site/slides.py "$$PROFILE"
+
 student: .venv/.installed  ## the notebooks without their solutions, into OUT=student
 	@$(PYTHON) -m nbconvert --log-level WARN --to notebook --output-dir="$${OUT:-student}" \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags solution notebooks/[0-9][0-9]_*.ipynb
-	@echo "the exercises are in $${OUT:-student}/"
+	@echo "the exercises are in $${OUT:-student}/; hand them out: notebooks/TEACHING.md says how"
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
+	@echo "JupyterLab saves what you run: \`git restore notebooks\` undoes that; \`make student\` makes copies to work in"
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+	  > .venv/share/jupyter/lab/settings/overrides.json  # no question about news over the notebook
 	@JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$$PWD" $(PYTHON) -m jupyterlab \
-	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+	  --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.installed  ## the quick tests, lint included
 	@$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff .; exit 1; }

@@ -69,6 +69,7 @@ SAMPLED = {
     "nearest target": ("nearest", TARGET),
     "nearest reference": ("nearest", REFERENCE),
 }
+SHOWN = 8.6  # inches: the width at which pages show a figure that is wider
 
 
 def png(pixels: torch.Tensor | np.ndarray, side: int = 0) -> bytes:
@@ -88,6 +89,19 @@ def _set_style() -> None:
     # A class may be called $10_$20: no text of a figure is a formula.
     rc = {"legend.frameon": False, "text.parse_math": False}
     sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc=rc)
+
+
+def _legible(figure: Figure) -> Figure:
+    """Return a figure, its text enlarged as much as pages shrink it: never below 8 pt there."""
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
+
+    scale = max(1.0, figure.get_size_inches()[0] / SHOWN)
+    for text in figure.findobj(Text):
+        text.set_fontsize(scale * text.get_fontsize())
+    for axis in figure.axes:  # matplotlib makes some tick labels only when a figure is drawn
+        axis.tick_params(labelsize=scale * plt.rcParams["xtick.labelsize"])
+    return figure
 
 
 def subplots(
@@ -125,7 +139,7 @@ def drawn(plot: so.Plot, width: float = 6.0, height: float = 3.5) -> Figure:
         legend.set_frame_on(False)
         figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))
     plt.close(figure)
-    return figure
+    return _legible(figure)
 
 
 def subplot_columns(
@@ -225,12 +239,12 @@ def examples(
         ]
         for (x0, y0, x1, y1), style in zip([*boxes, crop], styles, strict=True):
             top.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **style))
-        top.set_title(label, fontsize=9)
+        top.set_title(label, fontsize="small")
         x0, y0, x1, y1 = map(int, crop)
         bottom.imshow(picture[y0:y1, x0:x1])
     for axis in axes.flat:
         axis.set_axis_off()
-    return figure
+    return _legible(figure)
 
 
 def losses(table: pd.DataFrame) -> Figure:
@@ -264,7 +278,7 @@ def over_p(curve: pd.DataFrame) -> Figure:
     figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
     label_left(figure.axes, "label-inference accuracy")
     figure.axes[0].legend()
-    return figure
+    return _legible(figure)
 
 
 def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
@@ -300,10 +314,10 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     figure.legend(
         *bottoms[0].get_legend_handles_labels(),
         loc="outside lower center",
-        fontsize=8,
+        fontsize="small",
         ncols=1 if len(panels) == 1 else 3,
     )
-    return figure
+    return _legible(figure)
 
 
 def split(shares: pd.DataFrame) -> Figure:
@@ -331,8 +345,8 @@ def split(shares: pd.DataFrame) -> Figure:
     first = figure.axes[0]
     first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
     label_left(figure.axes, "share of attacked images")
-    first.legend(loc="upper left", fontsize=8)
-    return figure
+    first.legend(loc="upper left", fontsize="small")
+    return _legible(figure)
 
 
 def over_rho(table: pd.DataFrame) -> Figure:
@@ -359,8 +373,8 @@ def over_rho(table: pd.DataFrame) -> Figure:
         ylim=(0, None),
         xticks=table["rho"],
     )
-    axis.legend(fontsize=8)
-    return figure
+    axis.legend(fontsize="small")
+    return _legible(figure)
 
 
 def settings(rows: pd.DataFrame) -> Figure:
@@ -388,7 +402,7 @@ def settings(rows: pd.DataFrame) -> Figure:
     label_left(bottoms, "held-out accuracy")
     lines, labels = tops[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=2)
-    return figure
+    return _legible(figure)
 
 
 def _values(axis: Axes, part: pd.DataFrame, name: str, colour: str, label: str) -> None:
@@ -443,17 +457,20 @@ def _blocks(blocks: list[tuple[str, str, list[list[tuple]]]], names: list[str]) 
     heads = [head for head, _, _ in blocks]
     widths = [len(lines[0]) for _, _, lines in blocks]
     size = (1.05 * sum(widths), 0.4 + 1.25 * len(names))
+    letters = min(12, 130 // sum(widths))  # of a text above a picture
     figure = plt.figure(figsize=size, layout="constrained")
     parts = figure.subfigures(1, len(blocks), width_ratios=widths, squeeze=False)
     for part, (head, colour, lines) in zip(parts[0], blocks, strict=True):
         if any(heads):
-            part.suptitle(head or " ", color=colour, fontsize=9.5)  # a blank one keeps rows level
+            # A blank head keeps rows level.
+            part.suptitle(head or " ", color=colour, fontsize="small")
         axes = part.subplots(len(names), len(lines[0]), squeeze=False)
         for line, cells, name in zip(axes, lines, names, strict=True):
             for axis, (picture, text) in zip(line, cells, strict=True):
-                _show(axis, picture, text, colour, text == name and colour != "black")
+                short = text if len(text) <= letters else text[: letters - 1] + "…"
+                _show(axis, picture, short, colour, text == name and colour != "black")
     plt.close(figure)
-    return figure
+    return _legible(figure)
 
 
 def _show(
@@ -464,8 +481,7 @@ def _show(
     """
     axis.imshow(np.moveaxis(np.asarray(picture), 0, -1))
     style = {"color": BAYES, "fontweight": "bold"} if right else {"color": "black"}
-    short = text if len(text) < 13 else text[:11] + "…"
-    axis.set_title(short, fontsize=9, pad=2, **style)
+    axis.set_title(text, fontsize="small", pad=2, **style)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=True, color=frame, linewidth=1.5)

@@ -519,7 +519,7 @@ def coverage_line() -> str:
         f"held the truth about new trainings in {span('t over seeds', 3, 5, 8)}. With 3 seeds, "
         f"intervals over the pooled images held a score in {score('bootstrap over images')} and a "
         f"percentile bootstrap over seeds in {score('bootstrap over seeds')} "
-        "([table](results/README.md#coverage))."
+        "([table](#coverage))."
     )
 
 

@@ -59,8 +59,10 @@ def pick(figures: Mapping[str, Callable], label: str = "image") -> View:
     def show(change: dict[str, Any]) -> None:
         name = change["new"]
         if name not in drawn:
+            picture.layout.visibility = "hidden"  # no old picture under a new name
             drawn[name] = _png(figures[name]())
         picture.value = drawn[name]
+        picture.layout.visibility = "visible"
 
     menu.observe(show, "value")
     return View(ipywidgets.VBox([menu, picture]), still)
@@ -91,7 +93,7 @@ def play(game: Game) -> View:
     if not game.rounds:
         raise ValueError("widgets.play: there is no round to play; pass ids to game.start.")
     picture = _image()
-    text = ipywidgets.HTML()
+    text = ipywidgets.HTML(layout=ipywidgets.Layout(min_height="4em"))  # two lines, or one
     names = [ipywidgets.Button(description=name) for name in game.classes]
     more = ipywidgets.Button(description="next crop", button_style="primary")
 
@@ -111,10 +113,10 @@ def play(game: Game) -> View:
     right = game.auto()
     figure = plots.gallery([first])
     figure.suptitle(
-        f"The target says {said['target']}, the reference {said['reference']}. Of "
+        f"The target says {said['target']}, the reference {said['reference']}.\nOf "
         f"{len(game.rounds)} rounds the target gets {right['target']} right, the reference "
         f"{right['reference']}.",
-        fontsize=9,
+        fontsize="medium",
     )
     choices = ipywidgets.HBox([*names, more], layout=ipywidgets.Layout(flex_flow="row wrap"))
-    return View(ipywidgets.VBox([text, picture, choices]), _png(figure))
+    return View(ipywidgets.VBox([text, choices, picture]), _png(figure))

@@ -1,17 +1,20 @@
-"""The site behind `make report`: the executed notebooks of a profile as pages, and an index of what
+"""The pages of `make report`: the executed notebooks of a profile, its audits, and an index of what
 they found.
 
 `.venv/bin/python notebooks/site/pages.py PROFILE` writes runs/PROFILE/report/. No page needs a
-network or a script.
+network or a script. `make site` (publish.py) puts documents, an API page and a search beside them.
 """
 
 from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import math
 import re
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +44,17 @@ VERDICTS = {
     "not tested": "–",
     "withdrawn": "–",
 }
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: its file, what links to it say, the group of links where it stands, title, body."""
+
+    name: str
+    text: str
+    group: str
+    title: str
+    body: str  # HTML
 
 
 class Markdown(IPythonRenderer):
@@ -73,18 +87,26 @@ class Exporter(HTMLExporter):
 
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
-        """Return Markdown as HTML with MathML."""
-        return MarkdownWithMath(renderer=Markdown(escape=False)).render(source)
+        """Return Markdown as HTML with MathML, in which links to notebooks lead to their pages."""
+        html = MarkdownWithMath(renderer=Markdown(escape=False)).render(source)
+        return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
+
+
+def shown_outputs() -> Config:
+    """Return which form of an output is shown: of a widget and the picture beside it, the
+    picture.
+    """
+    shown = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+    return Config({"NbConvertBase": {"display_data_priority": shown}})
 
 
 def exporter() -> Exporter:
-    """Return the exporter: of a widget and the picture beside it, it shows the picture."""
-    shown = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+    """Return the exporter of a notebook's page."""
     return Exporter(
         extra_loaders=[FileSystemLoader(HERE)],
         template_file="cells.html.j2",
         exclude_output_prompt=True,
-        config=Config({"NbConvertBase": {"display_data_priority": shown}}),
+        config=shown_outputs(),
     )
 
 
@@ -94,16 +116,43 @@ def templates() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
 
 
-def shell(title: str, body: str, links: dict[str, str], here: str) -> str:
-    """Return a page: `body`, HTML, below links to the other pages; `links` maps file names to
-    texts.
+def accessible(body: str) -> str:
+    """Return HTML whose parts that scroll sideways can be reached with a keyboard, and in which a
+    cell without a word is no head of a column.
+    """
+    scrolls = r'<(pre\b|div(?= class="?(?:wide|output_html)\b))'
+    marked = re.sub(scrolls, r"<\1 tabindex=0", body)
+    return re.sub(r"<th[^>]*></th>", "<td></td>", marked)
+
+
+def shell(page: Page, pages: Sequence[Page], script: str = "") -> str:
+    """Return the HTML of a page: links to each group's first page and to those of its own group,
+    then its body. `script`, the only one that may run, is a part of the body.
     """
     from pygments.formatters import HtmlFormatter
 
-    code = HtmlFormatter(style="default").get_style_defs(".highlight")
-    style = report.css() + (HERE / "style.css").read_text() + code
-    page = templates().get_template("page.html.j2")
-    return page.render(title=title, body=Markup(body), links=links, here=here, style=style)
+    groups: dict[str, list[Page]] = {}
+    for one in pages:
+        groups.setdefault(one.group, []).append(one)
+
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+    code = f"{light} @media screen and (prefers-color-scheme:dark){{{dark}}}"
+    allowed = ""
+    if script:
+        digest = hashlib.sha256(script.encode()).digest()
+        allowed = f"; script-src 'sha256-{base64.b64encode(digest).decode()}'"
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            body=Markup(accessible(page.body)),
+            groups=groups,
+            allowed=allowed,
+            style=report.css() + (HERE / "style.css").read_text() + code,
+        )
+    )
 
 
 def described(book: nbformat.NotebookNode) -> dict[str, str]:
@@ -243,9 +292,21 @@ def index(
     )
 
 
-def build(profile: str) -> Path:
-    """Write the pages of a profile and return the first; FileNotFoundError if no notebook has been
-    executed.
+def audits(folder: Path) -> list[Page]:
+    """Return the reports of the audits of a profile as pages."""
+    found = []
+    for path in sorted((folder / "audit").glob("*.html")):
+        store.verify(path)
+        text = path.read_text(encoding="utf-8")
+        title = BeautifulSoup(text, "html.parser").title.text
+        body = text.partition("</style>")[2].removesuffix("</html>")
+        found.append(Page(f"audit-{path.name}", f"audit of {path.stem}", "Audit", title, body))
+    return found
+
+
+def of_run(profile: str, out: Path, first: str = "index.html") -> list[Page]:
+    """Return the pages of a profile, `first` being the index; the tables behind its figures are
+    written into `out`. FileNotFoundError if no notebook has been executed.
     """
     folder = store.runs(profile)
     paths = sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -255,29 +316,34 @@ def build(profile: str) -> Path:
         )
     metas = [store.verify(path) for path in paths]
     books = {path.stem: nbformat.read(path, as_version=4) for path in paths}
-    links = {"index.html": "Results"} | {f"{stem}.html": stem for stem in books}
-    out, export = folder / "report", exporter()
-    for audit in sorted((folder / "audit").glob("*.html")):
-        name = f"audit-{audit.name}"
-        links[name] = f"audit of {audit.stem}"
-        report.write(out / name, audit.read_text(encoding="utf-8"), store.verify(audit))
+
+    group = "Notebooks"
+    found = index(folder, books, metas, out)
+    pages = [Page(first, f"results of {profile}", group, f"Déjà vu: results of {profile}", found)]
+    export = exporter()
     for stem, book in books.items():
         print(f"{stem} …", file=sys.stderr, flush=True)
         body, _ = export.from_notebook_node(book)
-        report.write(
-            out / f"{stem}.html",
-            shell(claim(book)[0], body, links, f"{stem}.html"),
-            {"profile": profile},
-        )
-    first = shell("Déjà vu: results", index(folder, books, metas, out), links, "index.html")
-    report.write(out / "index.html", first, {"profile": profile})
+        pages.append(Page(f"{stem}.html", stem, group, claim(book)[0], body))
+    return pages
+
+
+def build(profile: str) -> Path:
+    """Write the pages of a profile and return the first; FileNotFoundError if no notebook has been
+    executed.
+    """
+    folder = store.runs(profile)
+    out = folder / "report"
+    pages = [*of_run(profile, out), *audits(folder)]
+    for page in pages:
+        report.write(out / page.name, shell(page, pages), {"profile": profile})
     return out / "index.html"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], build: Callable[[str], Path] = build) -> int:
     """Return the exit status after printing where the first page is, or what is missing."""
     try:
-        print(build(*arguments or ["laptop"]))
+        print(f"open {build(*arguments or ['laptop'])} in a browser")
         return 0
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -40,13 +40,16 @@ def make(*arguments, cwd=HERE, **environment):
     )
 
 
-def test_make_alone_lists_every_target_on_one_line():
+def test_make_alone_says_what_to_do_first_then_lists_every_target_on_one_line():
     done = make()
     text = (HERE / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
-    listed = [line.split()[:2] for line in done.stdout.splitlines()]
+    first, _, every = done.stdout.partition("All targets:\n")
+    steps = re.findall(r"^  \d\. make ([a-z-]+)", first, re.MULTILINE)
+    listed = [line.split()[1] for line in every.splitlines()]
     assert done.returncode == 0
-    assert sorted(name for _, name in listed) == sorted(targets)
+    assert len(steps) == 6 and set(steps) <= set(targets)
+    assert sorted(listed) == sorted(targets)
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
@@ -173,6 +176,8 @@ HOSTILE = [
 TYPED = {
     "figures": ("PROFILE", "P", "DRY", "VERIFY", "EXECUTOR", "EXECUTOR_FLAGS", "CORES"),
     "report": ("PROFILE",),
+    "site": ("PROFILE",),
+    "slides": ("PROFILE", "REVEAL"),
     "student": ("OUT",),
     "data": ("NAME",),
     "audit": ("ENCODER", "WEIGHTS", "IMAGES", "PUBLIC", "HELD_OUT", "OUT", "JSON", "STRICT", "P"),

@@ -1,13 +1,16 @@
-"""The site of `make report` and the set of `make student`: nothing is fetched or runs, pictures are
-described.
+"""The pages of `make report` and `make site`, the slides, and the set of `make student`: nothing is
+fetched, no script runs but the search, pictures are described, links lead somewhere.
 """
 
 import base64
-import importlib.util
+import hashlib
+import importlib
 import io
 import json
 import re
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -24,11 +27,19 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @pytest.fixture(scope="module")
-def pages():
-    spec = importlib.util.spec_from_file_location("pages", HERE / "notebooks" / "site" / "pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scripts():
+    """The scripts of notebooks/site, as modules: they are no part of the package."""
+    names = ("pages", "documents", "api", "publish", "slides")
+    sys.path.insert(0, str(HERE / "notebooks" / "site"))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    sys.path.remove(str(HERE / "notebooks" / "site"))
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def pages(scripts):
+    return scripts.pages
 
 
 def picture(colour):
@@ -54,7 +65,9 @@ def executed():
     ]
     shown.append(new.new_output("stream", text=EVIL))
     cells = [
-        new.new_markdown_cell("# 2 · Attack\n\n**Claim.** It *works*.\n\n**Cost.** none"),
+        new.new_markdown_cell(
+            "# 2 · Attack\n\n**Claim.** It *works*.\n\n**Cost.** none\n\n[again](02_attack.ipynb)"
+        ),
         new.new_markdown_cell("where $z_i$ is\n\n$$\\sum_i z_i^2$$"),
         new.new_code_cell(
             'run.figure("curve", figure, frame)',
@@ -85,8 +98,8 @@ def executed():
 
 @pytest.fixture
 def site(repository, pages):
-    """Return {name: soup} of the site of one executed notebook with a figure, a table of scores and
-    claims.
+    """Return {name: soup} of the pages of one executed notebook with a figure, a table of scores
+    and claims.
     """
     folder = repository.root / "runs" / "tiny"
     meta = {"parameters": {"seeds": [3]}, "seconds": 4.4}
@@ -193,7 +206,7 @@ def test_the_index_says_what_the_tables_say(site, repository):
         soup.img["alt"] == 'a "curve" that rises'
         and soup.select("section h3 a")[0]["href"] == "02_attack.html"
     )
-    cells = [cell.text for cell in soup.select(".claims td")]
+    cells = [cell.text for cell in soup.select(".claims tbody td")]
     assert cells[4::5] == ["✓\xa0supported", "–\xa0not tested"] and EVIL in cells[1]
     assert "seeds [3]; executed in 4 s" in soup.text and store.code_version() in soup.text
     table = repository.root / "runs/tiny/report/tables/curve.csv"
@@ -260,7 +273,171 @@ def test_make_student_drops_solutions_and_nothing_else(tmp_path):
 def test_the_command_says_where_the_pages_are_or_what_is_missing(site, repository, pages, capsys):
     assert pages.main(["tiny"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.strip() == str(repository.root / "runs" / "tiny" / "report" / "index.html")
+    first = repository.root / "runs" / "tiny" / "report" / "index.html"
+    assert printed.out == f"open {first} in a browser\n"
     assert printed.err == "02_attack …\n"  # which page is being made
     assert pages.main(["tinny"]) == 1
     assert capsys.readouterr().err.startswith("error: no executed notebook in ")
+
+
+# -- make site --------------------------------------------------------------------------------
+
+DOCUMENTS = {
+    "README.md": "# Home\n\n![A square](square.png) ![badge](https://example.org/badge.svg)\n\n"
+    "[numbers](results/README.md#what-was-found) [code](notebooks/02_attack.ipynb) "
+    "[elsewhere](https://example.org)\n\n```sh\nmake site\n```",
+    "results/README.md": "# Numbers\n\n## What was found?\n\n| a | b |\n|---|---|\n| 1 | $x^2$ |"
+    "\n\n[table](study/scores.csv) [home](..) [more](study)\n\n## `a_b`, and more\n\nwombat",
+    "results/study/README.md": "# Study\n\n[back](../README.md#a_b-and-more)",
+    "dejavu_utils/README.md": "# Module",
+    "notebooks/TEACHING.md": "# Lecturers",
+    "CHANGELOG.md": "# Changes",
+    "notebooks/02_attack.ipynb": "{}",
+}
+
+
+def documented(root):
+    """Write the documents of a small repository."""
+    for name, text in DOCUMENTS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "square.png").write_bytes(base64.b64decode(picture("red")))
+    (root / "results" / "study" / "scores.csv").write_text("p\n100\n")
+
+
+def leads_nowhere(soups):
+    """Return the links between pages, given as {file: soup}, whose page or anchor is not there."""
+    lost = []
+    for name, soup in soups.items():
+        for link in soup.find_all("a", href=True):
+            page, _, anchor = link["href"].partition("#")
+            other = soups.get(page or name)
+            if "://" in page or page.startswith(("files/", "tables/")):
+                continue
+            if other is None or (anchor and not other.find(id=anchor)):
+                lost.append(f"{name}: {link['href']}")
+    return lost
+
+
+@pytest.fixture
+def whole(site, scripts, repository):
+    """Return {file: soup} of the site, and its folder."""
+    documented(repository.root)
+    first = scripts.publish.build("tiny")
+    assert first == repository.root / "runs" / "tiny" / "site" / "index.html"
+    soups = {
+        path.name: BeautifulSoup(path.read_text(), "html.parser")
+        for path in first.parent.glob("*.html")
+    }
+    return soups, first.parent
+
+
+def test_the_site_has_documents_notebooks_module_and_search(whole):
+    soups, folder = whole
+    assert sorted(soups) == [
+        "02_attack.html",
+        "api.html",
+        "changelog.html",
+        "dejavu_utils.html",
+        "index.html",
+        "notebooks-teaching.html",
+        "results-study.html",
+        "results.html",
+        "run.html",
+        "search.html",
+    ]
+    assert leads_nowhere(soups) == []
+    home = soups["index.html"].main
+    assert home.h1.text == "Home" and home.img["alt"] == "A square"
+    assert [link["href"] for link in home.find_all("a")] == [
+        "results.html#what-was-found",
+        "02_attack.html",
+        "https://example.org",
+    ]
+    assert (folder / "files" / "results" / "study" / "scores.csv").read_text() == "p\n100\n"
+    parts = soups["results.html"].find("nav")
+    texts = [link.text for link in parts.find_all("a")]
+    assert texts == ["Home", "Notebooks", "Results", "Module", "More", "Search"]
+    assert parts.find("a", attrs={"aria-current": True}).text == "Results"
+
+
+def test_the_site_fetches_nothing_and_runs_the_search_alone(whole):
+    soups, _ = whole
+    for name, soup in soups.items():
+        policy = soup.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+        assert policy.startswith("default-src 'none'; img-src data:; ")
+        assert all(image["src"].startswith("data:") for image in soup.find_all("img"))
+        running = [tag for tag in soup.find_all("script") if not tag.get("type")]
+        assert bool(running) == (name == "search.html") == ("script-src" in policy)
+    script = soups["search.html"].find_all("script")[1].string
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = soups["search.html"].find("meta", {"http-equiv": "Content-Security-Policy"})
+    assert f"script-src 'sha256-{digest}'" in policy["content"]
+
+
+def test_the_search_knows_every_section_and_where_it_is(whole):
+    soups, _ = whole
+    sections = json.loads(soups["search.html"].find(id="sections").string)
+    found = [section for section in sections if "wombat" in section["text"].split()]
+    assert [section["link"] for section in found] == ["results.html#a_b-and-more"]
+    assert EVIL in " ".join(section["text"] for section in sections)  # data, and never markup
+
+
+def test_the_module_page_says_how_functions_are_called(scripts):
+    soup = BeautifulSoup(scripts.api.page().body, "html.parser")
+    heading = soup.find(id="attack.scoring.score")
+    shown = heading.find_next_sibling("p")
+    assert shown.code.text.startswith("score(") and "->" in shown.text
+    assert not soup.find(id=re.compile(r"\._"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[gone](no/such.md)", r"README.md: the link no/such.md leads nowhere"),
+        ("![](square.png)", r"README.md: the picture square.png has no description"),
+        ("![A](gone.png)", r"README.md: the picture gone.png is not there"),
+    ],
+)
+def test_what_a_document_lacks_is_one_clear_error(scripts, repository, tmp_path, text, message):
+    documented(repository.root)
+    (repository.root / "README.md").write_text(f"# Home\n\n{text}")
+    with pytest.raises((OSError, ValueError), match=message):
+        scripts.documents.documents(tmp_path)
+
+
+def test_links_between_our_documents_lead_somewhere(scripts, tmp_path):
+    found = scripts.documents.documents(tmp_path)
+    soups = {page.name: BeautifulSoup(page.body, "html.parser") for page in found}
+    books = {f"{path.stem}.html": BeautifulSoup("", "html.parser") for path in NOTEBOOKS}
+    assert leads_nowhere(soups | books) == []
+    assert len(soups) > 10
+
+
+# -- make slides ------------------------------------------------------------------------------
+
+
+def test_slides_show_pictures_and_text_and_no_code(scripts, repository, tmp_path, monkeypatch):
+    book = executed()
+    kinds = ["slide", "subslide", "-", "skip", "skip", "skip"]
+    for cell, kind in zip(book.cells, kinds, strict=True):
+        cell.metadata["slideshow"] = {"slide_type": kind}
+    path = repository.root / "runs" / "tiny" / "notebooks" / "00_tour.ipynb"
+    with pytest.raises(FileNotFoundError, match="run `make figures PROFILE=tiny`"):
+        scripts.slides.build("tiny")
+    with store.artifact(path) as temporary:
+        temporary.write_text(nbformat.writes(book))
+    monkeypatch.setenv("REVEAL", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="has no dist/reveal.js"):
+        scripts.slides.build("tiny")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "reveal.js").write_text("")
+
+    shown = scripts.slides.build("tiny")
+    soup = BeautifulSoup(shown.read_text(), "html.parser")
+    assert "It works." in soup.text and "print(42)" not in soup.text
+    assert len(soup.select(".slides > section")) == 1
+    assert len(soup.select(".slides > section > section")) == 2
+    asked = [tag.get("src") or tag.get("href") for tag in soup.find_all(["script", "link", "img"])]
+    assert not [address for address in asked if address and "://" in address]
+    assert (shown.parent / "reveal.js" / "dist" / "reveal.js").is_file()

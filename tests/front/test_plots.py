@@ -152,3 +152,59 @@ def test_gallery_marks_right_neighbours_and_shortens_names():
     assert [title.get_color() for title in titles[2:4]] == ["black", plots.BAYES]
     heads = [part.get_suptitle() for part in figure.subfigs]
     assert heads[1:] == ["nearest public images: target", "nearest public images: reference"]
+
+
+SIX = ["vicreg", "simclr", "barlow_twins", "byol", "dino", "supervised"]
+PICTURE = np.zeros((3, 8, 8), np.uint8)
+
+
+def _wide():
+    """Return every figure of plots.py at the widths that the notebooks draw."""
+    curves = pd.concat([_curve("p", [20, 100]).assign(criterion=c, rho=0.2) for c in SIX])
+    score = {"p": 100, "score": 0.1, "low": 0.0, "high": 0.2}
+    scores = pd.DataFrame([score | {"criterion": c, "epoch": e} for c in SIX for e in (0, 300)])
+    probe = {"quantity": "held-out accuracy", "mean": 0.5, "low": 0.4, "high": 0.6}
+    probes = pd.DataFrame([probe | {"criterion": c, "epoch": e} for c in SIX for e in (0, 300)])
+    ends = {"memorized_low": 0.1, "memorized_high": 0.3}
+    shares = {"memorized": 0.2, "correlated": 0.1, "misrepresented": 0.05} | ends
+    shares = pd.DataFrame([shares | {"criterion": c, "epoch": e} for c in SIX for e in (0, 300)])
+    log = pd.DataFrame([{"criterion": c, "epoch": 1, "loss": 1.0, "name": "A"} for c in SIX])
+    setting = {f"{name}{end}": 0.1 for name in ("score", "score_20", "held_out") for end in ENDS}
+    rows = [
+        setting | {"criterion": "vicreg", "setting": name, "value": value}
+        for name in ("weight_decay", "encoder", "noise", "bits")
+        for value in ("1e-06", "0.001")
+    ]
+    near = [(PICTURE, "cat")] * 4
+    line = {"crop": PICTURE, "image": PICTURE, "name": "a very long name"}
+    line |= dict.fromkeys(("target", "reference"), near)
+    sampled = line | {f"nearest {role}": near[:1] for role in ("target", "reference")}
+    rects = [(np.array([[1, 1, 4, 4]], float), (4, 0, 8, 8))] * 8
+    return {
+        "over_p": plots.over_p(curves),
+        "over_epochs": plots.over_epochs(scores, probes),
+        "split": plots.split(shares),
+        "over_rho": plots.over_rho(_curve("rho", [0.5, 0.0]).assign(bayes=[0.55, 0.1])),
+        "settings": plots.settings(pd.DataFrame(rows)),
+        "losses": plots.losses(log),
+        "examples": plots.examples([PICTURE] * 8, rects, ["cat"] * 8),
+        "gallery": plots.gallery([line]),
+        "sampled": plots.gallery([sampled], 3, plots.SAMPLED),
+        "grid": plots.grid([[(PICTURE, "cat")] * 12]),
+    }
+
+
+ENDS = ("", "_low", "_high")
+WIDE = _wide()
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_no_text_is_smaller_than_8_pt_where_pages_show_it(name):
+    from matplotlib.text import Text
+
+    figure = WIDE[name]  # drawn after the others were made, each with a style of its own
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    shrunk = min(1, plots.SHOWN / figure.get_size_inches()[0])
+    smallest = min(texts, key=lambda text: text.get_fontsize())
+    assert smallest.get_fontsize() * shrunk >= 8, smallest.get_text()

@@ -128,7 +128,7 @@ def pixel(png):
 
 def test_the_widget_plays_a_game(new):
     view = widgets.play(new)
-    text, picture, box = view.widget.children
+    text, box, picture = view.widget.children
     *names, more = box.children
     assert [button.description for button in names] == list(CLASSES)
     assert "Round 1 of 3" in text.value and "sun" not in text.value  # the answer is not given away
