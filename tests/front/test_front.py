@@ -180,7 +180,10 @@ TYPED = {
     "slides": ("PROFILE", "REVEAL"),
     "student": ("OUT",),
     "data": ("NAME",),
-    "audit": ("ENCODER", "WEIGHTS", "IMAGES", "PUBLIC", "HELD_OUT", "OUT", "JSON", "STRICT", "P"),
+    "audit": (
+        *("ENCODER", "WEIGHTS", "REFERENCE", "REFERENCE_WEIGHTS", "IMAGES", "PUBLIC", "HELD_OUT"),
+        *("OUT", "JSON", "STRICT", "P"),
+    ),
     "reference": ("PIECES", "MINUTES"),
     "sitting": ("OUT", "MINUTES", "PART"),
 }
