@@ -13,7 +13,7 @@ from dejavu_utils.data import converted, manifests, pictures, readers, scenes
 from dejavu_utils.data.boxes import Table, class_text, read_table
 from dejavu_utils.data.images import Images
 from dejavu_utils.data.listing import in_child
-from dejavu_utils.data.tree import Tree, printable
+from dejavu_utils.data.tree import SUFFIXES, Tree, printable
 from dejavu_utils.limited import LIMIT_GIB
 from dejavu_utils.store import StoreError
 
@@ -105,7 +105,8 @@ def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     _check_one_split(table, what)
     if not labels:
         return pictures.read(tree, "", table, pictures.Rules(class_from="none"), what=what)
-    if table.refused and not table.found:
+    every = {file for file in tree.files if file.lower().endswith(SUFFIXES)}
+    if table.refused and every <= table.refused.keys():
         reasons = pictures.most([*table.refused.items()])
         raise StoreError(f"{what}: no row of boxes.csv can be used{reasons}")
     named = any(mark.name for mark in table.found.values())

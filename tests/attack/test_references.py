@@ -313,7 +313,7 @@ def test_views_that_are_the_images_themselves_give_the_plain_probe(pairs, monkey
     monkeypatch.setattr(view_embeddings, "draws", whole)
     found = references.probes.__wrapped__(pairs[0], 2, augment=True, views=2)
     numbers = ["train", "held_out", "gap", "member", "non_member", "fresh_gap"]
-    np.testing.assert_allclose(found[numbers], plain[numbers], atol=0.03)
+    np.testing.assert_allclose(found[numbers], plain[numbers], atol=0.05)  # of 96 images
 
 
 def test_a_pair_is_attacked_by_its_rules(pairs):

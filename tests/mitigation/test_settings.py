@@ -56,7 +56,9 @@ def test_the_defaults_value_is_the_default_pair(tmp_path):
     assert found["views.scale_min", 0.3].jobs["A"].recipe.views == {
         "scale_min": 0.3,
         "strength": 0.4,
+        "grey": 0.0,
         "blur": 0.0,
+        "solarize": 0.0,
     }
 
 

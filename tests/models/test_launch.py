@@ -33,7 +33,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     two = _job(tmp_path, "two", dataclasses.replace(TINY, processes=2))
     launch.fit_all([one, two], workers=1)
     losses = [[line["loss"] for line in read_log(f"{job.folder}/log.jsonl")] for job in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     weights = [store.read_tensors(job.checkpoint(2))[0] for job in (one, two)]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():

@@ -106,7 +106,7 @@ def long(**claims):
         for name, values in claims.items()
         for seed, value in enumerate(values)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["claim", "seed", "value"])
 
 
 def test_intervals_and_p_are_students(measured):
