@@ -24,7 +24,7 @@ What does a vision model remember of its training images? First:
   3. make figures                 the real thing: about half an hour on two cores; then make report
   4. make lab                     the notebooks in JupyterLab, 00_tour first
   5. make audit                   an encoder of your own: says what it needs
-  6. make test                    is all well here? Ten minutes on two cores
+  6. make test                    is all well here? Eight minutes on two cores
 
 All targets:
 endef
