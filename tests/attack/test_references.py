@@ -26,7 +26,12 @@ PARAMS = {
     "epochs": [0, 1, 2],
     "sizes": {"classes": 4, "attacked": 12, "shared": 4, "public": 20, "probe": 10, "control": 12},
     "k": 5,
-    "recipe": {"encoder": "small4", "projector": "16-16-16", "batch": 16},
+    "recipe": {
+        "views": {"grey": 0.2, "solarize": 0.2},
+        "encoder": "small4",
+        "projector": "16-16-16",
+        "batch": 16,
+    },
     "crop": {"kind": "periphery", "min_side": 8},
 }
 
@@ -313,7 +318,7 @@ def test_views_that_are_the_images_themselves_give_the_plain_probe(pairs, monkey
     monkeypatch.setattr(view_embeddings, "draws", whole)
     found = references.probes.__wrapped__(pairs[0], 2, augment=True, views=2)
     numbers = ["train", "held_out", "gap", "member", "non_member", "fresh_gap"]
-    np.testing.assert_allclose(found[numbers], plain[numbers], atol=0.05)  # of 96 images
+    np.testing.assert_allclose(found[numbers], plain[numbers], atol=0.03)
 
 
 def test_a_pair_is_attacked_by_its_rules(pairs):
