@@ -302,6 +302,12 @@ def _verdict(row: dict[str, Any], claim: dict[str, Any], level: float) -> str:
     return "supported" if side * row["mean"] >= claim.get("margin", 0) else "undecided"
 
 
+def grid(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def claims(name: str, out: Path) -> pd.DataFrame:
     """Write values.csv and claims.csv of a plan, and return the claims."""
     planned = plan(name)

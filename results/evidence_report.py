@@ -170,12 +170,6 @@ def claims_figure(name: str) -> Any:
 # -- blocks -----------------------------------------------------------------------------------
 
 
-def grid(head: list[str], rows: list[list[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def interval(values: pd.Series, form: str = "+.3f") -> str:
     """Return "mean [low, high]" over seeds; the value alone if there is one seed."""
     row = scoring.over_seeds(values)
@@ -203,7 +197,7 @@ def verdicts(name: str) -> str:
         p = f"{row['p_holm']:.2g}" if row["p_holm"] == row["p_holm"] else ""
         rows.append([row["claim"], row["says"], mean, by_seed, p, verdict])
     head = ["", "claim", "mean, 95 % over seeds", "seed by seed", "p (Holm)", "verdict"]
-    return grid(head, rows)
+    return evidence.grid(head, rows)
 
 
 def course(name: str) -> str:
@@ -220,7 +214,7 @@ def course(name: str) -> str:
             seeds = part["seed"].nunique()
             rows.append([plots.NAMES[criterion], epoch, *by_p, *cells, seeds])
     head = ["criterion", "epoch", "score", "score at p = 20 %", *PROBES.values(), "seeds"]
-    return grid(head, rows)
+    return evidence.grid(head, rows)
 
 
 def ends(name: str) -> str:
@@ -238,7 +232,7 @@ def ends(name: str) -> str:
         seeds = members["seed"].nunique()
         rows.append([plots.NAMES[criterion], f"{rho:g}", change, *cells, seeds])
     head = ["criterion", "ρ", "change", "target", "reference", "score", "images of neither set"]
-    return grid([*head, "seeds"], rows)
+    return evidence.grid([*head, "seeds"], rows)
 
 
 def audits(name: str) -> str:
@@ -254,7 +248,9 @@ def audits(name: str) -> str:
             words = part.loc[part["members"] == members, "word"].value_counts()
             cells.append(", ".join(f"{word} {count}" for word, count in words.items()))
         rows.append([plots.NAMES[criterion], *cells])
-    return grid(["criterion", "its own images (set A)", "images it never saw (set B)"], rows)
+    return evidence.grid(
+        ["criterion", "its own images (set A)", "images it never saw (set B)"], rows
+    )
 
 
 def ran(name: str) -> str:

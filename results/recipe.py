@@ -145,23 +145,13 @@ def block(table: pd.DataFrame, plan: dict) -> str:
     table = complete(table)
     compared = differences(table)
     faster = ratios(table)
-    lines = [
-        verdict(compared, plan),
-        "",
-        "| criterion | measure | old | new | new - old | 95 % over seeds | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for row in compared.itertuples():
-        cells = [
-            row.criterion,
-            MEASURES[row.measure],
-            f"{row.old:.3f}",
-            f"{row.new:.3f}",
-            f"{row.mean:+.3f}",
-            f"{row.low:+.3f} to {row.high:+.3f}",
-            f"{row.n}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        means = [f"{row.old:.3f}", f"{row.new:.3f}", f"{row.mean:+.3f}"]
+        interval = f"{row.low:+.3f} to {row.high:+.3f}"
+        rows.append([row.criterion, MEASURES[row.measure], *means, interval, row.n])
+    head = ["criterion", "measure", "old", "new", "new - old", "95 % over seeds", "seeds"]
+    lines = [verdict(compared, plan), "", evidence.grid(head, rows)]
 
     for criterion, ratio in faster.items():
         seconds = table[table["criterion"] == criterion].groupby("recipe")["seconds"].median()

@@ -132,12 +132,6 @@ def _bold(value: float, low: float, high: float) -> str:
     return f"{mark}{_number(value, low, high)}{mark}"
 
 
-def _grid(head: list[str], rows: list[list]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def _read(name: str, table: str) -> pd.DataFrame:
     found = pd.read_csv(HERE / name / f"{table}.csv", dtype={"value": str})
     return found.rename(columns={"knob": "setting"})  # its name in older tables
@@ -182,7 +176,7 @@ def scores(name: str) -> str:
         rows.append([NAMES[criterion], *over_seeds, *images, by_p.loc[100, "n"]])
     head = ["criterion", "score, over seeds", "seed by seed", "Q (p)"]
     head += ["score, over images", "score at p = 20 %, over images", "n"]
-    return _grid(head, rows)
+    return evidence.grid(head, rows)
 
 
 def differences(name: str) -> str:
@@ -210,7 +204,7 @@ def differences(name: str) -> str:
     lines = [
         "Over images of these encoders:",
         "",
-        _grid(["criterion", "memorized / misrepresented", *columns.values(), "n"], rows),
+        evidence.grid(["criterion", "memorized / misrepresented", *columns.values(), "n"], rows),
     ]
 
     single = _by_seed(name)
@@ -229,7 +223,7 @@ def differences(name: str) -> str:
         ]
         head = ["criterion", "difference of scores", "over seeds", "seed by seed", "Q (p)", "seeds"]
         lines += ["", "Over seeds, where the scores of single seeds were kept:", ""]
-        lines += [_grid(head, rows)]
+        lines += [evidence.grid(head, rows)]
     return "\n".join(lines)
 
 
@@ -267,7 +261,7 @@ def probes(name: str) -> str:
         f"probe's own training images: {in_training.min():.3f} to {in_training.max():.3f} over "
         f"{len(in_training)} rows."
     )
-    return f"{_grid(head, rows)}\n\n{note}"
+    return f"{evidence.grid(head, rows)}\n\n{note}"
 
 
 def reference_at_most(low: float, high: float, bayes: float) -> str:
@@ -297,7 +291,7 @@ def truths(name: str) -> str:
             ]
         )
     head = ["ρ", "criterion", "target, over images", "reference, over images", "chance", "Bayes"]
-    return _grid([*head, "reference at most Bayes", "n"], rows)
+    return evidence.grid([*head, "reference at most Bayes", "n"], rows)
 
 
 def settings(name: str) -> str:
@@ -322,7 +316,7 @@ def settings(name: str) -> str:
             ]
         )
     head = ["setting", "criterion", "value", "score, change, over seeds", "the same, over images"]
-    return _grid([*head, "held-out accuracy, change, over seeds", "n"], rows)
+    return evidence.grid([*head, "held-out accuracy, change, over seeds", "n"], rows)
 
 
 def _farthest(table: pd.DataFrame) -> list[dict]:
@@ -362,7 +356,7 @@ def one_model(name: str) -> str:
     head = ["criterion", "classifier of crops", "plain one-model score", "two-model score"]
     kind = "paired" if plain["paired"].all() else "widest possible"
     head += [f"plain − two-model, {kind}", "member − non-member difference", "n"]
-    return _grid(head, rows)
+    return evidence.grid(head, rows)
 
 
 def without_labels(name: str) -> str:
@@ -381,7 +375,7 @@ def without_labels(name: str) -> str:
         ]
         rows.append([NAMES[criterion], *(_number(*cell) for cell in cells)])
     head = [f"{measure}, {which} images" for measure, which in columns]
-    return _grid(["criterion", *head], rows)
+    return evidence.grid(["criterion", *head], rows)
 
 
 def probe_course(name: str) -> str:
@@ -396,7 +390,7 @@ def probe_course(name: str) -> str:
         for (criterion, epoch), row in zip(means.index, means.to_numpy(), strict=True)
     ]
     head = ["criterion", "epoch", "training images", "held-out images", "gap"]
-    return _grid([*head, "gap of a probe that saw neither side"], rows)
+    return evidence.grid([*head, "gap of a probe that saw neither side"], rows)
 
 
 def beyond(name: str) -> str:
@@ -431,7 +425,7 @@ def reconstruction(name: str) -> str:
         for row in table.itertuples()
     ]
     head = ["condition", "drawn from", "reads", "target", "reference", "score, over images", "n"]
-    return _grid(head, rows)
+    return evidence.grid(head, rows)
 
 
 def made(name: str) -> str:
@@ -460,7 +454,7 @@ def judged(name: str) -> str:
     table = table[table["verdict"] != "not tested"]
     columns = ["id", "claim", "source", "value", "unit", "n", "seeds", "verdict"]
     head = ["", "claim", "source", "what we found", "unit", "n", "seeds", "verdict"]
-    return _grid(head, table[columns].to_numpy().tolist())
+    return evidence.grid(head, table[columns].to_numpy().tolist())
 
 
 def all_verdicts() -> str:
@@ -483,7 +477,7 @@ def all_verdicts() -> str:
         for key, row in scenes.iterrows()
     ]
     head = ["", "claim", "source", "by plan, fresh seeds", "scenes, exploratory"]
-    return _grid([*head, "photographs, exploratory"], rows)
+    return evidence.grid([*head, "photographs, exploratory"], rows)
 
 
 def coverage() -> str:
@@ -498,7 +492,7 @@ def coverage() -> str:
     order = list(dict.fromkeys(zip(table["interval"], table["seeds"], strict=True)))
     order = sorted(order, key=lambda key: list(table["interval"].unique()).index(key[0]))
     rows = [[*key, *wide.loc[key, quantities], repeats[key]] for key in order]
-    return _grid(["interval", "seeds", *quantities, "simulated studies"], rows)
+    return evidence.grid(["interval", "seeds", *quantities, "simulated studies"], rows)
 
 
 def coverage_line() -> str:
