@@ -51,12 +51,14 @@ def _pair(
     return features, labels
 
 
-def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
+def fit_lbfgs(
+    x: Tensor, y: Tensor, penalty: float, steps: int, tolerance: float = 1e-6
+) -> Pipeline:
     """Return standardised logistic regression, fitted in float64: mean loss + penalty / 2 * squared
     weights.
 
     The loss is convex: the answer depends on neither a seed nor the order of the rows, up to the
-    tolerance.
+    `tolerance`, the largest gradient at which it stops (scikit-learn's own).
     """
     from sklearn.dummy import DummyClassifier
     from sklearn.exceptions import ConvergenceWarning
@@ -73,12 +75,12 @@ def fit_lbfgs(x: Tensor, y: Tensor, penalty: float, steps: int) -> Pipeline:
     strength = vectors / (len(y) * penalty)
     model = DummyClassifier()
     if count > 1:
-        model = LogisticRegression(C=strength, tol=1e-6, max_iter=steps)
+        model = LogisticRegression(C=strength, tol=tolerance, max_iter=steps)
 
     # On one thread: such small products are no faster with more, and the bits do not depend on the
     # cores. Where nearly collapsed features need more than `steps` iterations, that limit is the
     # recipe's: no warning for each of them.
-    with threadpool_limits(1), warnings.catch_warnings():
+    with threadpool_limits(1, "blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return make_pipeline(StandardScaler(), model).fit(features, labels)
 
@@ -156,6 +158,7 @@ def linear_probe(
     extra: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
     penalty: float = 1e-3,
     steps: int = 1000,
+    tolerance: float = 1e-6,
     epochs: int = 20,
     rates: tuple[float, float] = (10.0, 0.1),
     batch: int = 64,
@@ -167,7 +170,7 @@ def linear_probe(
     of the images themselves. `extra` = (x, y) adds the accuracy "extra" on a third set.
 
     "lbfgs": standardised logistic regression on all views together, L2 `penalty` on the mean loss,
-    at most `steps` iterations; needs no seed. "sgd": the paper's recipe, another view in every
+    at most `steps` iterations, or until no gradient is above `tolerance`; needs no seed. "sgd": the paper's recipe, another view in every
     epoch (see `fit_sgd`). The paper's baseline is the gap between training images and held-out
     ones.
     """
@@ -188,7 +191,7 @@ def linear_probe(
 
     found = {}
     if method == "lbfgs":
-        model = fit_lbfgs(seen.flatten(0, 1), y.repeat(len(seen)), penalty, steps)
+        model = fit_lbfgs(seen.flatten(0, 1), y.repeat(len(seen)), penalty, steps, tolerance)
         for name, (z, t) in sets.items():
             found[name] = float(model.score(z.double().cpu().numpy(), t.cpu().numpy()))
     else:

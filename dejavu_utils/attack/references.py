@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from dejavu_utils import store
 from dejavu_utils.attack import crops, inference, knn, probe, view_embeddings
 from dejavu_utils.data import scenes
-from dejavu_utils.data.images import Images
+from dejavu_utils.data.images import Images, threads
 from dejavu_utils.models.encoders import Encoder, embed
 from dejavu_utils.models.pairs import Pair
 
@@ -243,16 +244,24 @@ def probes(
         fewer = max(1, round(views * len(pair.parts["a"]) / half))
         held_views = _held_out_views(pair, encoders, layer, min(views, fewer), device)
 
-    rows = []
+    own = {}
     for model, encoder in encoders.items():
-        x, labels, own_views = _own_set(pair, model, encoder, layer, views, device)
-        own = x, labels
+        own[model] = _own_set(pair, model, encoder, layer, views, device)
+
+    def row(model: str) -> dict[str, Any]:
+        x, labels, own_views = own[model]
         others = held[layer][model], held_labels
-        paper = fit(*own, *others, views=own_views)
-        row = {"model": model, "train": paper["train"], "held_out": paper["test"]}
-        row |= {"gap": paper["gap"]} | _fresh_gap(fit, own, others, held_views[model])
-        row["knn"] = probe.knn_accuracy(*own, *others, classes=classes)
-        rows.append(row | {"n_train": len(labels), "n_held_out": len(held_labels)})
+        paper = fit(x, labels, *others, views=own_views)
+        fresh = _fresh_gap(fit, (x, labels), others, held_views[model])
+        found = {"model": model, "train": paper["train"], "held_out": paper["test"]}
+        found |= {"gap": paper["gap"]} | fresh
+        found["knn"] = probe.knn_accuracy(x, labels, *others, classes=classes)
+        return found | {"n_train": len(labels), "n_held_out": len(held_labels)}
+
+    # Both encoders side by side: a fit takes one core. The limit of the fits themselves would be
+    # lifted by the first that ends.
+    with threadpool_limits(1, "blas"):
+        rows = threads(row, list(encoders), workers=2, chunk=1)
     about = {"layer": layer, "method": method, "views": views}
     return pd.DataFrame(rows).assign(**pair.setting, epoch=epoch, **about)
 

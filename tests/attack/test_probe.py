@@ -19,7 +19,7 @@ def clusters(n, classes, d=16, spread=1.0, seed=0):
 @pytest.mark.parametrize("classes", [2, 7])
 def test_lbfgs_finds_where_the_gradient_of_its_loss_vanishes(classes):
     x, y = clusters(200, classes, spread=1.5)
-    labels, model = torch.from_numpy(y), probe.fit_lbfgs(x, torch.from_numpy(y), 1e-2, 500)
+    labels, model = torch.from_numpy(y), probe.fit_lbfgs(x, torch.from_numpy(y), 1e-2, 500, 1e-6)
     z = x.double()
     z = (z - z.mean(0)) / z.std(0, correction=0)
     found = torch.from_numpy(model.decision_function(x.double().numpy())).reshape(200, -1)
