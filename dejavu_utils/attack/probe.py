@@ -52,7 +52,7 @@ def _pair(
 
 
 def fit_lbfgs(
-    x: Tensor, y: Tensor, penalty: float, steps: int, tolerance: float = 1e-6
+    x: Tensor, y: Tensor, penalty: float, steps: int, tolerance: float = 1e-4
 ) -> Pipeline:
     """Return standardised logistic regression, fitted in float64: mean loss + penalty / 2 * squared
     weights.
@@ -158,7 +158,7 @@ def linear_probe(
     extra: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
     penalty: float = 1e-3,
     steps: int = 1000,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-4,
     epochs: int = 20,
     rates: tuple[float, float] = (10.0, 0.1),
     batch: int = 64,
