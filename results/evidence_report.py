@@ -253,6 +253,29 @@ def audits(name: str) -> str:
     )
 
 
+def calibration(name: str) -> str:
+    """Return how often audits of n images say "memorizes", a row per n: false alarms, and what is
+    found of each criterion's own images (made by results/calibration.py).
+    """
+    if not (HERE / name / "calibration.csv").exists():
+        return "Not run yet."
+    table = _read(name, "calibration")
+    named = _criteria(table[table["criterion"] != "all"])
+    rows = []
+    for n, at in table.groupby("images"):
+        never = at[(at["members"] == "b") & (at["criterion"] == "all")].iloc[0]
+        of = f"{never['memorizes']} of {never['audits']}"
+        alarms = f"{of}: {never['memorizes'] / never['audits']:.1%}"
+        within = f"[{never['low']:.1%}, {never['high']:.1%}]"
+        cells = [n, alarms, within, f"{never['no_evidence'] / never['audits']:.0%}"]
+        own = at[at["members"] == "a"].set_index("criterion")
+        for criterion in named:
+            cells.append(f"{own.loc[criterion, 'memorizes'] / own.loc[criterion, 'audits']:.0%}")
+        rows.append(cells)
+    head = ["images", "false alarms", "95 %", "and says no evidence"]
+    return evidence.grid([*head, *(f"found: {plots.NAMES[each]}" for each in named)], rows)
+
+
 def ran(name: str) -> str:
     """Return which pieces were run and which were not."""
     out = HERE / name
@@ -286,6 +309,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "course": course,
     "ends": ends,
     "audits": audits,
+    "calibration": calibration,
     "ran": ran,
 }
 

@@ -170,9 +170,9 @@ def linear_probe(
     of the images themselves. `extra` = (x, y) adds the accuracy "extra" on a third set.
 
     "lbfgs": standardised logistic regression on all views together, L2 `penalty` on the mean loss,
-    at most `steps` iterations, or until no gradient is above `tolerance`; needs no seed. "sgd": the paper's recipe, another view in every
-    epoch (see `fit_sgd`). The paper's baseline is the gap between training images and held-out
-    ones.
+    at most `steps` iterations, or until no gradient is above `tolerance`; needs no seed. "sgd": the
+    paper's recipe, another view in every epoch (see `fit_sgd`). The paper's baseline is the gap
+    between training images and held-out ones.
     """
     if method not in METHODS:
         raise ValueError(f"probe.linear_probe: method {method!r}; expected one of {METHODS}.")

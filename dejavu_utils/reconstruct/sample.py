@@ -21,7 +21,7 @@ from torch import Tensor
 from dejavu_utils import store
 from dejavu_utils.attack import crops, inference, knn, references
 from dejavu_utils.data import datasets
-from dejavu_utils.data.images import Images, threads
+from dejavu_utils.data.images import Images
 from dejavu_utils.models import pairs, train
 from dejavu_utils.reconstruct import classifier, decoder
 
@@ -304,12 +304,9 @@ def _read_both(
 ) -> dict[str, Tensor]:
     """Return {model: probabilities (n, classes, values)}, the mean over an image's samples."""
     samples = reconstructor.sampling["samples"]
-
-    def read(model: str) -> Tensor:
-        return pictures(reconstructor, condition, images, rects, model, samples, device)
-
     probabilities = {}
-    for model, sampled in zip("AB", threads(read, "AB", 1), strict=True):
+    for model in "AB":
+        sampled = pictures(reconstructor, condition, images, rects, model, samples, device)
         found = reconstructor.classifier.read(sampled.flatten(0, 1), device)
         probabilities[model] = found.unflatten(0, sampled.shape[:2]).mean(1)
     return probabilities
