@@ -5,7 +5,8 @@ SHELL := /bin/sh
 
 PROFILE ?= laptop
 EXECUTOR ?=
-CORES ?= 1
+# Notebooks that run at once; unless it is said, two, or one where there is a GPU.
+CORES ?=
 PYTHON := .venv/bin/python
 # Two processes of one thread each: files go to whichever is free, the long ones first (tests/conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,13 @@ from dejavu_utils.parameters import ParameterError
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 5.0  # seconds that children have to end before they are killed
+
+
+def side_by_side() -> int:
+    """Return how many notebooks run at once unless CORES says it: each has one thread of its own,
+    so two where there are two cores; one where they would share a GPU.
+    """
+    return 1 if shutil.which("nvidia-smi") else min(2, store.cores())
 
 
 class Stopped(Exception):
@@ -45,7 +53,7 @@ def command(stale: list[str], profile: str, environment: dict[str, str]) -> list
         words += ["--executor", executor, "--jobs", "32", "--latency-wait", "60"]
         words += shlex.split(environment.get("EXECUTOR_FLAGS", ""))
     else:
-        words += ["--cores", environment.get("CORES") or "1"]
+        words += ["--cores", environment.get("CORES") or str(side_by_side())]
 
     if environment.get("DRY"):
         words += ["--dry-run", "--quiet", "host", "rules", "reason"]

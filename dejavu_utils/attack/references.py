@@ -236,30 +236,27 @@ def probes(
     classes = len(pair.parts["probe"].classes)
     seed = pair.setting["seed"]
     fit = functools.partial(probe.linear_probe, classes=classes, method=method, seed=seed)
-    held, held_labels = held_out(pair, encoders, (layer,), device)
-    held_views = {"A": None, "B": None}
     views = views if augment else 0
+    fewer = 0
     if views:
-        half = math.ceil(len(held_labels) / 2)
-        fewer = max(1, round(views * len(pair.parts["a"]) / half))
-        held_views = _held_out_views(pair, encoders, layer, min(views, fewer), device)
-
-    own = {}
-    for model, encoder in encoders.items():
-        own[model] = _own_set(pair, model, encoder, layer, views, device)
+        half = math.ceil(sum(len(pair.parts[part]) for part in _held_out_parts(pair)) / 2)
+        fewer = min(views, max(1, round(views * len(pair.parts["a"]) / half)))
 
     def row(model: str) -> dict[str, Any]:
-        x, labels, own_views = own[model]
+        encoder = encoders[model]
+        x, labels, own_views = _own_set(pair, model, encoder, layer, views, device)
+        held, held_labels = held_out(pair, {model: encoder}, (layer,), device)
         others = held[layer][model], held_labels
+        held_views = _held_out_views(pair, encoder, layer, fewer, device) if views else None
+
         paper = fit(x, labels, *others, views=own_views)
-        fresh = _fresh_gap(fit, (x, labels), others, held_views[model])
         found = {"model": model, "train": paper["train"], "held_out": paper["test"]}
-        found |= {"gap": paper["gap"]} | fresh
+        found |= {"gap": paper["gap"]} | _fresh_gap(fit, (x, labels), others, held_views)
         found["knn"] = probe.knn_accuracy(x, labels, *others, classes=classes)
         return found | {"n_train": len(labels), "n_held_out": len(held_labels)}
 
-    # Both encoders side by side: a fit takes one core. The limit of the fits themselves would be
-    # lifted by the first that ends.
+    # Both encoders side by side. The limit of the fits themselves would be lifted by the first that
+    # ends.
     with threadpool_limits(1, "blas"):
         rows = threads(row, list(encoders), workers=2, chunk=1)
     about = {"layer": layer, "method": method, "views": views}
@@ -279,7 +276,7 @@ def _own_set(
     seen = None
     if views:
         purpose = f"probe {side}"
-        seen = _augmented(pair, {model: encoder}, layer, images, views, purpose, device)[model]
+        seen = _augmented(pair, encoder, layer, images, views, purpose, device)
     return found[layer][model], images.labels, seen
 
 
@@ -309,37 +306,36 @@ def _fresh_gap(
 
 def _augmented(
     pair: Pair,
-    encoders: dict[str, Encoder],
+    encoder: Encoder,
     layer: str,
     images: Images,
     views: int,
     purpose: str,
     device: str,
-) -> dict[str, torch.Tensor]:
-    """Return {model: (views, n, d)}: augmented views of images under these encoders, which all see
-    the same views.
+) -> torch.Tensor:
+    """Return augmented views of images (views, n, d); every encoder of the pair sees the same
+    views.
     """
     drawn = view_embeddings.draws(pair, images, views, purpose)
-    found: dict[str, list[torch.Tensor]] = {model: [] for model in encoders}
+    found = []
     for rows, pixels in view_embeddings.sources(pair, images):
         part = [each.part(rows) for each in drawn]
-        for model, encoder in encoders.items():
-            seen = view_embeddings.embed_views(encoder, pixels, part, pair.size(), (layer,), device)
-            found[model].append(seen[layer])
-    return {model: torch.cat(parts, 1) for model, parts in found.items()}
+        seen = view_embeddings.embed_views(encoder, pixels, part, pair.size(), (layer,), device)
+        found.append(seen[layer])
+    return torch.cat(found, 1)
 
 
 def _held_out_views(
-    pair: Pair, encoders: dict[str, Encoder], layer: str, views: int, device: str
-) -> dict[str, torch.Tensor]:
-    """Return {model: (views, n, d)} of the images that no encoder saw, in the order of
+    pair: Pair, encoder: Encoder, layer: str, views: int, device: str
+) -> torch.Tensor:
+    """Return augmented views (views, n, d) of the images that no encoder saw, in the order of
     `held_out`.
     """
     found = []
     for part in _held_out_parts(pair):
         images = pair.parts[part]
-        found.append(_augmented(pair, encoders, layer, images, views, f"probe {part}", device))
-    return {model: torch.cat([each[model] for each in found], 1) for model in encoders}
+        found.append(_augmented(pair, encoder, layer, images, views, f"probe {part}", device))
+    return torch.cat(found, 1)
 
 
 def bayes(pair: Pair) -> float:
