@@ -118,10 +118,16 @@ def templates() -> Environment:
 
 def accessible(body: str) -> str:
     """Return HTML whose parts that scroll sideways can be reached with a keyboard, and in which a
-    cell without a word is no head of a column.
+    cell without a word is no head of a column. An interval in a table stays on one line.
     """
-    scrolls = r'<(pre\b|div(?= class="?(?:wide|output_html)\b))'
-    marked = re.sub(scrolls, r"<\1 tabindex=0", body)
+    parts = [
+        "pre\\b",
+        'div(?= class="?(?:wide|output_html|output_png)\\b)',
+        "figure(?= class=drawn)",
+    ]
+    marked = re.sub(f"<({'|'.join(parts)}|p(?=><img))", r"<\1 tabindex=0", body)
+    interval = r"(?<=\d), (?=[+\-−]?[\d.]+\][^<]*(?:</strong>)?</td>)"
+    marked = re.sub(interval, ",\N{NO-BREAK SPACE}", marked)
     return re.sub(r"<th[^>]*></th>", "<td></td>", marked)
 
 
