@@ -84,7 +84,7 @@ def test_real_pictures_have_no_rho_in_the_title():
 
 def test_over_rho_has_the_bayes_line():
     figure = plots.over_rho(_curve("rho", [0.5, 0.0]).assign(bayes=[0.55, 0.1]))
-    line = _drawn(figure.axes[0], "Bayes: all that the background tells")
+    line = _drawn(figure.axes[0], "Bayes accuracy")
     np.testing.assert_allclose(line, [[0, 0.1], [0.5, 0.55]])
 
 
