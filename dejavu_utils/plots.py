@@ -538,3 +538,24 @@ def _show(
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=True, color=frame, linewidth=1.5)
+
+
+def film(figures: Iterable[Figure], seconds: float = 0.9) -> bytes:
+    """Return figures of one size as an animated PNG: each stays for `seconds`, the last for good.
+
+    It plays once, in a few seconds, for readers whom motion disturbs; a viewer that cannot play it
+    shows the first figure.
+    """
+    from PIL import Image
+
+    pictures = []
+    for figure in figures:
+        file = io.BytesIO()
+        figure.savefig(file, dpi=75)  # near the width at which pages show it
+        pictures.append(Image.open(file).convert("RGB"))
+
+    first, *others = pictures
+    animated = io.BytesIO()
+    options = {"duration": 1000 * seconds, "loop": 1, "optimize": True}
+    first.save(animated, "PNG", save_all=True, append_images=others, **options)
+    return animated.getvalue()

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 
 def figures(folder: Path) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) for the tables of a folder; FileNotFoundError names one that is not there."""
-    scores = pd.read_csv(folder / "scores.csv").query(
-        "ranking == 'own' and top == 1"
-    )  # no others today
+    """Yield (name, figure) for the tables of a folder; FileNotFoundError names a missing one."""
+    scores = pd.read_csv(folder / "scores.csv")
+    scores = scores.query("ranking == 'own' and top == 1")  # older tables have others, too
     rho = scores["rho"].iloc[0]
     names = ("curve", "shares", "fig2_probe")
     read = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
@@ -48,7 +47,7 @@ def figures(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def main(names: list[str]) -> int:
-    """Return the exit status after writing the figures of the folders named, or saying which fails."""
+    """Return the exit status after writing the figures of the named folders, or an error."""
     if not names:
         print("error: name a folder of results: results/redraw.py study", file=sys.stderr)
         return 1

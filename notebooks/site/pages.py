@@ -173,7 +173,7 @@ def described(book: nbformat.NotebookNode) -> dict[str, str]:
     return {
         name: alt
         for source, alt in cells
-        for name in re.findall(r'run\.figure\(\s*"(\w+)"', source)
+        for name in re.findall(r'run\.(?:figure|film)\(\s*"(\w+)"', source)
     }
 
 
