@@ -87,9 +87,11 @@ class Exporter(HTMLExporter):
 
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
-        """Return Markdown as HTML with MathML, in which links to notebooks lead to their pages."""
+        """Return Markdown as HTML with MathML; links to notebooks lead to pages, tables scroll."""
         html = MarkdownWithMath(renderer=Markdown(escape=False)).render(source)
-        return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
+        html = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
+        wide = r'<div class="wide words">\1</div>'
+        return re.sub(r"(<table>.*?</table>)", wide, html, flags=re.DOTALL)
 
 
 def shown_outputs() -> Config:
