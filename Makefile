@@ -46,6 +46,7 @@ site: .venv/.installed  ## all there is to read as one static site: pages of a P
 
 slides: .venv/.installed  ## the tour of a PROFILE as slides; reveal.js comes over the network, or from REVEAL=folder
 	@$(PYTHON) notebooks/site/slides.py "$$PROFILE"
+	@echo "arrow keys turn the slides; next: notebooks/TEACHING.md, The sessions"
 
 student: .venv/.installed  ## the notebooks without their solutions, into OUT=student
 	@$(PYTHON) -m nbconvert --log-level WARN --to notebook --output-dir="$${OUT:-student}" \
@@ -78,9 +79,11 @@ test-slurm: .venv/.installed  ## the batch on a SLURM of this machine's own (Deb
 data: .venv/.installed  ## download and verify a data set: NAME=tiny_imagenet (see data_manifests/)
 	@test -n "$$NAME" || { echo "make data NAME=…, one of:"; ls data_manifests | sed -n 's/\.yaml$$//p'; exit 1; }
 	@$(PYTHON) data_manifests/fetch.py "$$NAME"
+	@echo "next: make figures P=\"dataset=$$NAME\", or a profile that is made for it (README, Notebooks and profiles)"
 
 controls: .venv/.installed  ## negative and positive controls, the cheap ones 100 times
 	@$(PYTHON) tests/controls.py
+	@echo "next: results/README.md, Coverage: the same for whole pairs of encoders"
 
 AUDIT = ENCODER WEIGHTS REFERENCE REFERENCE_WEIGHTS IMAGES PUBLIC HELD_OUT OUT JSON STRICT
 $(foreach name,$(AUDIT),$(eval override $(name) := $$(value $(name))))
@@ -95,6 +98,7 @@ reference: .venv/.installed  ## real photographs in pieces of some minutes, on a
 
 bench: .venv/.installed  ## measure this machine: training, embedding, k-NN, sampling, each beside its limit
 	@$(PYTHON) tests/bench/bench.py
+	@echo "next: tests/bench/README.md says what each row means, results/bench.md what we measured"
 
 # A machine with a GPU may have its own torch and no network: its python3 does where there is no .venv.
 sitting:  ## a sitting at a GPU, to a clock: OUT=folder MINUTES=9 [PART=check|evidence] (results/sitting.py)

@@ -184,6 +184,11 @@ class Run:
         """Write figures/<name>.png, .pdf and .csv, the table behind it."""
         store.write_figure(self.folder / "figures" / name, figure, frame, self.meta)
 
+    def film(self, name: str, content: bytes) -> None:
+        """Write figures/<name>.png, an animated picture of `plots.film`."""
+        with store.artifact(self.folder / "figures" / f"{name}.png", self.meta) as temporary:
+            temporary.write_bytes(content)
+
     def table(self, name: str, frame: Any) -> None:
         """Write tables/<name>.csv for the notebooks that come after."""
         store.write_table(self.folder / "tables" / f"{name}.csv", frame, self.meta)

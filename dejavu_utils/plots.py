@@ -5,6 +5,7 @@ touches nothing else.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,51 @@ def error_bars(table: pd.DataFrame, y: str, ends: str | None = None) -> list[pd.
     ]
 
 
+def _label_ends(axis: Axes, ends: dict[str, tuple[float, str]]) -> None:
+    """Write labels right of the axes instead of a legend, at the heights where lines end; a line of
+    text apart, the lowest first. `ends` is {label: (y, colour)}; the y-limits must be final.
+    """
+    from matplotlib.colors import to_rgb
+
+    figure = axis.get_figure()
+    scale = max(1.0, figure.get_size_inches()[0] / SHOWN)  # as _legible enlarges it later
+    rows = axis.get_subplotspec().get_gridspec().nrows
+    line = scale * 0.22 * rows / figure.get_size_inches()[1]  # share of the axes' height
+    low, high = axis.get_ylim()
+    taken = -1.0  # up to this height
+    for label, (y, colour) in sorted(ends.items(), key=lambda end: end[1][0]):
+        text = textwrap.fill(label, 18)
+        half = line * len(text.splitlines()) / 2
+        height = max((y - low) / (high - low), taken + half)
+        taken = height + half
+        axis.annotate(
+            text,
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color=[0.75 * part for part in to_rgb(colour)],  # darker: thin letters look paler
+            annotation_clip=False,
+        )
+
+
+def _line_ends(axis: Axes) -> dict[str, tuple[float, str]]:
+    """Return {label: (y at the right end, colour)} of the lines of some axes."""
+    ends = {}
+    for line in axis.get_lines():
+        if not line.get_label().startswith("_"):
+            ends[line.get_label()] = (line.get_ydata()[-1], line.get_color())
+    return ends
+
+
+def _end_of_row(columns: Sequence[Axes]) -> Axes:
+    """Return the axes at the right end of the first row."""
+    wide = columns[0].get_subplotspec().get_gridspec().ncols
+    return columns[wide - 1]
+
+
 def _line(
     axis: Axes,
     table: pd.DataFrame,
@@ -253,10 +299,13 @@ def losses(table: pd.DataFrame) -> Figure:
     Columns: criterion, epoch, loss, name, which ends in A or B.
     """
     import seaborn.objects as so
+    from matplotlib.ticker import MaxNLocator
 
     rows = table.replace({"criterion": NAMES}).assign(encoder=table["name"].str[-1])
     plot = so.Plot(rows, x="epoch", y="loss", color="encoder", linestyle="encoder", group="name")
-    plot = plot.facet("criterion", wrap=3).share(y=False).scale(color=[TARGET, REFERENCE])
+    plot = plot.facet("criterion", wrap=3).share(y=False)
+    whole = so.Continuous().tick(MaxNLocator(4, integer=True))
+    plot = plot.scale(color=[TARGET, REFERENCE], x=whole)
     plot = plot.add(so.Line(linewidth=1.2, alpha=0.8)).label(y="training loss", title="{}".format)
     panels = rows["criterion"].nunique()
     return drawn(plot, 3.4 * min(panels, 3) + 1, 2.8 * -(-panels // 3))
@@ -277,7 +326,8 @@ def over_p(curve: pd.DataFrame) -> Figure:
         axis.set_xlabel("p: most confident examples (%)")
     figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
     label_left(figure.axes, "label-inference accuracy")
-    figure.axes[0].legend()
+    last = _end_of_row(figure.axes)
+    _label_ends(last, _line_ends(last))
     return _legible(figure)
 
 
@@ -285,6 +335,7 @@ def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
     for quantity, one in table.groupby("quantity", sort=False):
         _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, ends="")
     axis.set(xlabel="epoch", ylim=(min(0, low), 1))
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
@@ -294,7 +345,8 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     `scores`: criterion, epoch, p, score, low, high. `probes`: criterion, epoch, quantity, mean,
     low, high.
     """
-    figure, panels = _panels(scores, rows=2, width=4.0, height=2.8, sharex=True)
+    width = 5.2 if scores["criterion"].nunique() == 1 else 4.0  # inches, labels included
+    figure, panels = _panels(scores, rows=2, width=width, height=2.8, sharex=True)
     shades = dict(
         zip(sorted(scores["p"].unique(), reverse=True), (TARGET, "#CC79A7", BAYES), strict=False)
     )
@@ -309,14 +361,10 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     tops, bottoms = zip(*(column for column, _ in panels), strict=True)
     label_left(tops, "déjà vu score")
     label_left(bottoms, "linear probe (backbone)")
-    same_scale(tops, 0.3)  # room for the legend above the bands
-    tops[0].legend(loc="upper left", ncols=len(shades))
-    figure.legend(
-        *bottoms[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        fontsize="small",
-        ncols=1 if len(panels) == 1 else 3,
-    )
+    same_scale(tops)
+    for column in (tops, bottoms):
+        last = _end_of_row(column)
+        _label_ends(last, _line_ends(last))
     return _legible(figure)
 
 
@@ -342,10 +390,15 @@ def split(shares: pd.DataFrame) -> Figure:
         )
         axis.set_xticks(x, one["epoch"].astype(str))
         axis.set_xlabel("epoch")
-    first = figure.axes[0]
-    first.set(ylim=(0, 1.35 * first.get_ylim()[1]))
+    figure.axes[0].set_ylim(bottom=0)
     label_left(figure.axes, "share of attacked images")
-    first.legend(loc="upper left", fontsize="small")
+    last = _end_of_row(figure.axes)
+    bars = {}
+    for part in last.containers:
+        if part.get_label() in SPLIT:
+            end = part.patches[-1]
+            bars[part.get_label()] = (end.get_y() + end.get_height() / 2, SPLIT[part.get_label()])
+    _label_ends(last, bars)
     return _legible(figure)
 
 
@@ -355,16 +408,16 @@ def over_rho(table: pd.DataFrame) -> Figure:
     Columns: criterion, rho, target, target_low, target_high, reference, reference_low,
     reference_high, bayes, chance.
     """
-    figure, [((axis,), table)] = _panels(table.sort_values("rho"), width=4.6, height=3.4)
-    _line(axis, table, "rho", "target", TARGET, "target (trained on the image)")
-    _line(axis, table, "rho", "reference", REFERENCE, "reference (not trained on it)", "--")
+    figure, [((axis,), table)] = _panels(table.sort_values("rho"), width=5.2, height=3.4)
+    _line(axis, table, "rho", "target", TARGET, "target")
+    _line(axis, table, "rho", "reference", REFERENCE, "reference", "--")
     axis.plot(
         table["rho"],
         table["bayes"],
         color=BAYES,
         lw=1.5,
         ls="-.",
-        label="Bayes: all that the background tells",
+        label="Bayes accuracy",
     )
     axis.axhline(table["chance"].iloc[0], color="grey", lw=1, ls=":", label="chance")
     axis.set(
@@ -373,7 +426,7 @@ def over_rho(table: pd.DataFrame) -> Figure:
         ylim=(0, None),
         xticks=table["rho"],
     )
-    axis.legend(fontsize="small")
+    _label_ends(axis, _line_ends(axis))
     return _legible(figure)
 
 
@@ -485,3 +538,24 @@ def _show(
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=True, color=frame, linewidth=1.5)
+
+
+def film(figures: Iterable[Figure], seconds: float = 0.9) -> bytes:
+    """Return figures of one size as an animated PNG: each stays for `seconds`, the last for good.
+
+    It plays once, in a few seconds, for readers whom motion disturbs; a viewer that cannot play it
+    shows the first figure.
+    """
+    from PIL import Image
+
+    pictures = []
+    for figure in figures:
+        file = io.BytesIO()
+        figure.savefig(file, dpi=75)  # near the width at which pages show it
+        pictures.append(Image.open(file).convert("RGB"))
+
+    first, *others = pictures
+    animated = io.BytesIO()
+    options = {"duration": 1000 * seconds, "loop": 1, "optimize": True}
+    first.save(animated, "PNG", save_all=True, append_images=others, **options)
+    return animated.getvalue()

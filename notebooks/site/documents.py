@@ -46,13 +46,18 @@ def slug(heading: str) -> str:
 
 
 def rendered(text: str) -> BeautifulSoup:
-    """Return Markdown as HTML: headings have anchors, tables scroll where they are too wide."""
+    """Return Markdown as HTML: headings have anchors, tables scroll where they are too wide,
+    their numbers stay on one line.
+    """
     renderer = pages.Markdown(escape=False, exclude_anchor_links=True)
     soup = BeautifulSoup(MarkdownWithMath(renderer=renderer).render(text), "html.parser")
     for heading in soup.find_all(["h1", "h2", "h3", "h4"]):
         heading["id"] = slug(heading.text)
     for table in soup.find_all("table"):
-        table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
+        table.wrap(soup.new_tag("div", attrs={"class": "wide words"}))
+    for cell in soup.find_all("td"):
+        if not re.search(r"[^\W\d_]{2}", cell.text):  # no word, so a number with its interval
+            cell["class"] = "number"
     return soup
 
 

@@ -87,9 +87,11 @@ class Exporter(HTMLExporter):
 
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
-        """Return Markdown as HTML with MathML, in which links to notebooks lead to their pages."""
+        """Return Markdown as HTML with MathML; links to notebooks lead to pages, tables scroll."""
         html = MarkdownWithMath(renderer=Markdown(escape=False)).render(source)
-        return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
+        html = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
+        wide = r'<div class="wide words">\1</div>'
+        return re.sub(r"(<table>.*?</table>)", wide, html, flags=re.DOTALL)
 
 
 def shown_outputs() -> Config:
@@ -118,10 +120,16 @@ def templates() -> Environment:
 
 def accessible(body: str) -> str:
     """Return HTML whose parts that scroll sideways can be reached with a keyboard, and in which a
-    cell without a word is no head of a column.
+    cell without a word is no head of a column. An interval in a table stays on one line.
     """
-    scrolls = r'<(pre\b|div(?= class="?(?:wide|output_html)\b))'
-    marked = re.sub(scrolls, r"<\1 tabindex=0", body)
+    parts = [
+        "pre\\b",
+        'div(?= class="?(?:wide|output_html|output_png)\\b)',
+        "figure(?= class=drawn)",
+    ]
+    marked = re.sub(f"<({'|'.join(parts)}|p(?=><img))", r"<\1 tabindex=0", body)
+    interval = r"(?<=\d), (?=[+\-−]?[\d.]+\][^<]*(?:</strong>)?</td>)"
+    marked = re.sub(interval, ",\N{NO-BREAK SPACE}", marked)
     return re.sub(r"<th[^>]*></th>", "<td></td>", marked)
 
 
@@ -167,7 +175,7 @@ def described(book: nbformat.NotebookNode) -> dict[str, str]:
     return {
         name: alt
         for source, alt in cells
-        for name in re.findall(r'run\.figure\(\s*"(\w+)"', source)
+        for name in re.findall(r'run\.(?:figure|film)\(\s*"(\w+)"', source)
     }
 
 

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import api
@@ -20,6 +21,10 @@ from bs4 import BeautifulSoup
 from dejavu_utils import store
 
 HERE = Path(__file__).resolve().parent
+FILM = (
+    "An animated picture that plays once: what target and reference find nearest to a background "
+    "crop, from the untrained encoder to the last epoch."
+)
 ORDER = ("Home", "Notebooks", "Results", "Audit", "Module", "More")
 
 
@@ -47,13 +52,25 @@ def search(found: Sequence[pages.Page]) -> tuple[pages.Page, str]:
     return pages.Page("search.html", "Search", "Search", "Déjà vu: search", body), script
 
 
+def with_film(home: pages.Page, profile: str, out: Path) -> pages.Page:
+    """Return the home, before its first section the film of the profile's tour, if there is one."""
+    path = store.runs(profile) / "figures" / "tour_film.png"
+    if not path.is_file():
+        return home
+    film = pages.figure(path, FILM, out)
+    figure = pages.templates().get_template("film.html.j2").render(film=film)
+    before, section, after = home.body.partition("<h2")
+    return replace(home, body=before + figure + section + after)
+
+
 def build(profile: str) -> Path:
     """Write the site of a profile and return its home; FileNotFoundError if no notebook has been
     executed, ValueError or FileNotFoundError for a link or a picture that cannot be shown.
     """
     out = store.runs(profile) / "site"
     shutil.rmtree(out, ignore_errors=True)  # pages of documents that are gone
-    found = documents.documents(out)
+    home, *others = documents.documents(out)
+    found = [with_film(home, profile, out), *others]
     found += pages.of_run(profile, out, first="run.html")
     found += pages.audits(store.runs(profile))
     found += [api.page()]

@@ -361,6 +361,28 @@ def test_the_site_has_documents_notebooks_module_and_search(whole):
     assert parts.find("a", attrs={"aria-current": True}).text == "Results"
 
 
+def test_the_home_shows_the_film_of_a_tour_that_made_one(whole, scripts, repository):
+    soups, _ = whole
+    assert not soups["index.html"].find("figure")
+
+    film = repository.root / "runs" / "tiny" / "figures" / "tour_film.png"
+    with store.artifact(film) as temporary:
+        temporary.write_bytes(base64.b64decode(picture("blue")))
+    home = BeautifulSoup(scripts.publish.build("tiny").read_text(), "html.parser")
+    shown = home.find("figure").img
+    assert shown["src"].endswith(picture("blue")) and "plays once" in shown["alt"]
+
+
+def test_a_table_of_a_document_keeps_numbers_and_intervals_on_a_line(scripts):
+    text = "| what | score |\n|---|---|\n| it | +0.1 [+0.0, +0.2] |\n| two, three | **1 [0, 2]** |"
+    soup = scripts.documents.rendered(text)
+    numbers = [cell.text for cell in soup.find_all("td", class_="number")]
+    assert numbers == ["+0.1 [+0.0, +0.2]", "1 [0, 2]"]
+    shown = scripts.pages.accessible(str(soup))
+    assert "[+0.0,\N{NO-BREAK SPACE}+0.2]" in shown and "[0,\N{NO-BREAK SPACE}2]" in shown
+    assert "two, three" in shown
+
+
 def test_the_site_fetches_nothing_and_runs_the_search_alone(whole):
     soups, _ = whole
     for name, soup in soups.items():

@@ -1,8 +1,11 @@
 """Figures: each draws what its table holds, with its interval, and says what is on its axes."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from dejavu_utils import plots
 
@@ -61,6 +64,18 @@ def test_over_epochs_draws_scores_above_probes(scores):
     assert len(figure.axes[0].collections) == 2, "a band for each p"
 
 
+def test_a_film_shows_each_figure_in_turn_and_stays_at_the_last():
+    pictures = [np.full((3, 8, 8), value, np.uint8) for value in (0, 90, 200)]
+    figures = [plots.grid([[(picture, "cat")]]) for picture in pictures]
+    film = Image.open(io.BytesIO(plots.film(figures)))
+    assert film.n_frames == 3 and film.info["loop"] == 1  # how often it plays
+    middle = []
+    for frame in range(3):
+        film.seek(frame)
+        middle.append(film.convert("RGB").getpixel((film.width // 2, film.height // 2)))
+    assert middle == [(0, 0, 0), (90, 90, 90), (200, 200, 200)]
+
+
 def test_over_p_sorts_and_bounds():
     figure = plots.over_p(_curve("p", [100, 20, 50]).assign(rho=0.2))
     assert list(_drawn(figure.axes[0], "target")[:, 0]) == [20, 50, 100]
@@ -84,7 +99,7 @@ def test_real_pictures_have_no_rho_in_the_title():
 
 def test_over_rho_has_the_bayes_line():
     figure = plots.over_rho(_curve("rho", [0.5, 0.0]).assign(bayes=[0.55, 0.1]))
-    line = _drawn(figure.axes[0], "Bayes: all that the background tells")
+    line = _drawn(figure.axes[0], "Bayes accuracy")
     np.testing.assert_allclose(line, [[0, 0.1], [0.5, 0.55]])
 
 
@@ -208,3 +223,16 @@ def test_no_text_is_smaller_than_8_pt_where_pages_show_it(name):
     shrunk = min(1, plots.SHOWN / figure.get_size_inches()[0])
     smallest = min(texts, key=lambda text: text.get_fontsize())
     assert smallest.get_fontsize() * shrunk >= 8, smallest.get_text()
+
+
+@pytest.mark.parametrize("name", ["over_p", "over_epochs", "split", "over_rho"])
+def test_lines_are_named_at_their_ends_and_no_name_covers_another(name):
+    figure = WIDE[name]
+    figure.draw_without_rendering()
+    assert not figure.legends and not any(axis.get_legend() for axis in figure.axes)
+    named = [axis for axis in figure.axes if axis.texts]
+    for axis in named:
+        boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+        assert all(box.x0 > axis.get_window_extent().x1 for box in boxes)
+        assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
+    assert named

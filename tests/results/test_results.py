@@ -20,6 +20,8 @@ def _script(name):
 
 
 update, claims, seeds = _script("update"), _script("claims"), _script("seeds")
+redraw = _script("redraw")
+RESULTS = ROOT / "results"
 
 
 @pytest.mark.parametrize("path", update.pages(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -431,3 +433,22 @@ def test_claims_about_settings_flip_with_their_tables(lam, probe, tau, size, wid
         judge(empty)[1]
         for judge in (claims.invariance, claims.temperature, claims.size, claims.width)
     } == {"not tested"}
+
+
+def test_figures_are_drawn_again_from_the_tables_of_their_folder():
+    names = [name for name, _ in redraw.figures(RESULTS / "study")]
+    assert {f"{name}.png" for name in names} <= {path.name for path in RESULTS.glob("study/*.png")}
+    figures = dict(redraw.figures(RESULTS / "pictures"))
+    assert "fig5_known_truth" not in figures  # photographs have no known truth
+
+    course = figures["fig2_score_and_probe_over_epochs"].axes[0]
+    table = pd.read_csv(RESULTS / "pictures" / "scores.csv").query("ranking == 'own' and top == 1")
+    first = table.query("criterion == 'vicreg' and layer == 'projector' and p == 20")
+    line = next(line for line in course.lines if line.get_label() == "p = 20 %")
+    assert list(line.get_ydata()) == list(first.sort_values("epoch")["score"])
+
+
+def test_a_folder_without_tables_is_one_clear_error(capsys):
+    assert redraw.main(["nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: nowhere cannot be drawn again") and "scores.csv" in said
