@@ -47,7 +47,7 @@ def slug(heading: str) -> str:
 
 def rendered(text: str) -> BeautifulSoup:
     """Return Markdown as HTML: headings have anchors, tables scroll where they are too wide,
-    their numbers stay on one line.
+    their numbers stay on one line, and so do a number and its %.
     """
     renderer = pages.Markdown(escape=False, exclude_anchor_links=True)
     soup = BeautifulSoup(MarkdownWithMath(renderer=renderer).render(text), "html.parser")
@@ -58,6 +58,9 @@ def rendered(text: str) -> BeautifulSoup:
     for cell in soup.find_all("td"):
         if not re.search(r"[^\W\d_]{2}", cell.text):  # no word, so a number with its interval
             cell["class"] = "number"
+    for text in soup.find_all(string=re.compile(r"\d %")):
+        if not text.find_parent(["pre", "code"]):
+            text.replace_with(re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text))
     return soup
 
 

@@ -133,6 +133,15 @@ def accessible(body: str) -> str:
     return re.sub(r"<th[^>]*></th>", "<td></td>", marked)
 
 
+def without_folders(body: str) -> str:
+    """Return HTML without the folders of this machine before runs/ and the clone's files: a page is
+    published, and a home folder names its owner.
+    """
+    for folder in (store.runs("any").parent.parent, store.home(), store.root()):
+        body = body.replace(f"{folder}/", "")
+    return body
+
+
 def shell(page: Page, pages: Sequence[Page], script: str = "") -> str:
     """Return the HTML of a page: links to each group's first page and to those of its own group,
     then its body. `script`, the only one that may run, is a part of the body.
@@ -155,7 +164,7 @@ def shell(page: Page, pages: Sequence[Page], script: str = "") -> str:
         .get_template("page.html.j2")
         .render(
             page=page,
-            body=Markup(accessible(page.body)),
+            body=Markup(without_folders(accessible(page.body))),
             groups=groups,
             allowed=allowed,
             style=report.css() + (HERE / "style.css").read_text() + code,

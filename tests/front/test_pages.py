@@ -270,6 +270,11 @@ def test_make_student_drops_solutions_and_nothing_else(tmp_path):
         ]
 
 
+def test_a_page_names_no_folder_of_this_machine(pages):
+    body = f"<pre>{store.runs('smoke')}/audit/a.html</pre><p>{store.root()}/README.md</p>"
+    assert pages.without_folders(body) == "<pre>runs/smoke/audit/a.html</pre><p>README.md</p>"
+
+
 def test_the_command_says_where_the_pages_are_or_what_is_missing(site, repository, pages, capsys):
     assert pages.main(["tiny"]) == 0
     printed = capsys.readouterr()
@@ -381,6 +386,12 @@ def test_a_table_of_a_document_keeps_numbers_and_intervals_on_a_line(scripts):
     shown = scripts.pages.accessible(str(soup))
     assert "[+0.0,\N{NO-BREAK SPACE}+0.2]" in shown and "[0,\N{NO-BREAK SPACE}2]" in shown
     assert "two, three" in shown
+
+
+def test_a_number_and_its_percent_sign_stay_on_a_line_but_not_in_code(scripts):
+    soup = scripts.documents.rendered("Here 25 % of them.\n\n```python\n7 % 3\n```\n")
+    assert soup.p.text == "Here 25\N{NO-BREAK SPACE}% of them."
+    assert "7 % 3" in soup.pre.text
 
 
 def test_the_site_fetches_nothing_and_runs_the_search_alone(whole):
