@@ -137,7 +137,8 @@ def without_folders(body: str) -> str:
     """Return HTML without the folders of this machine before runs/ and the clone's files: a page is
     published, and a home folder names its owner.
     """
-    for folder in (store.runs("any").parent.parent, store.home(), store.root()):
+    body = body.replace(f"{store.runs('any').parent}/", "runs/")
+    for folder in (store.home(), store.root()):
         body = body.replace(f"{folder}/", "")
     return body
 
