@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -140,8 +141,13 @@ def _own_table(tree: Tree) -> Table:
     except Exception as error:  # a damaged member of a zip, or no table
         raise StoreError(f"{tree.path}: {place} cannot be read ({error}).") from error
 
-    found = {_placed(tree, start, name): mark for name, mark in table.found.items()}
-    refused = {_placed(tree, start, name): reason for name, reason in table.refused.items()}
+    spelt = _spellings(tree)
+    place_of = {name: _placed(tree, spelt, start, name) for name in [*table.found, *table.refused]}
+    count = Counter(place_of.values())
+    twice = {name: "boxes.csv spells its name in two ways" for name in count if count[name] > 1}
+    found = {place_of[name]: mark for name, mark in table.found.items()}
+    found = {name: mark for name, mark in found.items() if name not in twice}
+    refused = {place_of[name]: reason for name, reason in table.refused.items()} | twice
     files = (place, unused) if table.listed else (place,)
     return Table(found, refused, table.columns, files, table.listed)
 
@@ -162,9 +168,27 @@ def _table_place(tree: Tree) -> str:
     return places[0] if places else ""
 
 
-def _placed(tree: Tree, start: str, name: str) -> str:
-    """Return the name of a picture in `tree` that boxes.csv in the folder `start` calls `name`."""
-    return f"{start}{name}" if f"{start}{name}" in tree else name
+def _spellings(tree: Tree) -> dict[str, str]:
+    """Return {name in NFC: name} of the files whose names have one spelling only in `tree`."""
+    names = [name for name in tree.files if not name.isascii()]
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    count = Counter(composed)
+    both = zip(composed, names, strict=True)
+    return {one: name for one, name in both if count[one] == 1}
+
+
+def _placed(tree: Tree, spelt: dict[str, str], start: str, name: str) -> str:
+    """Return the name of a picture in `tree` that boxes.csv in the folder `start` calls `name`.
+
+    A Mac spells é as two characters: a name that no file has is looked up in NFC, in `spelt`.
+    """
+    for full in (f"{start}{name}", name):
+        if full in tree:
+            return full
+        composed = unicodedata.normalize("NFC", full)
+        if composed in spelt:
+            return spelt[composed]
+    return name
 
 
 def _single_top(tree: Tree) -> str:

@@ -541,6 +541,22 @@ def test_case_nfc_and_nfd_are_one_class(tmp_path):
     assert images.classes == (name, "dog") and np.bincount(images.labels).tolist() == [3, 2]
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_table_in_another_spelling_than_the_files(tmp_path, form):
+    """Written on one system, the pictures unpacked on another."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    classes_of(tmp_path, (unicodedata.normalize(form, "caf\u00e9"), "dog"), 2)
+    name = unicodedata.normalize(other, "caf\u00e9")
+    table(tmp_path, f"{name}/000.jpg,96,80,1,1,9,9,", "dog/000.jpg,96,80,1,1,9,9,")
+    images = datasets.folder(tmp_path)
+    assert [len(each) for each in images.boxes] == [1, 0, 1, 0] and not images.skipped
+
+    both = [unicodedata.normalize(each, "caf\u00e9") for each in ("NFC", "NFD")]
+    table(tmp_path, *(f"{name}/000.jpg,96,80,1,1,9,9," for name in both))
+    ((_, reason),) = datasets.folder(tmp_path).skipped
+    assert reason == "boxes.csv spells its name in two ways"
+
+
 def audit(root, sets=("train", "public", "heldout")):
     """Return the subject of an audit of a random ResNet-18 on folders of pictures."""
     torch.manual_seed(0)
