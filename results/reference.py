@@ -44,8 +44,9 @@ PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
 SEEDS = (100, 101, 102)
 VISSLS = " (VISSL)"  # what the merged tables add to the criteria of VISSL's engine
 NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
-# Figures that show photographs stay where they were made.
-PICTURES = (
+# Figures that show photographs, and the split, stay where they were made.
+STAYING = (
+    "partition",
     "examples",
     "gallery",
     "reconstruction_whole",
@@ -213,8 +214,7 @@ def _pack(
         for kind in ("tables", "metrics", "figures")
         for path in sorted((folder / kind).glob("*"))
         if path.suffix in (".csv", ".json", ".png")
-        and not path.name.startswith(PICTURES)
-        and not path.name.startswith("partition")
+        and not path.name.removeprefix(".").startswith(STAYING)  # nor their sidecars
     ]
     first = next(iter(parameters.values()))
     meta = {
