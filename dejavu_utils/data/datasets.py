@@ -156,10 +156,9 @@ def _table_place(tree: Tree) -> str:
     """Return the name of boxes.csv at the top, or one folder below it, where archives often begin;
     "" if there is none. StoreError if there are several.
     """
-    tables = [name for name in tree.files if PurePosixPath(name).name.lower() == "boxes.csv"]
-    tables = [name for name in tables if not hidden(name)]
-    top = [name for name in tables if "/" not in name]
-    places = top or [name for name in tables if name.count("/") == 1]
+    named = [name for name in tree.files if name.rpartition("/")[2].lower() == "boxes.csv"]
+    tables = [name for name in named if name.count("/") <= 1 and not hidden(name)]
+    places = [name for name in tables if "/" not in name] or tables
     if len(places) > 1:
         raise StoreError(
             f"{tree.path}: {' and '.join(map(printable, places))} are {len(places)} tables of "
