@@ -3,8 +3,10 @@
 The moments of the kills and the bits that are flipped are drawn from $DEJAVU_SEED (0).
 """
 
+import hashlib
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,7 @@ PATIENCE = 60.0  # s that what a killed process has started may take to end, on 
 LOGS = (".log", ".jsonl", ".lock")
 # Folders and files that hold times of day or seconds.
 TIMED = ("notebooks", "report", "keys")
+FOLDER = re.compile(rf"/[^\s<>\"']*/runs/{PROFILE}/".encode())  # where a run is, in its files
 
 
 @dataclass
@@ -86,8 +89,8 @@ def kept(runs):
 
 
 def contents(runs):
-    """Return {file: digest} of what is the same whenever it is made: not the times in sidecars,
-    executed notebooks, and the pages of them.
+    """Return {file: digest} of what is the same whenever and wherever it is made: not the times in
+    sidecars, executed notebooks, and the pages of them, nor the folder in a report.
     """
     found = {}
     for path in kept(runs):
@@ -95,7 +98,8 @@ def contents(runs):
         beside = path.with_name(path.name.removeprefix(".").removesuffix(".json"))
         timed = relative.parts[0] in TIMED or relative.name in TIMED
         if not timed and (beside == path or not beside.is_file()):
-            found[str(relative)] = store.digest(path)
+            content = FOLDER.sub(b"", path.read_bytes())
+            found[str(relative)] = hashlib.sha256(content).hexdigest()
     return found
 
 
