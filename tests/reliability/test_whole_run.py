@@ -32,7 +32,8 @@ PATIENCE = 60.0  # s that what a killed process has started may take to end, on 
 LOGS = (".log", ".jsonl", ".lock")
 # Folders and files that hold times of day or seconds.
 TIMED = ("notebooks", "report", "keys")
-FOLDER = re.compile(rf"/[^\s<>\"']*/runs/{PROFILE}/".encode())  # where a run is, in its files
+# In files: where a run is, and how fast the machine was.
+PASSING = re.compile(rf"/[^\s<>\"']*/runs/{PROFILE}/|\"images_per_second\": [-+.e\d]+".encode())
 
 
 @dataclass
@@ -90,7 +91,7 @@ def kept(runs):
 
 def contents(runs):
     """Return {file: digest} of what is the same whenever and wherever it is made: not the times in
-    sidecars, executed notebooks, and the pages of them, nor the folder in a report.
+    sidecars, executed notebooks, and the pages of them, nor what PASSING finds.
     """
     found = {}
     for path in kept(runs):
@@ -98,7 +99,7 @@ def contents(runs):
         beside = path.with_name(path.name.removeprefix(".").removesuffix(".json"))
         timed = relative.parts[0] in TIMED or relative.name in TIMED
         if not timed and (beside == path or not beside.is_file()):
-            content = FOLDER.sub(b"", path.read_bytes())
+            content = PASSING.sub(b"", path.read_bytes())
             found[str(relative)] = hashlib.sha256(content).hexdigest()
     return found
 
