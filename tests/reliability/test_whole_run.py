@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
@@ -34,6 +35,7 @@ LOGS = (".log", ".jsonl", ".lock")
 TIMED = ("notebooks", "report", "keys")
 # In files: where a run is, and how fast the machine was.
 PASSING = re.compile(rf"/[^\s<>\"']*/runs/{PROFILE}/|\"images_per_second\": [-+.e\d]+".encode())
+CLOCK = ["seconds", "minutes", "images_per_second"]
 
 
 @dataclass
@@ -89,9 +91,17 @@ def kept(runs):
     return [path for path in files if not path.name.endswith(LOGS) and "log" not in path.parts]
 
 
+def lasting(path):
+    """Return a file's bytes without what PASSING finds, a table's without its columns of CLOCK."""
+    if path.suffix == ".csv":
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return table.drop(columns=CLOCK, errors="ignore").to_csv(index=False).encode()
+    return PASSING.sub(b"", path.read_bytes())
+
+
 def contents(runs):
     """Return {file: digest} of what is the same whenever and wherever it is made: not the times in
-    sidecars, executed notebooks, and the pages of them, nor what PASSING finds.
+    sidecars, executed notebooks, and the pages of them, nor what is not `lasting`.
     """
     found = {}
     for path in kept(runs):
@@ -99,8 +109,7 @@ def contents(runs):
         beside = path.with_name(path.name.removeprefix(".").removesuffix(".json"))
         timed = relative.parts[0] in TIMED or relative.name in TIMED
         if not timed and (beside == path or not beside.is_file()):
-            content = PASSING.sub(b"", path.read_bytes())
-            found[str(relative)] = hashlib.sha256(content).hexdigest()
+            found[str(relative)] = hashlib.sha256(lasting(path)).hexdigest()
     return found
 
 
