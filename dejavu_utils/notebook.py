@@ -21,11 +21,14 @@ from dejavu_utils.parameters import (
     literals,
     merged,
     of_profile,
+    override,
     recipe_defaults,
     stages,
 )
 
 ROWS = 24  # of a table that a notebook shows
+# In a notebook that runs as a plain script: the names of the parameters that it was given.
+GIVEN = "__given__"
 
 
 def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[set[str], set[str]]:
@@ -34,13 +37,14 @@ def _assigned(names: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[se
 
     With IPython they are read from the cells that ran: the last one of literals that sets at least
     half of the declared names, and the cells of literals right after it. So neither a typo that was
-    corrected nor a scratch cell counts. Without IPython (an exported script) they are all plain
-    literals of the namespace.
+    corrected nor a scratch cell counts. Without IPython (a plain script) they are all plain
+    literals of the namespace, and those that GIVEN names.
     """
     if "get_ipython" not in names:
         plain = (bool, int, float, str, list, tuple, dict, type(None))
         public = {name: value for name, value in names.items() if not name.startswith("_")}
-        return {name for name, value in public.items() if type(value) in plain}, set()
+        assigned = {name for name, value in public.items() if type(value) in plain}
+        return assigned, set(names.get(GIVEN, ()))
 
     assigned: set[str] = set()
     passed: set[str] = set()
@@ -66,22 +70,27 @@ def _from_profile(
     stage: str, given: Mapping[str, Any], defaults: Mapping[str, Any], passed: set[str]
 ) -> dict[str, Any]:
     """Return the profile's values of those parameters that nobody has set: they stand at the
-    notebook's own value, and papermill was not given them.
+    notebook's own value, and were not passed.
 
+    What was passed counts over the profile's value, of a dict key by key.
     The notebook's own values are those of its own profile.
     """
     profile = given.get("profile")
     if profile == defaults.get("profile") or not isinstance(profile, str):
         return {}
+
     values = of_profile(profile, stage)
     left = [name for name in values if name not in passed and given[name] == defaults[name]]
-    return {name: values[name] for name in left}
+    both = passed & values.keys()
+    over = override(values, {name: given[name] for name in both})
+    return {name: over[name] for name in [*left, *both]}
 
 
 def parameters(stage: str, names: dict[str, Any]) -> dict[str, Any]:
     """Return the checked parameters of a running notebook, and write them back into `names`.
 
-    What the profile says counts where neither the cell nor papermill says anything else.
+    What the profile says counts where neither the cell nor papermill, or a script, says anything
+    else.
     """
     defaults = declared(stage)
     missing = [name for name in defaults if name not in names]

@@ -185,6 +185,20 @@ def merged(
     return {name: _filled(value, defaults[name], name) for name, value in checked.items()}
 
 
+def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters `base` with those of `given` over them.
+
+    A key of a dict overrides that key alone, at any depth; a dict of OPEN is replaced as a whole.
+    """
+    values = dict(base)
+    for name, value in given.items():
+        below = values.get(name)
+        if isinstance(value, dict) and isinstance(below, dict) and name not in OPEN:
+            value = override(below, value)
+        values[name] = value
+    return values
+
+
 def profiled(name: str) -> dict[str, dict]:
     """Return the sections of notebooks/profiles/<name>.yaml, each name checked to be declared where
     it is given.

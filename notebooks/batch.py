@@ -29,12 +29,12 @@ from dejavu_utils import imports, store
 from dejavu_utils.data import identity, manifests
 from dejavu_utils.data.tree import Tree
 from dejavu_utils.parameters import (
-    OPEN,
     ParameterError,
     cells,
     declared,
     merged,
     of_profile,
+    override,
     profiled,
     stages,
 )
@@ -64,13 +64,9 @@ def given(profile: str, overrides: Mapping[str, Any], only: str | None = None) -
     values = {}
     for stage in [only] if only else defaults:
         known = defaults[stage]
-        mine = of_profile(profile, stage)
-        for name, value in overrides.items():
-            # One key of a dict overrides that key only; of an open one, such as `trained`, all.
-            if name in known:
-                whole = not isinstance(value, dict) or name in OPEN
-                mine[name] = value if whole else mine.get(name, {}) | value
-        values[stage] = merged(mine, known, f"{stage}: ")
+        mine = {name: value for name, value in overrides.items() if name in known}
+        over = override(of_profile(profile, stage), mine)
+        values[stage] = merged(over, known, f"{stage}: ")
     return values
 
 

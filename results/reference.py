@@ -37,15 +37,16 @@ sys.path[:0] = [
 ]
 import batch  # noqa: E402  the paths come first
 
-from dejavu_utils import store  # noqa: E402
-from dejavu_utils.parameters import OPEN, cells, declared  # noqa: E402
+from dejavu_utils import notebook, store  # noqa: E402
+from dejavu_utils.parameters import cells, declared, override  # noqa: E402
 
 PROFILE, OUT, LIMIT = "gpu", HERE / "tiny_imagenet", 10 << 20
 SEEDS = (100, 101, 102)
 VISSLS = " (VISSL)"  # what the merged tables add to the criteria of VISSL's engine
 NOTHING_FREE = {"layer": ["projector", "backbone"], "noise": [], "bits": [], "finetune": []}
-# Figures that show photographs stay where they were made.
-PICTURES = (
+# Figures that show photographs, and the split, stay where they were made.
+STAYING = (
+    "partition",
     "examples",
     "gallery",
     "reconstruction_whole",
@@ -126,12 +127,11 @@ def lacking(name: str) -> list[str]:
 
 def script(stage: str, values: dict) -> str:
     """Return a notebook as a plain script: its code cells, with `values` set after the parameters
-    cell.
+    cell, and named as given.
     """
-    parameters, given = (
-        cells(stage, "parameters")[0],
-        [f"{name} = {value!r}" for name, value in values.items()],
-    )
+    parameters = cells(stage, "parameters")[0]
+    given = [f"{name} = {value!r}" for name, value in values.items()]
+    given.append(f"{notebook.GIVEN} = {list(values)!r}")
     code = [source for source in _code(stage) if source != parameters]
     return "\n\n".join([parameters, "\n".join(given), *code])
 
@@ -155,9 +155,7 @@ def _parameters(name: str, changes: dict) -> dict[str, dict]:
         "bench"
     ]:  # its sizes depend on the machine: only what was asked for is a parameter
         return {"bench": own | {"sizes": changes.get("bench", {})}}
-    for key, value in changes.items():
-        whole = not isinstance(value, dict) or key in OPEN
-        own = own | {key: value if whole else own.get(key, {}) | value}
+    own = override(own, changes)
     known = {stage: declared(stage) for stage in stages}
     mine = {
         stage: {key: value for key, value in own.items() if key in known[stage]} for stage in stages
@@ -216,8 +214,7 @@ def _pack(
         for kind in ("tables", "metrics", "figures")
         for path in sorted((folder / kind).glob("*"))
         if path.suffix in (".csv", ".json", ".png")
-        and not path.name.startswith(PICTURES)
-        and not path.name.startswith("partition")
+        and not path.name.removeprefix(".").startswith(STAYING)  # nor their sidecars
     ]
     first = next(iter(parameters.values()))
     meta = {

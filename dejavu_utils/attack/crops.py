@@ -124,8 +124,8 @@ def background(images: Images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
 
     `images` has `boxes`, `sizes` (n, 2) width, height and `ids`. `crop` holds any of kind
     ("periphery" or "corner"), min_side, fraction, corner; CROP has the defaults. Where no periphery
-    crop is large enough, keep is False and the rectangle 0. ValueError on an unknown key or kind;
-    AssertionError if a periphery crop meets a box.
+    crop is large enough, or a corner has no pixel, keep is False and the rectangle 0. ValueError on
+    an unknown key or kind; AssertionError if a periphery crop meets a box.
     """
     unknown = sorted(set(crop) - set(CROP))
     crop = {**CROP, **crop}
@@ -143,6 +143,8 @@ def background(images: Images, crop: dict) -> tuple[np.ndarray, np.ndarray]:
 
         if crop["kind"] == "corner":
             rect = corner(width, height, crop["fraction"], crop["corner"])
+            if crop["fraction"] * min(width, height) < 1:  # a pixel would show more than that
+                rect = None
         else:
             rect = periphery(boxes, width, height, crop["min_side"])
             if rect:

@@ -42,9 +42,13 @@ def _budget(limit_gib: float) -> Iterator[None]:
     except StoreError as error:
         if limited.MORE not in str(error):
             raise
-        larger = max(LIMIT_GIB, 2 * limit_gib)
-        told = str(error).replace(limited.MORE, f"pass audit.limit_gib={larger:g}")
-        raise StoreError(told) from error
+        raise StoreError(_advised(str(error), limit_gib)) from error
+
+
+def _advised(text: str, limit_gib: float) -> str:
+    """Return what was said of a budget of memory, with the setting of an audit that raises it."""
+    larger = max(LIMIT_GIB, 2 * limit_gib)
+    return text.replace(limited.MORE, f"pass audit.limit_gib={larger:g}")
 
 
 def pictures(
@@ -65,6 +69,7 @@ def pictures(
         known, _, place = name.partition(":")
         with _budget(limit_gib):
             found = datasets.read(known, place or None, limit_gib)
+        found = _with_advice(found, limit_gib)
         return found if labels else _unlabelled(found)
 
     if not str(name) or not Path(name).exists():
@@ -76,7 +81,14 @@ def pictures(
             f"{what}: {found}; expected a folder or zip of class folders{sets}."
         )
     with _budget(limit_gib):
-        return datasets.folder(Path(name), what, labels, limit_gib=limit_gib)
+        found = datasets.folder(Path(name), what, labels, limit_gib=limit_gib)
+    return _with_advice(found, limit_gib)
+
+
+def _with_advice(images: Images, limit_gib: float) -> Images:
+    """Return the pictures; for those that need a larger budget their reason says how to give it."""
+    skipped = [(name, _advised(reason, limit_gib)) for name, reason in images.skipped]
+    return replace(images, skipped=skipped)
 
 
 def _unlabelled(images: Images) -> Images:

@@ -5,6 +5,7 @@ Members are said to be training images; held-out ones are said to be in no train
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -172,8 +173,8 @@ def prepare(
     # held-out images, and public ones, which are none of the others
     fresh = _aligned(_or_none(held_out, images), classes)
     notes += _of_other_classes(held_out, fresh, "HELD_OUT")
-    fresh, note = _apart(_Pictures.of(fresh), trained)
-    notes += note
+    fresh, copies_of_trained = _apart(_Pictures.of(fresh), trained)
+    notes += copies_of_trained
     known = _aligned(public, classes)
     notes += _of_other_classes(public, known, "PUBLIC")
     known = _Pictures.of(known)
@@ -184,7 +185,7 @@ def prepare(
 
     source, unseen, bank = _held_out(fresh.images, held_out, known.images, members, crop, settings)
     if source == "held-out":
-        _check_enough(unseen, fresh.images, crop, "HELD_OUT", len(classes))
+        _check_enough(unseen, fresh.images, crop, "HELD_OUT", len(classes), copies_of_trained)
         notes += _not_attacked(unseen, fresh.images, "HELD_OUT")
     _check_covers(bank, public.classes, copies, settings.k)
 
@@ -222,13 +223,13 @@ def prepare_unlabelled(
 
     trained, note = _without_repeats(_Pictures.of(images), "IMAGES")
     notes += note
-    fresh, note = _apart(_Pictures.of(held_out), trained)
-    notes += note
+    fresh, copies_of_trained = _apart(_Pictures.of(held_out), trained)
+    notes += copies_of_trained
 
     members = _attackable(trained.images, crop, settings)
     unseen = _attackable(fresh.images, crop, settings)
     _check_enough(members, images, crop, "IMAGES", None)
-    _check_enough(unseen, held_out, crop, "HELD_OUT", None)
+    _check_enough(unseen, fresh.images, crop, "HELD_OUT", None, copies_of_trained)
     notes += _not_attacked(members, trained.images, "IMAGES")
     notes += _not_attacked(unseen, fresh.images, "HELD_OUT")
     size, assumed = _side(settings.size, encoder, trained.images)
@@ -252,7 +253,9 @@ def prepare_unlabelled(
 
 @dataclass(frozen=True, eq=False)
 class _Pictures:
-    """Pictures and their thumbnails, by which equal ones are found."""
+    """Pictures and their thumbnails, by which equal ones are found, mirrored ones too: training
+    mirrors pictures itself.
+    """
 
     images: Images
     thumbnails: Tensor  # (n, 192)
@@ -261,6 +264,12 @@ class _Pictures:
     def of(cls, images: Images) -> "_Pictures":
         squares = images.squares(THUMBNAIL)  # (n, 3, 8, 8)
         return cls(images, squares.flatten(1).float())
+
+    @property
+    def mirrored(self) -> Tensor:
+        """Return the thumbnails of the mirrored pictures, (n, 192)."""
+        squares = self.thumbnails.unflatten(1, (3, THUMBNAIL, THUMBNAIL))
+        return squares.flip(3).flatten(1)
 
     def kept(self, keep: np.ndarray) -> "_Pictures":
         return _Pictures(self.images.subset(keep), self.thumbnails[torch.from_numpy(keep)])
@@ -272,10 +281,12 @@ def _without_repeats(pictures: _Pictures, what: str) -> tuple[_Pictures, list[st
     if n < 2:
         return pictures, []
     near = min(8, n)
-    distances, rows = knn.search(pictures.thumbnails, pictures.thumbnails, near)  # (n, near)
-    earlier = rows < torch.arange(n)[:, None]
-    close = distances <= _threshold(pictures.thumbnails)
-    repeats = (earlier & close).any(1).numpy()
+    repeats = np.zeros(n, bool)
+    for thumbnails in (pictures.thumbnails, pictures.mirrored):
+        distances, rows = knn.search(thumbnails, pictures.thumbnails, near)  # (n, near)
+        earlier = rows < torch.arange(n)[:, None]
+        close = distances <= _threshold(thumbnails)
+        repeats |= (earlier & close).any(1).numpy()
     if not repeats.any():
         return pictures, []
     note = f"{what}: {repeats.sum()} pictures look like an earlier one and were left out"
@@ -288,9 +299,10 @@ def _without_copies(
     """Return the pictures that look like none of `others`, and a note of the rest."""
     copies = np.zeros(len(pictures.images), bool)
     for other in others:
-        if len(copies) and len(other.images):
-            distances, _ = knn.search(pictures.thumbnails, other.thumbnails, 1)  # (n, 1)
-            copies |= (distances[:, 0] <= _threshold(pictures.thumbnails)).numpy()
+        for thumbnails in (pictures.thumbnails, pictures.mirrored):
+            if len(copies) and len(other.images):
+                distances, _ = knn.search(thumbnails, other.thumbnails, 1)  # (n, 1)
+                copies |= (distances[:, 0] <= _threshold(thumbnails)).numpy()
     if not copies.any():
         return pictures, []
     note = f"{copies.sum()} {what} pictures look like one of the {those} and were left out"
@@ -415,9 +427,17 @@ def _held_out(
 
 
 def _check_enough(
-    usable: Images, given: Images, crop: dict, what: str, classes: int | None
+    usable: Images,
+    given: Images,
+    crop: dict,
+    what: str,
+    classes: int | None,
+    left_out: Sequence[str] = (),
 ) -> None:
-    """Raise ValueError unless there are images enough, of two classes at least (None: of any)."""
+    """Raise ValueError unless there are images enough, of two classes at least (None: of any).
+
+    `left_out` says which others were left out before, and why.
+    """
     if classes is not None and classes < 2:
         raise ValueError(
             f"{what}: two or more usable images of {classes} classes; at least 2 classes are "
@@ -430,6 +450,8 @@ def _check_enough(
         advice = (
             f"Pass more pictures, a crop.min_side below {crop['min_side']} px, or crop.kind=corner."
         )
+    if left_out:
+        advice = f"{'; '.join(left_out)}. Pass more that are none of these."
     raise ValueError(
         f"{what}: {len(usable)} of {len(given)} pictures have a usable {crop['kind']} crop, at "
         f"least {MINIMUM} are needed. {advice}"

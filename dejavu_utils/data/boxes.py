@@ -45,6 +45,7 @@ class Table:
     found: dict[str, Annotation] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # what it was read from, if that lies among the pictures
     listed: bool = False  # whether convert.py's list of unused files came with it
 
 
@@ -69,8 +70,7 @@ def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -
     found, refused = {}, {}
     for image, rows in frame.groupby("image", sort=False).indices.items():
         reason = next(filter(None, reasons[rows]), "")
-        if not reason and not _alike(numbers[rows, :2], texts[rows, 1:]):
-            reason = "its rows differ in width, height, owner or split"
+        reason = reason or _disagreement(numbers[rows], texts[rows])
         if reason:
             refused[image] = reason
         else:
@@ -78,7 +78,7 @@ def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -
 
     if unused is not None:
         refused |= _unused_reasons(unused)
-    return Table(found, refused, columns, unused is not None)
+    return Table(found, refused, columns, listed=unused is not None)
 
 
 def _check_columns(frame: pd.DataFrame) -> None:
@@ -151,16 +151,29 @@ def _row_reasons(numbers: np.ndarray) -> np.ndarray:
     return reasons
 
 
-def _alike(sizes: np.ndarray, texts: np.ndarray) -> bool:
-    """Return whether all rows of a picture have the same frame, owner and split."""
-    return bool((sizes == sizes[0]).all() and (texts == texts[0]).all())
+def _disagreement(numbers: np.ndarray, texts: np.ndarray) -> str:
+    """Return what the rows of one picture do not agree in; empty if nothing."""
+    if (numbers[:, :2] != numbers[0, :2]).any() or (texts[:, 1:] != texts[0, 1:]).any():
+        return "its rows differ in width, height, owner or split"
+
+    largest = _largest(numbers[:, 2:])
+    same = (numbers == numbers[largest]).all(1)
+    classes = sorted({class_text(name) for name in texts[same, 0]})
+    if len(classes) > 1:
+        return f"one box, two classes: {' and '.join(classes[:2])}"
+    return ""
+
+
+def _largest(boxes: np.ndarray) -> int:
+    """Return the place of the largest of some boxes (m, 4), of equals the first."""
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return int(np.argmax(areas))
 
 
 def _annotation(numbers: np.ndarray, texts: np.ndarray) -> Annotation:
-    """Return the rows of one picture; of several classes the largest box's, of equals the first."""
+    """Return the rows of one picture; of several classes that of the largest box."""
     boxes = numbers[:, 2:]
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    name, owner, split = texts[np.argmax(areas)]
+    name, owner, split = texts[_largest(boxes)]
     return Annotation(boxes, (numbers[0, 0], numbers[0, 1]), class_text(name), owner, split)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +14,7 @@ from dejavu_utils.data import converted, manifests, pictures, readers, scenes
 from dejavu_utils.data.boxes import Table, class_text, read_table
 from dejavu_utils.data.images import Images
 from dejavu_utils.data.listing import in_child
-from dejavu_utils.data.tree import SUFFIXES, Tree, printable
+from dejavu_utils.data.tree import SUFFIXES, Tree, hidden, printable
 from dejavu_utils.limited import LIMIT_GIB
 from dejavu_utils.store import StoreError
 
@@ -40,10 +41,12 @@ def read(
 
 
 @in_child
-def load(entry: dict, path: Path, classes: int | None = None) -> Images:
+def load(
+    entry: dict, path: Path, classes: int | None = None, limit_gib: float = LIMIT_GIB
+) -> Images:
     """Return the data set at `path` (a folder or a zip), read as its manifest `entry` says.
 
-    `classes`: the first so many (sorted; None all).
+    `classes`: the first so many (sorted; None all). Reading may take `limit_gib` GiB of memory.
     """
     if path.is_file() and path.name == entry.get("file") and entry.get("sha256"):
         manifests.verify(entry, path)
@@ -67,7 +70,8 @@ def load(entry: dict, path: Path, classes: int | None = None) -> Images:
             f"layout in data_manifests/{entry['name']}.yaml (`convert: voc`)."
         )
 
-    return pictures.read(tree, images, table, _rules(entry, tree), classes, entry["name"])
+    rules = _rules(entry, tree)
+    return pictures.read(tree, images, table, rules, classes, entry["name"], limit_gib)
 
 
 def _rules(entry: dict, tree: Tree) -> pictures.Rules:
@@ -92,10 +96,13 @@ def _words(tree: Tree, name: str) -> dict[str, str]:
 
 
 @in_child
-def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
+def folder(
+    path: Path, what: str = "IMAGES", labels: bool = True, limit_gib: float = LIMIT_GIB
+) -> Images:
     """Return the pictures of a folder or zip with a folder for each class, or with a boxes.csv.
 
     Without `labels` folders mean nothing, and all pictures are of one class, pictures.UNNAMED.
+    Reading may take `limit_gib` GiB of memory.
 
     Where boxes.csv has classes, they count; else the class is the folder. ids are relative paths.
     StoreError, with what to do, if the pictures are in no class folders; `what` names the set.
@@ -104,7 +111,8 @@ def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     table = _own_table(tree)
     _check_one_split(table, what)
     if not labels:
-        return pictures.read(tree, "", table, pictures.Rules(class_from="none"), what=what)
+        rules = pictures.Rules(class_from="none")
+        return pictures.read(tree, "", table, rules, what=what, limit_gib=limit_gib)
     every = {file for file in tree.files if file.lower().endswith(SUFFIXES)}
     if table.refused and every <= table.refused.keys():
         reasons = pictures.most([*table.refused.items()])
@@ -114,15 +122,16 @@ def folder(path: Path, what: str = "IMAGES", labels: bool = True) -> Images:
     if not named:
         _check_folders(tree, top, what)
     rules = pictures.Rules(class_from="column" if named else "folder")
-    return pictures.read(tree, top, table, rules, what=what)
+    return pictures.read(tree, top, table, rules, what=what, limit_gib=limit_gib)
 
 
 def _own_table(tree: Tree) -> Table:
     """Return the boxes.csv at the top of a data set, if it has one; paths are relative to it."""
-    place = next((name for name in ("boxes.csv", *_top_tables(tree)) if name in tree), None)
-    if place is None:
+    place = _table_place(tree)
+    if not place:
         return Table()
-    unused = place.removesuffix("boxes.csv") + "boxes.unused.csv"
+    start = place[: -len("boxes.csv")]
+    unused = f"{start}boxes.unused.csv"
     try:
         with tree.open(place) as file, contextlib.ExitStack() as more:
             listed = more.enter_context(tree.open(unused)) if unused in tree else None
@@ -132,20 +141,53 @@ def _own_table(tree: Tree) -> Table:
     except Exception as error:  # a damaged member of a zip, or no table
         raise StoreError(f"{tree.path}: {place} cannot be read ({error}).") from error
 
-    start = place.removesuffix("boxes.csv")
-    found = {_placed(tree, start, name): mark for name, mark in table.found.items()}
-    refused = {_placed(tree, start, name): reason for name, reason in table.refused.items()}
-    return Table(found, refused, table.columns, table.listed)
+    spelt = _spellings(tree)
+    place_of = {name: _placed(tree, spelt, start, name) for name in [*table.found, *table.refused]}
+    count = Counter(place_of.values())
+    twice = {name: "boxes.csv spells its name in two ways" for name in count if count[name] > 1}
+    found = {place_of[name]: mark for name, mark in table.found.items()}
+    found = {name: mark for name, mark in found.items() if name not in twice}
+    refused = {place_of[name]: reason for name, reason in table.refused.items()} | twice
+    files = (place, unused) if table.listed else (place,)
+    return Table(found, refused, table.columns, files, table.listed)
 
 
-def _top_tables(tree: Tree) -> list[str]:
-    """Return the tables one folder below the top, where archives often begin."""
-    return [name for name in tree.files if name.count("/") == 1 and name.endswith("/boxes.csv")]
+def _table_place(tree: Tree) -> str:
+    """Return the name of boxes.csv at the top, or one folder below it, where archives often begin;
+    "" if there is none. StoreError if there are several.
+    """
+    named = [name for name in tree.files if name.rpartition("/")[2].lower() == "boxes.csv"]
+    tables = [name for name in named if name.count("/") <= 1 and not hidden(name)]
+    places = [name for name in tables if "/" not in name] or tables
+    if len(places) > 1:
+        raise StoreError(
+            f"{tree.path}: {' and '.join(map(printable, places))} are {len(places)} tables of "
+            "boxes; expected one. Pass the folder of one of them, or move the others away."
+        )
+    return places[0] if places else ""
 
 
-def _placed(tree: Tree, start: str, name: str) -> str:
-    """Return the name of a picture in `tree` that boxes.csv in the folder `start` calls `name`."""
-    return f"{start}{name}" if f"{start}{name}" in tree else name
+def _spellings(tree: Tree) -> dict[str, str]:
+    """Return {name in NFC: name} of the files whose names have one spelling only in `tree`."""
+    names = [name for name in tree.files if not name.isascii()]
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    count = Counter(composed)
+    both = zip(composed, names, strict=True)
+    return {one: name for one, name in both if count[one] == 1}
+
+
+def _placed(tree: Tree, spelt: dict[str, str], start: str, name: str) -> str:
+    """Return the name of a picture in `tree` that boxes.csv in the folder `start` calls `name`.
+
+    A Mac spells é as two characters: a name that no file has is looked up in NFC, in `spelt`.
+    """
+    for full in (f"{start}{name}", name):
+        if full in tree:
+            return full
+        composed = unicodedata.normalize("NFC", full)
+        if composed in spelt:
+            return spelt[composed]
+    return name
 
 
 def _single_top(tree: Tree) -> str:

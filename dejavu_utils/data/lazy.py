@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, Self
 
@@ -10,13 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dejavu_utils import limited
 from dejavu_utils.data.tree import Tree
 
 # Pictures only: Pillow also opens programs (EPS) and documents.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
 # 8 bits a channel. The others hold 16 bits or fractions, which a conversion to RGB would clip.
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
-LARGEST = 89_478_485  # px: from here on Pillow warns of a decompression bomb
+LARGEST = (
+    89_478_485  # px: from here on Pillow warns of a decompression bomb; of twice it reads none
+)
 
 
 class Lazy(Sequence):
@@ -47,12 +51,15 @@ class Lazy(Sequence):
 
 
 @contextlib.contextmanager
-def picture(file: IO[bytes]) -> Iterator[Image.Image]:
-    """Open a picture without decoding it; an error if it is none, or one that cannot be used."""
+def picture(file: IO[bytes], largest: int = 2 * LARGEST) -> Iterator[Image.Image]:
+    """Open a picture of at most `largest` px without decoding it; an error if it is none, or one
+    that cannot be used.
+    """
     with Image.open(file, formats=_readable()) as image:
-        if image.width * image.height > LARGEST:
+        if image.width * image.height > largest:
             raise ValueError(
-                f"more than {LARGEST} px ({image.width} x {image.height}), a decompression bomb?"
+                f"more than {largest} px ({image.width} x {image.height}), a decompression bomb? "
+                f"Where you trust it, {limited.MORE}"
             )
         if image.mode not in MODES:
             raise ValueError(
@@ -69,6 +76,7 @@ def _readable() -> list[str]:
 
         register_heif_opener()
     Image.init()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `picture` says it
     return [name for name in FORMATS if name in Image.OPEN]
 
 

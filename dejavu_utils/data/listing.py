@@ -23,16 +23,20 @@ from dejavu_utils.data.tree import Tree
 
 
 def in_child(read: Callable[..., Images]) -> Callable[..., Images]:
-    """Return `read`, a reader of `path`, which then reads in a child process.
+    """Return `read`, a reader of `path` with at most `limit_gib` GiB of memory, which then reads in
+    a child process.
 
-    It takes `limit_gib`, the memory that this may take (GiB), as well. StoreError says what was
-    wrong with the data, or that it takes more; FileNotFoundError what is missing.
+    StoreError says what was wrong with the data, or that it takes more memory; FileNotFoundError
+    what is missing.
     """
     signature = inspect.signature(read)
 
     @functools.wraps(read)
-    def listed(*arguments: Any, limit_gib: float = limited.LIMIT_GIB, **options: Any) -> Images:
-        path = Path(signature.bind(*arguments, **options).arguments["path"])
+    def listed(*arguments: Any, **options: Any) -> Images:
+        given = signature.bind(*arguments, **options)
+        given.apply_defaults()
+        path = Path(given.arguments["path"])
+        limit_gib = given.arguments["limit_gib"]
         with tempfile.TemporaryDirectory(prefix="dejavu-") as folder:
             arrays = Path(folder, "arrays.npz")
 

@@ -24,7 +24,6 @@ from dejavu_utils.data.lazy import Lazy
 from dejavu_utils.data.tree import Tree, printable
 from dejavu_utils.store import StoreError
 
-OWN = ("boxes.csv", "boxes.unused.csv")
 TABLES = (".txt", ".xml", ".json", ".csv", ".yaml", ".yml")  # convert.py lists what it did not use
 UNNAMED = "picture"  # the class of all pictures where there are none
 # Why a picture has no class, by where classes come from.
@@ -63,12 +62,19 @@ class _Measured(NamedTuple):
 
 
 def read(
-    tree: Tree, images: str, table: Table, rules: Rules, classes: int | None = None, what: str = ""
+    tree: Tree,
+    images: str,
+    table: Table,
+    rules: Rules,
+    classes: int | None = None,
+    what: str = "",
+    limit_gib: float = limited.LIMIT_GIB,
 ) -> Images:
     """Return the pictures in the folder `images` ("": everywhere) of `tree`, sorted by id.
 
     `classes`: the first so many; None all. Pictures of one size (`rules.size`) are held decoded,
-    others are decoded when asked for. StoreError if nothing can be read; `what` names the data set.
+    others are decoded when asked for. How many pixels one may have goes by `limit_gib` (GiB).
+    StoreError if nothing can be read; `what` names the data set.
     """
     pictures, skipped = _listed(tree, images, table, rules)
     if not pictures:
@@ -84,7 +90,8 @@ def read(
         pixels = torch.empty(len(pictures), 3, height, width, dtype=torch.uint8)
 
     def measure(i: int) -> _Measured:
-        return _measure(tree, pictures[i], None if pixels is None else pixels[i])
+        row = None if pixels is None else pixels[i]
+        return _measure(tree, pictures[i], row, limit_gib)
 
     measured = threads(measure, range(len(pictures)))
     good = [i for i, one in enumerate(measured) if not one.reason]
@@ -129,16 +136,14 @@ def _listed(
 ) -> tuple[list[_Picture], list[tuple[str, str]]]:
     """Return the pictures that have a class, and every other file of the folder with its reason."""
     start = f"{images}/" if images else ""
-    annotations = OWN if table.columns else ()  # files that are used, but are no pictures
-    if table.listed:
-        annotations = TABLES
+    annotations = TABLES if table.listed else ()
 
     files, skipped = [], []
     for file in tree.below(images):
         reason = readers.not_a_picture(file.removeprefix(start))
         if not reason:
             files.append(file)
-        elif not file.lower().endswith(annotations):
+        elif file not in table.files and not file.lower().endswith(annotations):
             skipped.append((file, reason))
     skipped += [(name, reason) for name, reason in tree.left_out if name.startswith(start)]
 
@@ -167,10 +172,10 @@ def _without_picture(tree: Tree, table: Table) -> list[tuple[str, str]]:
     return [(name, "boxes.csv names it, but there is none") for name in gone]
 
 
-def _measure(tree: Tree, picture: _Picture, row: Tensor | None) -> _Measured:
+def _measure(tree: Tree, picture: _Picture, row: Tensor | None, limit_gib: float) -> _Measured:
     """Return boxes and size of one picture; or, in words, why it cannot be used."""
     try:
-        size, turn = readers.measure(tree, picture.file, row)
+        size, turn = readers.measure(tree, picture.file, row, limit_gib)
         boxes = np.zeros((0, 4), np.float32)
         if picture.mark is not None:
             boxes = fit(picture.mark.boxes, picture.mark.size, size, turn)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from dejavu_utils.data.lazy import decoded, picture
+from dejavu_utils.data.lazy import LARGEST, decoded, picture
 from dejavu_utils.data.tree import SUFFIXES, Tree, hidden
+from dejavu_utils.limited import LIMIT_GIB
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -20,13 +21,17 @@ class Measured(NamedTuple):
     turn: int  # EXIF orientation: 1 is none
 
 
-def measure(tree: Tree, name: str, row: Tensor | None = None) -> Measured:
+def measure(
+    tree: Tree, name: str, row: Tensor | None = None, limit_gib: float = LIMIT_GIB
+) -> Measured:
     """Return size and orientation of a picture, its pixels put into `row` (3, h, w).
 
-    Raises if it cannot be read. Without `row`, a JPEG with an end marker is taken to be whole and
-    not decoded: ImageNet would take half an hour.
+    Raises if it cannot be read, or has too many pixels for a budget of `limit_gib` GiB. Without
+    `row`, a JPEG with an end marker is taken to be whole and not decoded: ImageNet would take half
+    an hour.
     """
-    with tree.open(name) as file, picture(file) as image:
+    largest = int(LARGEST * max(1.0, limit_gib / LIMIT_GIB))
+    with tree.open(name) as file, picture(file, largest) as image:
         size = image.size
         if row is not None and size != (row.shape[2], row.shape[1]):
             raise ValueError(

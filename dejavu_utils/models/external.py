@@ -481,7 +481,7 @@ def _load(
 
 def _described(found: weights.Found, head: weights.Head | None) -> list[str]:
     """Return what was read and what was left out, as notes."""
-    kind = "averaged copy, " if weights.AVERAGED.search(found.prefix) else ""
+    kind = "averaged copy, " if found.averaged else ""
     notes = [f"weights: {kind}under {found.prefix or 'no prefix'}"]
     if found.copies:
         notes.append(f"further copies, chosen by reading.prefix: {', '.join(found.copies)}")

@@ -17,9 +17,9 @@ from dejavu_utils.models import own_format
 from dejavu_utils.store import StoreError
 
 # Copies that their projects evaluate: an average over training steps.
-AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|teacher|target)(?![a-z])")
+AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|swa|teacher|target)(?![a-z])")
 # Words that tell the copies of one network, and their heads, apart.
-BRANCH = re.compile(r"(?i)(?<![a-z])(ema|teacher|target|student|momentum|online)(?![a-z])")
+BRANCH = re.compile(r"(?i)(?<![a-z])(ema|swa|teacher|target|student|momentum|online)(?![a-z])")
 # Tensors that take part in training only.
 UNUSED = re.compile(
     r"(?i)mask_?(ed|token)|queue|decoder|predict|prototype|last_layer|classifier|probe|callbacks"
@@ -37,6 +37,7 @@ class Found:
 
     prefix: str
     tensors: dict[str, Tensor]  # by the network's own names
+    averaged: bool  # whether they are an average over training steps
     copies: list[str]  # prefixes of further copies of the same network
     rest: dict[str, Tensor]  # all that belongs to no copy, by its path in the file
 
@@ -79,17 +80,26 @@ def find(
         raise Misfit([f"the network's tensors are not {where}: {known}"])
 
     # of equal rank the first in the file
-    best = max(chosen, key=lambda where: (counts[where], AVERAGED.search(where) is not None))
+    best = max(chosen, key=lambda where: (counts[where], _averaged(flat, where)))
     if not problems[best]:
         copies = [where for where in whole if where != best]
         taken = {where + stored for where in whole for stored in names}
         rest = {p: t for p, t in flat.items() if p not in taken and "num_batches" not in p}
-        return Found(best, {names[n]: flat[best + n] for n in names}, copies, rest)
+        tensors = {name: flat[best + stored] for stored, name in names.items()}
+        return Found(best, tensors, _averaged(flat, best), copies, rest)
 
     renamed = _converted(flat, best, network, convert)
     if renamed is None:
         raise Misfit(problems[best])
     return find(renamed, network, best, convert=None)
+
+
+def _averaged(flat: dict[str, Tensor], where: str) -> bool:
+    """Return whether the weights under a prefix are an averaged copy: by its name, or because they
+    are of torch's AveragedModel, which counts what it has averaged.
+    """
+    counted = f"{where.removesuffix('module.')}n_averaged" in flat
+    return counted or AVERAGED.search(where) is not None
 
 
 def _prefixes(flat: dict[str, Tensor], names: dict[str, str]) -> dict[str, int]:

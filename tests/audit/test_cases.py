@@ -206,6 +206,35 @@ def test_a_member_that_is_there_twice_counts_once(root, how):
     assert any("IMAGES: 5 pictures look like an earlier one" in limit for limit in case.limits)
 
 
+@pytest.mark.parametrize("part", ["train", "heldout", "public"])
+def test_a_mirrored_copy_is_the_same_picture(root, part):
+    """Training mirrors pictures itself: the encoder has seen it."""
+    for i in range(5):
+        with Image.open(root / f"train/ant/{i:03}.jpg") as picture:
+            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / part / f"ant/m{i}.jpg")
+    case = loaded(root)
+    assert counts(case) == [40, 40, 60]
+    assert any(" 5 " in f" {limit}" and " look like " in limit for limit in case.limits)
+
+
+def test_held_out_pictures_that_are_the_members_say_so(root):
+    shutil.rmtree(root / "heldout")
+    (root / "heldout").symlink_to(root / "train")
+    with pytest.raises(
+        ValueError, match="HELD_OUT: 0 of 0 .* 40 held-out pictures look like one of"
+    ):
+        loaded(root)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (300, 2)])
+def test_a_picture_too_small_for_a_corner_is_counted(root, size):
+    """One pixel of it would be more of the picture than a corner may show."""
+    Image.new("RGB", size, (9, 99, 9)).save(root / "train/ant/small.png")
+    case = loaded(root)
+    assert counts(case)[0] == 40
+    assert any("IMAGES: 1 of 41 pictures have no background crop" in note for note in case.notes)
+
+
 # -- names are bytes --------------------------------------------------------------------------
 
 NAMES = [

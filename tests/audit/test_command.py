@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from dejavu_utils import parameters, store
 from dejavu_utils.audit import __main__ as terminal
@@ -152,6 +153,39 @@ def test_too_small_a_budget_names_a_command_that_works(place, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert "limit_gib" not in said, said
     assert status in ((2,) if make is unnamed_network else (0, 4))
+
+
+def large(path):
+    """Save a white picture of 90 Mpx, more than is read with the usual budget."""
+    Image.new("L", (10_000, 9_000), 255).save(path)
+
+
+@on_linux
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_larger_budget_lets_a_larger_picture_through(place, tmp_path, alone):
+    """One too large is a line in the list, nothing but such is an error; both say what to pass."""
+    root = tmp_path / "set"
+    shutil.copytree(place / "few", root)
+    if alone:
+        for file in sorted(root.rglob("*.png"))[2:]:
+            file.unlink()
+    files = sorted(root.rglob("*.png"))
+    chosen = files if alone else files[:1]
+    for file in chosen:
+        large(file)
+
+    if alone:
+        with pytest.raises(store.StoreError, match="more than 89478485 px") as caught:
+            sources.pictures(root, labels=False)
+        said = str(caught.value)
+    else:
+        ((name, said),) = sources.pictures(root).skipped
+        assert name == files[0].relative_to(root).as_posix()
+
+    (advised,) = re.findall(r"pass audit\.limit_gib=(\d+)", said)
+    found = sources.pictures(root, labels=not alone, limit_gib=float(advised))
+    assert found.skipped == [] and len(found) == len(files)
+    assert found.pixels[0].shape == (3, 9_000, 10_000)
 
 
 @on_linux

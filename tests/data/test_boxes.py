@@ -268,6 +268,49 @@ def test_the_class_of_the_largest_box_and_the_owner(tmp_path):
     assert images.skipped == [("3.jpg", "its rows differ in width, height, owner or split")]
 
 
+@pytest.mark.parametrize(
+    "rows, kept",
+    [
+        (["0,0,50,50,cat", "0,0,50,50,dog"], False),
+        (["0,0,5,5,cat", "0,0,50,50,dog", "0,0,50,50,cat"], False),
+        (["0,0,50,50,cat", "0,0,50,50,cat"], True),  # a row twice
+        (["0,0,50,50,cafe\u0301", "0,0,50,50,caf\u00e9"], True),  # one name, in two spellings
+        (["0,0,5,5,cat", "0,0,5,5,dog", "0,0,50,50,cat"], True),  # not the box that counts
+        (["0,0,50,50,cat", "5,5,55,55,dog"], True),  # two objects of one size: the first
+    ],
+)
+def test_one_box_of_two_classes_is_a_reason(tmp_path, rows, kept):
+    save(tmp_path / "1.jpg")
+    save(tmp_path / "2.jpg")
+    table(tmp_path, "2.jpg,96,80,0,0,9,9,cat", *(f"1.jpg,96,80,{row}" for row in rows))
+    images = datasets.folder(tmp_path)
+    assert ("1.jpg" in images.ids) == kept
+    left = [] if kept else [("1.jpg", "one box, two classes: cat and dog")]
+    assert images.skipped == left
+
+
+@pytest.mark.parametrize("name", ["boxes.csv", "Boxes.CSV", "BOXES.csv"])
+@pytest.mark.parametrize("top", ["", "mine/"])
+def test_the_table_is_found_in_any_case(tmp_path, name, top):
+    root = classes_of(tmp_path / top, count=2)
+    table(root, "ant/000.jpg,96,80,1,1,9,9,")
+    (root / "boxes.csv").rename(root / name)
+    (root / "old_boxes.csv").write_text("x")
+    images = datasets.folder(root)
+    assert [len(each) for each in images.boxes] == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert images.skipped == [("old_boxes.csv", "not a picture: .csv")]
+
+
+@pytest.mark.parametrize("names", [("boxes.csv", "Boxes.CSV"), ("ant/boxes.csv", "bee/boxes.csv")])
+def test_two_tables_of_boxes_are_named(tmp_path, names):
+    root = classes_of(tmp_path, count=2)
+    for name in names:
+        (root / name).write_text(f"{COLUMNS}\nant/000.jpg,96,80,1,1,9,9,\n")
+    with pytest.raises(store.StoreError, match="are 2 tables of boxes; expected one") as caught:
+        datasets.folder(root)
+    assert all(name in str(caught.value) for name in names)
+
+
 def test_pictures_whose_annotation_was_refused_are_left_out(tmp_path):
     classes_of(tmp_path, count=2)
     table(tmp_path, "ant/000.jpg,96,80,1,1,9,9,")
@@ -496,6 +539,22 @@ def test_case_nfc_and_nfd_are_one_class(tmp_path):
         save(decomposed / "x.jpg")
     images = datasets.folder(tmp_path)
     assert images.classes == (name, "dog") and np.bincount(images.labels).tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_table_in_another_spelling_than_the_files(tmp_path, form):
+    """Written on one system, the pictures unpacked on another."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    classes_of(tmp_path, (unicodedata.normalize(form, "caf\u00e9"), "dog"), 2)
+    name = unicodedata.normalize(other, "caf\u00e9")
+    table(tmp_path, f"{name}/000.jpg,96,80,1,1,9,9,", "dog/000.jpg,96,80,1,1,9,9,")
+    images = datasets.folder(tmp_path)
+    assert [len(each) for each in images.boxes] == [1, 0, 1, 0] and not images.skipped
+
+    both = [unicodedata.normalize(each, "caf\u00e9") for each in ("NFC", "NFD")]
+    table(tmp_path, *(f"{name}/000.jpg,96,80,1,1,9,9," for name in both))
+    ((_, reason),) = datasets.folder(tmp_path).skipped
+    assert reason == "boxes.csv spells its name in two ways"
 
 
 def audit(root, sets=("train", "public", "heldout")):

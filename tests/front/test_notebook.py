@@ -24,6 +24,8 @@ DEFAULTS = {
     "none": None,
     "sizes": {"attacked": 10, "inner": {"depth": 1, "width": 2.0}},
 }
+# A parameters cell with a dict.
+SIZED = 'profile = "laptop"\nseed = 0\nrho = 0.5\nk = 10\nsizes = {"a": 1, "b": 2}\n'
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,16 @@ def test_jupyter_what_papermill_passes_counts_however_much_it_is(jupyter, reposi
     assert names["params"] == {"profile": "tiny", "seed": 3, "rho": 0.5, "k": 10}
 
 
+def test_jupyter_one_key_that_papermill_passes_leaves_the_profiles_others(jupyter, repository):
+    run, names = jupyter
+    repository.add("02_attack", parameters=SIZED)
+    repository.profile("tiny", "all: {sizes: {a: 5, b: 7}}")
+    run(SIZED)
+    run('# Parameters\nprofile = "tiny"\nsizes = {"a": 1}\n')
+    assert run("setup") is None
+    assert names["params"]["sizes"] == {"a": 1, "b": 7}
+
+
 def test_jupyter_a_profile_that_is_not_there_is_no_label(jupyter, capsys):
     run, _ = jupyter
     run("parameters")
@@ -262,6 +274,21 @@ def test_without_ipython_the_namespace_is_checked(repository):
         ParameterError, match=r"02_attack: sedes is not a parameter; did you mean seed\?"
     ):
         notebook.parameters("02_attack", names | {"sedes": 1})
+
+
+def test_without_ipython_what_a_script_was_given_counts_over_the_profile(repository):
+    """Also a value that is the notebook's own, and one key of a dict."""
+    repository.add("02_attack", parameters=SIZED)
+    repository.profile("tiny", "all: {seed: 3, k: 5, rho: 0.25, sizes: {b: 7}}")
+    names = {"profile": "tiny", "seed": 0, "rho": 0.5, "k": 10, "sizes": {"a": 9}}
+    names[notebook.GIVEN] = ["profile", "k", "sizes"]
+    assert notebook.parameters("02_attack", names) == {
+        "profile": "tiny",
+        "seed": 3,
+        "rho": 0.25,
+        "k": 10,
+        "sizes": {"a": 9, "b": 7},
+    }
 
 
 def test_start_seeds_by_seed_and_stage_and_run_writes_where_it_says(repository, capsys):
@@ -595,3 +622,10 @@ def test_an_open_dict_is_replaced_and_another_is_overridden_by_key(repository, b
     )
     found = batch.given("long", {"trained": {"byol": {"q": [3]}}, "sizes": {"b": 7}})["02_attack"]
     assert found["trained"] == {"byol": {"q": [3]}} and found["sizes"] == {"a": 5, "b": 7}
+
+
+def test_one_key_is_overridden_at_any_depth(repository, batch):
+    repository.add("02_attack", parameters="recipe = {}\n")
+    repository.profile("deep", "all: {recipe: {lr: 0.1, views: {blur: 0.5, grey: 0.2}}}")
+    found = batch.given("deep", batch.parse_overrides([], "recipe.views.grey=0.4"))["02_attack"]
+    assert found["recipe"] == {"lr": 0.1, "views": {"blur": 0.5, "grey": 0.4}}

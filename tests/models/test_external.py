@@ -835,6 +835,17 @@ def test_half_precision_safetensors_in_wrappers(tmp_path):
     assert_same(found, network.float())
 
 
+@pytest.mark.parametrize("name", ["swa", "second", ""])
+def test_the_average_that_torch_keeps_is_preferred(tmp_path, name):
+    """Whatever it is called: torch's AveragedModel counts what it has averaged."""
+    average = torch.optim.swa_utils.AveragedModel(resnet18(2))
+    content = {"model": resnet18().state_dict(), name: average.state_dict()}
+    file = saved(tmp_path, content if name else average.state_dict())
+    found = external.encoder("torchvision:resnet18", file)
+    assert_same(found, average.module)
+    assert "weights: averaged copy, under " in told(found)
+
+
 def test_old_file_without_batch_counters(tmp_path):
     network = resnet18()
     state = {n: tensor for n, tensor in network.state_dict().items() if "num_batches" not in n}

@@ -266,7 +266,8 @@ def contents(state, rng):
                 tensor = {"a": tensor}
             state[name] = tensor
         elif isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-            plain = tensor.dtype in (torch.float32, torch.int64) and tensor.numel()
+            plain = tensor.dtype in (torch.float32, torch.int64)
+            plain = plain and 0 < tensor.numel() < 10**6  # an expanded one would be written whole
             try:
                 state[name] = changed[what](tensor) if plain else tensor
             except (RuntimeError, IndexError):  # NaN has no integer, a scalar no slice

@@ -15,7 +15,7 @@ import zipfile
 import pandas as pd
 import pytest
 
-from dejavu_utils import store
+from dejavu_utils import notebook, parameters, store
 from dejavu_utils.attack import scoring
 
 ABSENT = [
@@ -387,6 +387,18 @@ def test_scripts_compile_and_set_the_parameters_after_the_defaults(reference):
     text = reference.script("02_attack", {"k": 7})
     compile(text, "02_attack.py", "exec")
     assert text.index("k = 20") < text.index("\nk = 7") < text.index("dv.start(")
+
+
+def test_a_script_runs_with_the_values_that_it_was_given(reference):
+    """Also with the notebook's own values, where the profile has others."""
+    own = {"dataset": "scenes", "k": 20, "crop": {"min_side": 8}}
+    given = reference._parameters("vicreg-100", own)["02_attack"]
+    text = reference.script("02_attack", given)
+    names = {}
+    exec(text[: text.index("import ")], names)  # what comes before the first cell that computes
+    found = notebook.parameters("02_attack", names)
+    assert found == parameters.declared("02_attack") | given
+    assert (found["dataset"], found["k"], found["crop"]["min_side"]) == ("scenes", 20, 8)
 
 
 def test_unknown_piece_names_the_pieces(tmp_path):
