@@ -10,6 +10,7 @@ t-interval over seeds.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def claims_figure(name: str) -> Any:
     values = _read(name, "values").dropna()
     judged = _read(name, "claims").set_index("claim")
     shown = [claim for claim in planned["claims"] if claim["id"] in set(values["claim"])]
-    figure, axes = plots.subplots(1, width=9.0, height=0.6 + 0.42 * len(shown))
+    figure, axes = plots.subplots(1, width=9.0, height=0.8 + 0.5 * len(shown))
     axis = axes[0, 0]
     for height, claim in enumerate(shown):
         row = judged.loc[claim["id"]]
@@ -160,10 +161,10 @@ def claims_figure(name: str) -> Any:
         error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
         axis.errorbar(row["mean"], height + 0.25, xerr=error, fmt="D", color="black", ms=4, lw=1.5)
     axis.axvline(0, color="grey", lw=1, ls=":")
-    names = [f"{claim['says']} ({claim['id']})" for claim in shown]
+    names = [textwrap.fill(f"{claim['says']} ({claim['id']})", 48) for claim in shown]
     axis.set_yticks(range(len(shown)), names)
     axis.invert_yaxis()
-    axis.set_xlabel("dots: seeds; diamond: mean with its 95 % t-interval")
+    figure.supxlabel("dots: seeds; diamond: mean with its 95 % t-interval", fontsize="small")
     return figure
 
 

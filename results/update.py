@@ -571,8 +571,9 @@ def found() -> str:
         )
     if "S7" in claimed.index:
         lines.append(
-            "- **Against a supervised net** it depends on the question. VICReg minus it: by "
-            f"label inference, that net's own loss, {over('S7')}; without labels {over('S8')}."
+            "- **Against a supervised net**, VICReg minus it, both at the projector: by label "
+            f"inference {over('S7')}; without labels {over('S8')}. Not so against that net's "
+            "logits ([P6](results/README.md#the-papers-claims))."
         )
     lines.append(
         f"- **Photographs**, ten classes, exploratory, images of these encoders: VICReg "
