@@ -22,7 +22,7 @@ What does a vision model remember of its training images? First:
 
   1. make figures PROFILE=smoke   a try of some minutes: sets up .venv (8 GB), runs every notebook, small
   2. make report PROFILE=smoke    pages of it to read, in runs/smoke/report/
-  3. make figures                 the real thing: about half an hour on two cores; then make report
+  3. make figures                 the real thing: 20 minutes on two cores; then make report
   4. make lab                     the notebooks in JupyterLab, 00_tour first
   5. make audit                   an encoder of your own: says what it needs
   6. make test                    is all well here? Eight minutes on two cores
