@@ -106,6 +106,8 @@ def table(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Return how often audits of n images say what: a row per members, criterion ("all" for all)
     and n, with the 95 % Clopper-Pearson interval of "memorizes".
     """
+    encoder = verdicts[PIECE].astype(str).agg(" ".join, axis=1)
+    verdicts = verdicts.assign(encoder=encoder)
     alike = verdicts.assign(criterion="all")
     rows = []
     for (members, n, criterion), part in pd.concat([alike, verdicts]).groupby(
@@ -119,7 +121,7 @@ def table(verdicts: pd.DataFrame) -> pd.DataFrame:
                 "criterion": criterion,
                 "images": n,
                 "audits": len(part),
-                "encoders": len(part[PIECE].drop_duplicates()),
+                "encoders": part["encoder"].nunique(),
                 "seeds": part["seed"].nunique(),
                 "memorizes": int(alarms.sum()),
                 "low": low,

@@ -40,6 +40,7 @@ def test_false_alarms_are_few_and_memory_is_found(verdicts):
     table = calibration.table(verdicts).query("criterion == 'all'").set_index(["members", "images"])
     never = table.loc["b"]
     assert never.loc[50, "audits"] == 60 * 6 and never.loc[300, "audits"] == 60
+    assert (never["encoders"] == 60).all() and (never["seeds"] == 60).all()
     assert never.loc[50, "low"] <= 0.025  # 2.5 % is what is promised; most audits are of this size
     assert (never["memorizes"] / never["audits"] < 0.08).all()
     own = table.loc["a", "memorizes"] / table.loc["a", "audits"]
