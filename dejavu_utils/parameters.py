@@ -182,6 +182,13 @@ def merged(
     except ValidationError as error:
         raise ParameterError(_message(error.errors()[0], where, known)) from None
 
+    epochs = checked.get("epochs")
+    if isinstance(epochs, list) and max(epochs) < 1:
+        raise ParameterError(
+            f"{where}epochs = {epochs!r} trains nothing, expected one above 0, such as "
+            f"{defaults['epochs']!r}."
+        )
+
     return {name: _filled(value, defaults[name], name) for name, value in checked.items()}
 
 

@@ -47,7 +47,7 @@ def drawn(name, rng, shortest):
     values = list(VALUES[name])
     count = rng.choice((shortest, 1, len(values)))
     chosen = sorted(rng.sample(values, count), key=values.index)
-    return chosen
+    return [1] if name == "epochs" and chosen == [0] else chosen  # which is refused
 
 
 def parameters(stage, rng):
@@ -85,6 +85,13 @@ def test_every_list_is_taken_or_refused_in_one_line(stage):
             for key, value in default.items():
                 if isinstance(value, list) and key not in FILLED:
                     assert merged({name: {key: []}}, declared(stage))[name][key] == []
+
+
+def test_epochs_that_train_nothing_are_refused_in_one_line():
+    known = declared("00_tour")
+    assert merged({"epochs": [1]}, known)["epochs"] == [1]
+    with pytest.raises(ParameterError, match=r"^00_tour: epochs = \[0\] trains nothing, expected"):
+        merged({"epochs": [0]}, known, "00_tour: ")
 
 
 @pytest.mark.slow
