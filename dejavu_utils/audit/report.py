@@ -29,7 +29,7 @@ SIDE = 64  # px of a picture in a gallery
 SIGNS = {
     "memorizes": ("▲", "#B34700"),
     "no evidence": ("●", "#0072B2"),
-    "undecided": ("◆", "#555555"),
+    "undecided": ("◆", "#757575"),
 }
 KINDS = {
     "memorized": "the encoder only",

@@ -234,3 +234,21 @@ def test_a_report_overwrites_its_own_and_no_other(one, tmp_path):
     with pytest.raises(FileExistsError, match="notes.html is there already"):
         one.write(path.with_name("notes.html"))
     assert store.verify(path)["audit"] == one.name
+
+
+def _contrast(one, other):
+    """Return the contrast of two colours as WCAG 2 defines it: 1 to 21."""
+
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("word", report.SIGNS)
+@pytest.mark.parametrize("page", ["#ffffff", "#161616"])
+def test_the_verdict_can_be_read_on_light_and_dark_pages(word, page):
+    assert _contrast(report.SIGNS[word][1], page) >= 3  # large, bold letters
