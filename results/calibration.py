@@ -41,8 +41,7 @@ def guesses(name: str, folder: Path) -> pd.DataFrame:
     for piece in evidence.pieces(planned):
         if not (HERE / name / f"{piece.name}.zip").exists():
             continue
-        params = {key: planned[key] for key in ("dataset", "sizes", "epochs", "crop")}
-        params["recipe"] = evidence.recipe(planned, piece.change)
+        params = evidence.parameters(planned, piece)
         pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
         encoder = pair.jobs["A"].checkpoint(planned["epochs"][-1])
         if not store.intact(encoder):

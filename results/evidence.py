@@ -79,6 +79,12 @@ def recipe(planned: dict[str, Any], change: str) -> dict[str, Any]:
     return found
 
 
+def parameters(planned: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    """Return the parameters of a piece's encoders."""
+    params = {key: planned[key] for key in ("dataset", "sizes", "epochs", "crop")}
+    return params | {"recipe": recipe(planned, piece.change)}
+
+
 # -- a piece ----------------------------------------------------------------------------------
 
 
@@ -89,8 +95,7 @@ def measure(planned: dict[str, Any], piece: Piece, folder: Path) -> dict[str, pd
     from dejavu_utils.attack import measures, references
     from dejavu_utils.models import launch, pairs
 
-    params = {key: planned[key] for key in ("dataset", "sizes", "epochs", "crop")}
-    params["recipe"] = recipe(planned, piece.change)
+    params = parameters(planned, piece)
     pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
     launch.fit_all(pairs.jobs([pair]))
 

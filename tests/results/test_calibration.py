@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dejavu_utils import store
 from dejavu_utils.audit import estimate
 from results import calibration
 
@@ -62,3 +63,20 @@ def test_parts_of_one_size_share_no_image_and_all_of_them_are_one_audit():
     parts = [set(order["id"][i * 50 : (i + 1) * 50]) for i in range(6)]
     assert len(set.union(*parts)) == 300
     assert parts[0] != set(members["id"][:50])
+
+
+def test_documents_say_what_the_table_says():
+    table = pd.read_csv(calibration.HERE / "scenes" / "calibration.csv")
+    rows = table.query("members == 'b' and criterion == 'all'").set_index("images")
+    few = rows.loc[50]
+    share = few["memorizes"] / few["audits"]
+    interval = f"[{100 * few['low']:.1f}, {100 * few['high']:.1f}]"
+
+    readme = (store.root() / "README.md").read_text()
+    assert f"{100 * share:.1f} % {interval} of {few['audits']} audits of 50 images" in readme
+    assert f"by {few['encoders']} encoders" in readme
+
+    of_audit = (store.root() / "dejavu_utils" / "audit" / "README.md").read_text()
+    assert f"Measured on {few['encoders']} encoders" in of_audit
+    assert f"of {few['audits']} audits of 50 members" in of_audit
+    assert f'{few["memorizes"]} said "memorizes" ({100 * share:.1f} %, 95 % {interval}' in of_audit
