@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,31 +100,50 @@ def pair_names() -> list[str]:
     return [f"{name}-{seed}" for seed in planned["seeds"] for name in planned["criteria"]]
 
 
-def check_steps() -> list[Step]:
-    """Return the steps of the first part."""
-    return [
+PILOT = [
+    Step("pilot", "pilot", most=70, reserve=15),
+    Step("pilot compiled", "pilot_compiled", most=90, least=20, reserve=15),
+]
+TRACE = Step("trace", "trace", most=40)
+SPEED = [
+    Step("k-NN tf32", "search_tf32", most=60, least=15),
+    Step("k-NN bf16", "search_bf16", most=60, least=15),
+    Step("race", "race", most=45, least=15),
+    Step("embedding", "embedding", most=40, least=15, argument="squares"),
+    Step("embedding crops", "embedding", most=40, least=15, argument="crops"),
+]
+DECODER = Step("decoder", "decoder", most=70, least=45)
+
+
+def check_steps(known: dict) -> list[Step]:
+    """Return the steps of the first part. Where an earlier sitting has the pilot (of steps that are
+    `known`), there is time for what it did not measure.
+    """
+    works = [
         Step("tests", "tests", most=70, reserve=100),
         Step("notebook", "notebook", most=90, reserve=60),
         Step("script", "script", most=80, reserve=60, instead_of="notebook"),
-        Step("pilot", "pilot", most=70, reserve=15),
-        Step("pilot compiled", "pilot_compiled", most=90, least=20, reserve=15),
-        Step("trace", "trace", most=40),
     ]
+    if not _finished(known, "pilot"):
+        return [*works, *PILOT, TRACE]
+    return [*works, TRACE, *_not_measured(known)]
 
 
-def evidence_steps(pending: list[str], tiny: bool) -> list[Step]:
+def _not_measured(known: dict) -> list[Step]:
+    return [step for step in SPEED if not _finished(known, step.name)]
+
+
+def evidence_steps(pending: list[str], known: dict, tiny: bool) -> list[Step]:
     """Return the steps of the second part: the first of the pairs, the card, the others."""
     pairs = [_pair_steps(name, tiny) for name in pending[:PAIRS]]
     first = pairs[0] if pairs else []
     others = [step for steps in pairs[1:] for step in steps]
+    decoder = [] if _finished(known, "decoder") else [DECODER]
     return [
         Step("pilot", "pilot_short", most=40, reserve=0 if tiny else 400),
         *first,
-        Step("k-NN tf32", "search_tf32", most=60, least=15),
-        Step("k-NN bf16", "search_bf16", most=60, least=15),
-        Step("embedding", "embedding", most=60, least=15),
-        Step("decoder", "decoder", most=70, least=25),
-        Step("race", "race", most=45, least=15),
+        *_not_measured(known),
+        *decoder,
         *others,
     ]
 
@@ -146,9 +166,9 @@ def steps(part: str, place: Place) -> list[Step]:
     pending = [name for name in pair_names() if not _finished(known, f"attack {name}")]
     wanted: list[Step] = []
     if part in ("", "check"):
-        wanted += check_steps()
+        wanted += check_steps(known)
     if part in ("", "evidence"):
-        wanted += evidence_steps(pending, place.tiny)
+        wanted += evidence_steps(pending, known, place.tiny)
     found: dict[str, Step] = {}
     for step in wanted:
         found.setdefault(step.name, step)
@@ -198,7 +218,12 @@ def run(place: Place, seconds: float, part: str, only: list[str]) -> dict:
     table = content["steps"]
     _use_wheels(place)
 
-    wanted = [step for step in steps(part, place) if not only or step.name in only]
+    planned = steps(part, place)
+    wanted = [step for step in planned if not only or step.name in only]
+    known = [step.name for step in planned]
+    for name in only:
+        if name not in known:
+            raise ValueError(f"no step {name}; expected some of {', '.join(known)}.")
     waiting = Waiting(place)
     try:
         for step, following in zip(wanted, [*wanted[1:], None], strict=True):
@@ -266,13 +291,13 @@ class Waiting:
 
 def _use_wheels(place: Place) -> None:
     """Put the wheels that SITTING_WHEELS names where the steps find them."""
-    wheels, site = os.environ.get("SITTING_WHEELS"), place.work / "site"
-    if not wheels or site.is_dir():
+    files, site = _wheels(), _site(place)
+    if not files or site.is_dir():
         return
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     pip += ["--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
     made = place.work / "site.part"
-    files = sorted(map(str, Path(wheels).glob("*.whl")))
+    shutil.rmtree(made, ignore_errors=True)
     answer = subprocess.run(
         [*pip, "--target", str(made), *files], capture_output=True, text=True, timeout=120
     )
@@ -283,13 +308,23 @@ def _use_wheels(place: Place) -> None:
     made.rename(site)
 
 
+def _wheels() -> list[str]:
+    folder = os.environ.get("SITTING_WHEELS")
+    return sorted(map(str, Path(folder).glob("*.whl"))) if folder else []
+
+
+def _site(place: Place) -> Path:
+    """Return where the wheels are unpacked: another folder for other wheels."""
+    names = [Path(file).name for file in _wheels()]
+    return place.work / f"site-{store.key(wheels=names)}"
+
+
 def _environment(place: Place) -> dict[str, str]:
-    site = place.work / "site"
+    site = _site(place)
     paths = [str(ROOT), str(site) if site.is_dir() else "", os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "DEJAVU_RUNS": str(place.work / "runs"),
-        "MPLBACKEND": "Agg",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -110,11 +110,30 @@ def _where(steps: dict) -> list[str]:
 
 
 def _steps(steps: dict) -> str:
-    rows = []
+    rows, late = [], []
     for name, entry in steps.items():
-        said = entry["result"].get("line", "") if entry["status"] == "done" else entry["reason"]
+        if entry["status"] == "skipped" and entry["reason"].startswith("needs "):
+            late.append(name)
+            continue
+        said = entry["result"].get("line", "") if entry["status"] == "done" else _reason(entry)
         rows.append([name, entry["status"], f"{entry['seconds']:.0f}", said.replace("|", "/")])
-    return _table(["step", "", "seconds", ""], rows) if rows else NOT_RUN
+    table = _table(["step", "", "seconds", ""], rows) if rows else NOT_RUN
+    return f"{table}\n\nNo time was left for: {', '.join(late)}." if late else table
+
+
+def _reason(entry: dict) -> str:
+    """Return why a step is not done, and what it had measured before the clock ended it."""
+    printed = entry.get("traceback", "").strip().splitlines()
+    over = entry["reason"].startswith("over its limit")
+    if not over or not printed:
+        return entry["reason"]
+    return f"{entry['reason']}; it had measured: {' '.join(printed[-1].split())}"
+
+
+def _missing(steps: dict, name: str) -> str:
+    """Return what is said of a step without a result."""
+    entry = steps.get(name, {"status": "skipped"})
+    return _reason(entry) if entry["status"] == "failed" else NOT_RUN
 
 
 def _tests(steps: dict) -> list[str]:
@@ -158,16 +177,16 @@ def _speed(steps: dict) -> list[str]:
     for name in ("k-NN tf32", "k-NN bf16"):
         found = result(steps, name)
         if found is None:
-            lines.append(f"- {name}: {NOT_RUN}.")
+            lines.append(f"- {name}: {_missing(steps, name)}.")
             continue
         lines.append(
             f"- {name}: {found['line']} (goal: {GOALS['k-NN']:.0%} or more); product "
             f"{found['tflop']:.0f} TFLOP/s; {found['right']:.2%} of the neighbours that were "
             "checked are those of brute force."
         )
-    for name in ("embedding", "decoder"):
+    for name in ("embedding", "embedding crops", "decoder"):
         found = result(steps, name)
-        lines.append(f"- {name}: {found['line'] if found else NOT_RUN}.")
+        lines.append(f"- {name}: {found['line'] if found else _missing(steps, name)}.")
     found = result(steps, "race")
     if found is None:
         lines.append(f"- Against others: {NOT_RUN}.")

@@ -208,8 +208,23 @@ def trace(place: Place, _: str, limit: float) -> dict:
     first = sorted(times, key=times.get, reverse=True)[:3]
     most = ", ".join(f"{name[:60]} {times[name] / busy:.0%}" for name in first)
     what = "kernels" if DEVICE == "cuda" else "operators (no card)"
-    line = f"{what} {busy / wall:.0%} of {wall:.2f} s; {most}"
-    return {"line": line, "share": busy / wall, "seconds": wall}
+
+    views = _views_seconds(training)
+    line = (
+        f"{what} {busy / wall:.0%} of {wall:.2f} s; {most}; views alone {views * 1e3:.1f} ms a step"
+    )
+    return {"line": line, "share": busy / wall, "seconds": wall, "views": views}
+
+
+def _views_seconds(training) -> float:
+    """Return how long the views of one step take by themselves, in seconds."""
+    rng = torch.Generator(DEVICE).manual_seed(0)
+    _wait()
+    began = time.perf_counter()
+    for _ in training.feed.epoch(rng):
+        pass
+    _wait()
+    return (time.perf_counter() - began) / training.feed.steps
 
 
 # The pilot: how fast is training?
@@ -482,6 +497,7 @@ def attack(place: Place, name: str, limit: float) -> dict:
     import pandas as pd
 
     from dejavu_utils.attack import references, scoring
+    from dejavu_utils.data.images import threads
     from dejavu_utils.models import launch, pairs
 
     pair, best = pair_of(place, name)
@@ -490,13 +506,14 @@ def attack(place: Place, name: str, limit: float) -> dict:
     epochs = pair.jobs["A"].epochs
     layers = tuple(how["layers"])
     ends = ("projector", "backbone")
-    tables = [
-        references.two_model(pair, epochs[-1], how["k"], layers, attacked, device=DEVICE)
-        for attacked in ("attacked", "control")
-    ]
-    for epoch in epochs[:-1]:
-        tables.append(references.two_model(pair, epoch, how["k"], ends, device=DEVICE))
-    guesses = pd.concat(tables, ignore_index=True)
+    wanted = [(epochs[-1], layers, attacked) for attacked in ("attacked", "control")]
+    wanted += [(epoch, ends, "attacked") for epoch in epochs[:-1]]
+
+    def attacks(at: tuple) -> pd.DataFrame:
+        epoch, layers, attacked = at
+        return references.two_model(pair, epoch, how["k"], layers, attacked, device=DEVICE)
+
+    guesses = pd.concat(threads(attacks, wanted, _at_once(), chunk=1), ignore_index=True)
 
     rows = []
     for at, group in guesses.groupby(["epoch", "layer", "attacked"], sort=False):
@@ -539,8 +556,14 @@ def probe_views(place: Place, name: str, limit: float) -> dict:
     return _probes(place, name, ["projector", "backbone"], how)
 
 
+def _at_once() -> int:
+    """Return how many fits or attacks to run side by side: each keeps two cores busy."""
+    return max(1, store.cores() // 2)
+
+
 def _probes(place: Place, name: str, layers: list[str], how: dict) -> dict:
     import pandas as pd
+    from threadpoolctl import threadpool_limits
 
     from dejavu_utils.attack import references
     from dejavu_utils.data.images import threads
@@ -550,8 +573,12 @@ def _probes(place: Place, name: str, layers: list[str], how: dict) -> dict:
         raise Skipped("the encoders are not on this machine")
     last = pair.jobs["A"].epochs[-1]
     wanted = [(last, layer) for layer in layers] + [(0, "backbone")]
-    tables = threads(lambda at: references.probes(pair, *at, device=DEVICE, **how), wanted, 1)
-    table = pd.concat(tables, ignore_index=True)
+
+    def probes(at: tuple) -> pd.DataFrame:
+        return references.probes(pair, *at, device=DEVICE, **how)
+
+    with threadpool_limits(1, "blas"):  # each fit takes one core
+        table = pd.concat(threads(probes, wanted, _at_once(), chunk=1), ignore_index=True)
     at_end = table[(table["epoch"] == last) & (table["layer"] == "backbone")]
     ends = at_end[["gap", "fresh_gap"]].mean()
     line = f"backbone: gap {ends['gap']:.3f}, of a probe that saw neither {ends['fresh_gap']:+.3f}"
@@ -572,6 +599,7 @@ def search_bf16(place: Place, _: str, limit: float) -> dict:
 
 
 def _search(place: Place, coarse: str) -> dict:
+    import bench_common
     import bench_knn
 
     from dejavu_utils.attack import knn
@@ -583,14 +611,22 @@ def _search(place: Place, coarse: str) -> dict:
         shape = bench_knn.fitting(shape, torch.cuda.mem_get_info()[0])
     q, x = bench_knn.points(shape, DEVICE)
     k = how["neighbours"]
+    knn.search(q[:64], x, k, coarse)  # builds kernels
+    _wait()
+    began = time.perf_counter()
     columns = knn.search(q, x, k, coarse)[1]
-    checked = bench_knn.exact(q, x, k)
-    proven = bench_knn.proven(q, x, k, coarse)
+    _wait()
+    seconds = {"ours": time.perf_counter() - began}
+    print(seconds, flush=True)  # is known if the clock ends the step
+
     product = bench_knn.product(q, x, coarse)
-    work = {"ours": lambda: knn.search(q, x, k, coarse), "product": product}
-    times = bench_knn.race(work, 1, DEVICE)
-    seconds = {name: min(wall for wall, _ in found) for name, found in times.items()}
+    product()
+    seconds["product"] = bench_common.seconds(product, DEVICE)
+    print(seconds, flush=True)
+
+    checked = bench_knn.exact(q, x, k)
     right = float((columns[: len(checked)] == checked).float().mean())
+    proven = bench_knn.proven(q[:1000], x, k, coarse)
     share = seconds["product"] / seconds["ours"]
     tflop = 2 * shape[0] * shape[1] * shape[2] / seconds["product"] / 1e12
     text = " x ".join(map(str, shape))
@@ -609,12 +645,14 @@ def _search(place: Place, coarse: str) -> dict:
     }
 
 
-def embedding(place: Place, _: str, limit: float) -> dict:
-    """Time embedding with a ResNet-101 at 224 px beside its forward passes alone."""
+def embedding(place: Place, kind: str, limit: float) -> dict:
+    """Time embedding with a ResNet-101 at 224 px beside its forward passes alone: of "squares" that
+    are ready, or of "crops" that are cut first.
+    """
     import bench_forward
 
     wanted = {"encoders": [sizes(place)["encoder"]], "repeats": 2, "threads": store.cores()}
-    rows = bench_forward.embedding(DEVICE, wanted)
+    rows = bench_forward.embedding(DEVICE, wanted, (kind,))
     first = rows[0]
     line = f"{first['what']}: {first['value']:.0f} images/s, {first['share']:.0%} of the limit"
     return {"line": line, "rows": rows}

@@ -23,6 +23,7 @@ BLOCK = 1 << 22  # candidates that are kept at a time
 TILE = 1 << 25  # values of the bank that an engine sees at a time
 HUGE = 1e15  # coordinates whose squares may overflow float32: every row is measured
 CACHE = 1 << 17  # values of float64 differences at a time
+CACHE_OF_A_GPU = 1 << 26  # many small steps would cost more than they do
 
 
 class Votes(NamedTuple):
@@ -212,7 +213,8 @@ def _nearest(
 
 def _distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
     """Return the squared distances (p,) float64 of pairs: places in `queries` and in `bank`."""
-    step = max(1, knn_engines.room(CACHE, queries.device) // queries.shape[1])
+    room = CACHE_OF_A_GPU if queries.is_cuda else CACHE
+    step = max(1, room // queries.shape[1])
     queries = queries.double()
     sums = []
 

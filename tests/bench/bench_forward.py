@@ -10,10 +10,12 @@ import contextlib
 
 import bench_common
 
+KINDS = ("squares", "crops")
 
-def embedding(device: str, sizes: dict) -> list[dict]:
-    """Return two rows per encoder: squares that are ready as uint8, and crops cut out of larger
-    pictures.
+
+def embedding(device: str, sizes: dict, kinds: tuple[str, ...] = KINDS) -> list[dict]:
+    """Return a row per encoder and kind: "squares" that are ready as uint8, and "crops" cut out of
+    larger pictures.
     """
     return [
         bench_common.row(
@@ -29,7 +31,7 @@ def embedding(device: str, sizes: dict) -> list[dict]:
             sizes,
         )
         for encoder in sizes["encoders"]
-        for what in ("squares", "crops")
+        for what in kinds
     ]
 
 

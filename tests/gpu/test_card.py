@@ -107,20 +107,29 @@ def test_a_step_in_float32_is_that_of_the_cpu(device, record_property):
 
 
 def test_a_resumed_training_ends_like_an_uninterrupted_one(device, record_property):
-    whole, first, second = _training(device), _training(device), _training(device)
+    whole, again = _training(device), _training(device)
     start = copy.deepcopy([weight.detach().cpu() for weight in whole.encoder.parameters()])
     losses = [whole.run_epoch() for _ in range(3)]
+    for _ in range(3):
+        again.run_epoch()
 
+    first, second = _training(device), _training(device)
     first.run_epoch()
     state = {name: value.detach().cpu() for name, value in first.tensors().items()}
     second.restore(state, 1, "a test")
     resumed = [second.run_epoch() for _ in range(2)]
 
-    weights = [list(each.encoder.parameters()) for each in (whole, second)]
-    off = _distance(*weights)
+    weights = list(whole.encoder.parameters())
+    off = _distance(weights, list(second.encoder.parameters()))
+    twice = _distance(weights, list(again.encoder.parameters()))
+    moved = _distance(start, weights)
     record_property("relative distance of the weights", f"{off:.1e}")
-    assert off < 1e-3 and resumed == pytest.approx(losses[1:], rel=1e-3)
-    assert _distance(start, weights[0]) > 0.01  # the training moved them
+    record_property("of two uninterrupted trainings", f"{twice:.1e}")
+    record_property("of the start", f"{moved:.1e}")
+
+    # A card adds in an order of its own each time: no two trainings have the same bits.
+    assert off < 1e-5 + 5 * twice and resumed == pytest.approx(losses[1:], rel=1e-3)
+    assert off < moved / 10
 
 
 def test_crops_are_those_of_the_cpu_to_rounding(device):

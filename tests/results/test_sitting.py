@@ -1,6 +1,6 @@
 """A sitting at a GPU, tried on a CPU with small nets: to a clock, killed, read back."""
 
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -106,6 +106,12 @@ def test_the_clock_ends_a_step_and_starts_none_without_time(tmp_path):
     assert time.monotonic() - began < 30
 
 
+def test_a_step_that_is_misspelt_is_an_error(tmp_path):
+    command = _command(tmp_path, ["knn"])
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1 and "no step knn; expected some of tests, " in done.stderr
+
+
 def test_another_sitting_is_not_mixed_in(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sitting.json").write_text('{"settings": {"tiny": false}, "steps": {}}')
@@ -150,7 +156,7 @@ def _of(tmp_path):
 
 def test_no_sitting_can_leave_more_than_eight_files(monkeypatch):
     sitting = _load("sitting", monkeypatch)
-    steps = sitting.evidence_steps(sitting.pair_names(), tiny=False)
+    steps = sitting.evidence_steps(sitting.pair_names(), {}, tiny=False)
     archives = {step.argument for step in steps if step.work == "attack"}
     others = ["sitting.json", "sitting.log", "pilot.json", "02_attack.ipynb", "drawings.png"]
     assert len(archives) + len(others) <= 8
@@ -165,6 +171,64 @@ def test_a_later_sitting_goes_on_with_the_next_pair(tmp_path, monkeypatch):
     place = sitting.Place(tmp_path / "out", tmp_path / "work", kept, False)
     attacked = [step.argument for step in sitting.steps("evidence", place) if step.work == "attack"]
     assert attacked == ["simclr-260", "vicreg-261", "simclr-261"]
+
+
+def test_a_later_sitting_measures_what_is_still_missing(tmp_path, monkeypatch):
+    sitting = _load("sitting", monkeypatch)
+    place = sitting.Place(tmp_path / "out", tmp_path / "work", tmp_path, False)
+
+    def names(part):
+        return [step.name for step in sitting.steps(part, place)]
+
+    assert "pilot compiled" in names("check") and "race" not in names("check")
+    assert "race" in names("evidence") and "decoder" in names("evidence")
+
+    done = dict.fromkeys(("tests", "pilot", "race", "decoder"), {"status": "done"})
+    failed = {"k-NN tf32": {"status": "failed"}}
+    (tmp_path / "sitting.json").write_text(json.dumps({"steps": done | failed}))
+    assert names("check")[:2] == ["tests", "notebook"]  # of today's code, again
+    assert "k-NN tf32" in names("check") and "embedding crops" in names("check")
+    assert not {"pilot", "pilot compiled", "race"} & set(names("check"))
+    assert not {"race", "decoder"} & set(names("evidence"))
+
+
+def _wheel(folder, name):
+    """Write the smallest wheel of a module."""
+    folder.mkdir(exist_ok=True)
+    about = f"{name}-1.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+    tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {f"{name}.py": "", f"{about}/METADATA": metadata, f"{about}/WHEEL": tags}
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in files))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="no pip here")
+def test_the_second_command_has_its_own_wheels(tmp_path):
+    """A GPU's machine may still hold what the first command unpacked."""
+    for name in ("papermill", "lightly"):
+        _wheel(tmp_path / name, name)
+        _run(tmp_path, ["decoder"], SITTING_WHEELS=str(tmp_path / name))
+    unpacked = {path.name for path in (tmp_path / "work").glob("site-*/*.py")}
+    assert unpacked == {"papermill.py", "lightly.py"}
+
+
+def test_what_a_step_had_measured_is_reported_though_the_clock_ended_it(tmp_path):
+    printed = "embedding resnet101, 224 px: squares   4935 images/s  83%\n"
+    entry = {"status": "failed", "seconds": 27, "reason": "over its limit of 27 s"}
+    steps = {"embedding": entry | {"traceback": printed}, "decoder": entry | {"traceback": ""}}
+    content = {"settings": {}, "steps": steps}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sitting.json").write_text(json.dumps(content))
+
+    report = [sys.executable, str(SCRIPT), "report", str(tmp_path / "out")]
+    subprocess.run([*report, "--into", str(tmp_path / "kept")], check=True, env=ENVIRONMENT)
+    text = (tmp_path / "kept" / "README.md").read_text()
+    measured = "it had measured: embedding resnet101, 224 px: squares 4935 images/s 83%"
+    assert f"- embedding: over its limit of 27 s; {measured}." in text
+    assert "- decoder: over its limit of 27 s." in text
 
 
 def test_the_plan_is_the_profile_gpu_on_forty_classes(monkeypatch):
