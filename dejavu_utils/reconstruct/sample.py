@@ -21,11 +21,13 @@ from torch import Tensor
 from dejavu_utils import store
 from dejavu_utils.attack import crops, inference, knn, references
 from dejavu_utils.data import datasets
-from dejavu_utils.data.images import Images
+from dejavu_utils.data.images import Images, threads
 from dejavu_utils.models import pairs, train
 from dejavu_utils.reconstruct import classifier, decoder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas as pd
 
 # What each representation of a condition is taken from: the crop itself, or the mean over the
@@ -212,6 +214,21 @@ def pictures(
     `condition` is a name in CONDITIONS, or "nearest" (one picture each, whatever `samples`);
     ValueError names them.
     """
+    return drawing(reconstructor, condition, images, rects, model, samples, device)()
+
+
+def drawing(
+    reconstructor: Reconstructor,
+    condition: str,
+    images: Images,
+    rects: np.ndarray,
+    model: str,
+    samples: int,
+    device: str,
+) -> Callable[[], Tensor]:
+    """Return a function that returns what `pictures` does. All that it needs is in memory, so that
+    several may draw side by side.
+    """
     known = [*CONDITIONS, NEAREST]
     if condition not in known:
         raise ValueError(
@@ -219,10 +236,11 @@ def pictures(
         )
     if condition == NEAREST:
         _, bank, nearest = _nearest(reconstructor, images, rects, model, device)
-        return bank["pixels"][nearest[:, 0]][:, None]
+        return lambda: bank["pixels"][nearest[:, 0]][:, None]
 
     job = reconstructor.decoders[model]
-    return decoder.sample(
+    return functools.partial(
+        decoder.sample,
         decoder.load(job),
         representations(reconstructor, condition, images, rects, model, device),
         samples,
@@ -304,9 +322,14 @@ def _read_both(
 ) -> dict[str, Tensor]:
     """Return {model: probabilities (n, classes, values)}, the mean over an image's samples."""
     samples = reconstructor.sampling["samples"]
+    # Encoders and decoders are read before: it takes a process, which a thread must not start.
+    drawings = [
+        drawing(reconstructor, condition, images, rects, model, samples, device) for model in "AB"
+    ]
+    both = threads(lambda draw: draw(), drawings, workers=2, chunk=1)
+
     probabilities = {}
-    for model in "AB":
-        sampled = pictures(reconstructor, condition, images, rects, model, samples, device)
+    for model, sampled in zip("AB", both, strict=True):
         found = reconstructor.classifier.read(sampled.flatten(0, 1), device)
         probabilities[model] = found.unflatten(0, sampled.shape[:2]).mean(1)
     return probabilities

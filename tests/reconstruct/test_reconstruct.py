@@ -159,10 +159,11 @@ def test_planted_memory_is_found_and_nothing_where_there_is_none(
         own = "A" if set(images.ids) & set(reconstructor.pair.parts["a"].ids) else "B"
         pictures = images.squares(16)
         other = pictures[np.argsort(images.labels, kind="stable")].roll(len(images) // 2, 0)
-        return (pictures if model == own or not remembers else other)[:, None]
+        drawn = (pictures if model == own or not remembers else other)[:, None]
+        return lambda: drawn
 
     def score(remembers, folder):
-        monkeypatch.setattr(sample, "pictures", functools.partial(planted, remembers))
+        monkeypatch.setattr(sample, "drawing", functools.partial(planted, remembers))
         oracle = Knows(reconstructor.classifier.job, 2)
         there = dataclasses.replace(_elsewhere(reconstructor, folder), classifier=oracle)
         return scoring.score(sample.table(there, "projector"), resamples=200)
