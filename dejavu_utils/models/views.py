@@ -8,6 +8,7 @@ decode) and a batch can be split.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from dejavu_utils.models.recipe import Views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
+SKEW = ((0, -1, 1), (1, 0, -1), (-1, 1, 0))  # turns around the grey axis
 SIGMA = 2.0  # px at 224 px, of the strongest blur
 
 
@@ -40,12 +42,21 @@ class Draw(NamedTuple):
         return Draw(*(None if values is None else values[rows] for values in self))
 
 
+@functools.cache
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    """Return a tensor of `values`, copied to the device once: a copy from the CPU's memory waits
+    until a GPU has done all that it was given.
+    """
+    with torch.inference_mode(False):  # whoever asks first, training may use it
+        return torch.tensor(values, device=device)
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """Return pixels in [0, 255] shifted and scaled to ImageNet's mean and deviation, float32 (n, 3,
     h, w).
     """
-    mean = 255 * torch.tensor(MEAN, device=pixels.device)[:, None, None]
-    std = 255 * torch.tensor(STD, device=pixels.device)[:, None, None]
+    mean = 255 * _constant(MEAN, pixels.device)[:, None, None]
+    std = 255 * _constant(STD, pixels.device)[:, None, None]
     return (pixels.float() - mean) / std
 
 
@@ -83,9 +94,9 @@ def colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor,
     contrast = 1 + strength * _uniform(n, -0.4, 0.4, rng)
     saturation = 1 + strength * _uniform(n, -0.2, 0.2, rng)
     angle = strength * _uniform(n, -0.1, 0.1, rng) * 2 * math.pi
-    luma = torch.tensor(LUMA, device=device).expand(3, 3)
+    luma = _constant(LUMA, device).expand(3, 3)
     eye, third = torch.eye(3, device=device), torch.full((3, 3), 1 / 3, device=device)
-    skew = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
+    skew = _constant(SKEW, device) / math.sqrt(3)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     hue = cos * eye + sin * skew + (1 - cos) * third
     matrix = hue @ (saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * luma)
@@ -95,7 +106,7 @@ def colour_matrices(n: int, views: Views, rng: torch.Generator) -> tuple[Tensor,
 
 def jitter_colours(images: Tensor, gain: Tensor, contrast: Tensor, matrix: Tensor) -> Tensor:
     """Return colour-jittered images, in [0, 255]."""
-    luma = torch.tensor(LUMA, device=images.device)
+    luma = _constant(LUMA, images.device)
     mean = (images.mean((2, 3)) * luma).sum(1) * gain
     flat = matrix @ (images.flatten(2) * (gain * contrast)[:, None, None])
     offset = matrix.sum(2) * ((1 - contrast) * mean)[:, None]

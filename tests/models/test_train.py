@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dejavu_utils import store
 from dejavu_utils.models import launch, methods, own_format, train
@@ -45,6 +46,33 @@ def test_streams_are_named_not_ordered():
     assert torch.equal(first, torch.rand(3, generator=train.stream(1, "views")))
     assert not torch.equal(first, torch.rand(3, generator=train.stream(1, "order")))
     assert not torch.equal(first, torch.rand(3, generator=train.stream(2, "views")))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU's queue has to run dry for: values that are read, or copied from a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = self.copied = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.read += function is torch.ops.aten._local_scalar_dense.default
+        self.copied += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("criterion", list(methods.METHODS))
+def test_a_gpu_is_waited_for_once_an_epoch(criterion):
+    """Two values are read at its end: whether the losses are finite, and their mean."""
+    recipe = dataclasses.replace(TINY, criterion=criterion)
+    pixels = torch.randint(0, 256, (32, 3, 40, 40), dtype=torch.uint8)
+    training = train.Training(pixels, recipe, 3, "waits", labels=torch.arange(32) % 4, classes=4)
+    training.run_epoch()  # constants are copied
+
+    with Waits() as waits:
+        training.run_epoch()
+    assert training.feed.steps == 4
+    assert (waits.read, waits.copied) == (2, 0)
 
 
 def test_schedule_is_linear_then_cosine():
