@@ -6,14 +6,17 @@ sitting.py) and may leave one file in OUT. Skipped says why a step cannot run he
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from xml.etree import ElementTree
@@ -494,10 +497,7 @@ def train(place: Place, name: str, limit: float) -> dict:
 
 def attack(place: Place, name: str, limit: float) -> dict:
     """Attack a pair at every layer and checkpoint, with controls, and leave its guesses in OUT."""
-    import pandas as pd
-
-    from dejavu_utils.attack import references, scoring
-    from dejavu_utils.data.images import threads
+    from dejavu_utils.attack import scoring
     from dejavu_utils.models import launch, pairs
 
     pair, best = pair_of(place, name)
@@ -506,14 +506,11 @@ def attack(place: Place, name: str, limit: float) -> dict:
     epochs = pair.jobs["A"].epochs
     layers = tuple(how["layers"])
     ends = ("projector", "backbone")
-    wanted = [(epochs[-1], layers, attacked) for attacked in ("attacked", "control")]
-    wanted += [(epoch, ends, "attacked") for epoch in epochs[:-1]]
-
-    def attacks(at: tuple) -> pd.DataFrame:
-        epoch, layers, attacked = at
-        return references.two_model(pair, epoch, how["k"], layers, attacked, device=DEVICE)
-
-    guesses = pd.concat(threads(attacks, wanted, _at_once(), chunk=1), ignore_index=True)
+    at = {"k": how["k"]}
+    wanted = [at | {"epoch": epoch, "layers": ends} for epoch in epochs[:-1]]
+    for attacked in ("control", "attacked"):
+        wanted.append(at | {"epoch": epochs[-1], "layers": layers, "attacked": attacked})
+    guesses = _tables(place, name, "two_model", wanted[::-1])
 
     rows = []
     for at, group in guesses.groupby(["epoch", "layer", "attacked"], sort=False):
@@ -556,29 +553,41 @@ def probe_views(place: Place, name: str, limit: float) -> dict:
     return _probes(place, name, ["projector", "backbone"], how)
 
 
-def _at_once() -> int:
-    """Return how many fits or attacks to run side by side: each keeps two cores busy."""
-    return max(1, store.cores() // 2)
+def _tables(place: Place, name: str, work: str, wanted: list[dict]):
+    """Return the rows that a function of `references` gives for the pair called `name` with each of
+    the `wanted` arguments, computed side by side.
 
-
-def _probes(place: Place, name: str, layers: list[str], how: dict) -> dict:
+    In processes, since a thread must not start the one that reads a checkpoint. Each keeps two
+    cores busy.
+    """
     import pandas as pd
+
+    table = functools.partial(_table, place, name, work)
+    workers = min(len(wanted), store.cores() // 2)
+    if workers < 2:
+        return pd.concat(map(table, wanted), ignore_index=True)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return pd.concat(pool.map(table, wanted), ignore_index=True)
+
+
+def _table(place: Place, name: str, work: str, arguments: dict):
     from threadpoolctl import threadpool_limits
 
     from dejavu_utils.attack import references
-    from dejavu_utils.data.images import threads
 
+    pair, _ = pair_of(place, name)
+    with threadpool_limits(1, "blas"):
+        return getattr(references, work)(pair, **arguments, device=DEVICE)
+
+
+def _probes(place: Place, name: str, layers: list[str], how: dict) -> dict:
     pair, _ = pair_of(place, name)
     if not all(job.done() for job in pair.jobs.values()):
         raise Skipped("the encoders are not on this machine")
     last = pair.jobs["A"].epochs[-1]
-    wanted = [(last, layer) for layer in layers] + [(0, "backbone")]
-
-    def probes(at: tuple) -> pd.DataFrame:
-        return references.probes(pair, *at, device=DEVICE, **how)
-
-    with threadpool_limits(1, "blas"):  # each fit takes one core
-        table = pd.concat(threads(probes, wanted, _at_once(), chunk=1), ignore_index=True)
+    wanted = [how | {"epoch": last, "layer": layer} for layer in layers]
+    wanted.append(how | {"epoch": 0, "layer": "backbone"})
+    table = _tables(place, name, "probes", wanted)
     at_end = table[(table["epoch"] == last) & (table["layer"] == "backbone")]
     ends = at_end[["gap", "fresh_gap"]].mean()
     line = f"backbone: gap {ends['gap']:.3f}, of a probe that saw neither {ends['fresh_gap']:+.3f}"

@@ -78,6 +78,21 @@ def test_encoders_are_trained_attacked_reported_and_recognised(tmp_path):
     assert (tmp_path / "kept" / "sittings" / "vicreg-260.zip").is_file()
 
 
+@pytest.mark.slow
+def test_tables_made_side_by_side_are_those_made_one_after_the_other(tmp_path, monkeypatch):
+    _run(tmp_path, FIRST, 3, "--part", "evidence")
+    sitting, steps = _load("sitting", monkeypatch), _load("sitting_steps", monkeypatch)
+    place = sitting.Place(tmp_path / "out", tmp_path / "work", None, True)
+    found = {}
+    for cores in (1, 4):
+        monkeypatch.setattr(store, "cores", lambda cores=cores: cores)
+        for table in (tmp_path / "work" / "runs").rglob("probe-*"):
+            table.unlink()
+        found[cores] = steps.probe(place, "vicreg-260", 60)["probes"]
+    assert len(found[1]) == 2 * 5  # encoders; layers and the untrained backbone
+    assert found[1] == found[4]
+
+
 def test_what_is_missing_is_skipped_and_what_fails_is_logged(tmp_path):
     blocked = ["papermill", "ipykernel", "faiss", "snakemake"]
     (tmp_path / "site").mkdir()
