@@ -459,7 +459,7 @@ def yolo_box(line: str, names: dict[int, str], frame: Frame) -> tuple[Box, str]:
     except ValueError as error:
         raise Refused("a line that is no box: 5 numbers expected", line[:80]) from error
 
-    if not re.fullmatch(r"\d+(\.0*)?", fields[0]):
+    if not re.fullmatch(r"\d{1,9}(\.0*)?", fields[0]):
         raise Refused("a class that is no whole number", line[:80])
     index = int(float(fields[0]))
     if index not in names:
@@ -682,7 +682,7 @@ def tiny_box(fields: list[str], line: str) -> Box:
 
     A box whose first and last column (or row) are the same keeps its zero area: it is degenerate.
     """
-    if len(fields) != 5 or not all(re.fullmatch(r"\d+", each) for each in fields[1:]):
+    if len(fields) != 5 or not all(re.fullmatch(r"\d{1,9}", each) for each in fields[1:]):
         raise Refused("a line that is no box: 4 whole numbers expected", line[:80])
     x0, y0, x1, y1 = (int(each) for each in fields[1:])
     if x1 > x0 and y1 > y0:

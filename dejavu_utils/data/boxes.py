@@ -7,6 +7,7 @@ public layouts.
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ NUMBERS = ("width", "height", "x0", "y0", "x1", "y1")
 COLUMNS = ("image", *NUMBERS, "class")
 OPTIONAL = ("owner", "split")
 WHOLE = 20  # rows from which on a table is judged as a whole
+COMMAS = 5_000  # in a line, more than any name of a file holds
 SLACK = 0.05  # share of rows that may be wrong, and of its frame that a box may reach out
 
 
@@ -58,7 +60,7 @@ def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -
     StoreError if columns are missing or unknown. A picture of which one row makes no sense is
     refused as a whole: its object may be anywhere.
     """
-    frame = _read_csv(file)
+    frame = _read_csv(file, "boxes.csv")
     _check_columns(frame)
     columns = tuple(frame.columns)
     frame = frame.reindex(columns=[*COLUMNS, *OPTIONAL], fill_value="")
@@ -120,7 +122,7 @@ def _check_as_a_whole(numbers: np.ndarray) -> None:
 
 def _unused_reasons(file: IO[bytes] | Path) -> dict[str, str]:
     """Return {picture: reason} of annotations that convert.py could not use."""
-    listed = _read_csv(file)
+    listed = _read_csv(file, "boxes.unused.csv")
     if not {"image", "reason", "detail"} <= set(listed):
         raise StoreError("boxes.unused.csv: expected the columns image, reason, detail.")
     listed = listed[listed["image"] != ""]
@@ -128,8 +130,24 @@ def _unused_reasons(file: IO[bytes] | Path) -> dict[str, str]:
     return dict(zip(listed["image"], listed["reason"] + details, strict=True))
 
 
-def _read_csv(file: IO[bytes] | Path) -> pd.DataFrame:
-    """Return a table of texts, empty where nothing is; names may hold any bytes."""
+def _read_csv(file: IO[bytes] | Path, name: str) -> pd.DataFrame:
+    """Return a table of texts, empty where nothing is; names may hold any bytes.
+
+    StoreError for a line of thousands of columns, of which pandas makes an index for minutes.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _read_csv(opened, name)
+
+    lines = io.TextIOWrapper(file, encoding="latin-1")  # ends lines as pandas does
+    for number, line in enumerate(lines, 1):
+        found = line.count(",")
+        if found > COMMAS:
+            raise StoreError(
+                f"{name}: line {number} has {found} commas, expected at most {COMMAS}: is it "
+                "another file? Write the table anew."
+            )
+    lines.detach().seek(0)
     return pd.read_csv(file, dtype=object, keep_default_na=False, encoding_errors="surrogateescape")
 
 

@@ -151,6 +151,26 @@ def test_columns_that_are_missing_or_unknown_are_refused(tmp_path, header, messa
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "{wide}",
+        "{header}\n\n{wide}\n",
+        "{header}\r{wide}\r",
+        "{header}\nant/0.jpg,9,9,1,1,2,2,ant\n{wide}",
+    ],
+)
+@pytest.mark.parametrize("name", ["boxes.csv", "boxes.unused.csv"])
+def test_a_line_of_thousands_of_columns_is_refused_at_once(tmp_path, name, content):
+    """Of a million columns pandas makes an index for minutes."""
+    classes_of(tmp_path, count=1)
+    table(tmp_path, "ant/0.jpg,96,80,1,1,9,9,ant")
+    text = content.format(header=COLUMNS, wide="1," * 1_000_000)
+    (tmp_path / name).write_text(text, newline="")
+    with pytest.raises(store.StoreError, match=rf"{name}: line \d has 1000000 commas, expected at"):
+        datasets.folder(tmp_path)
+
+
+@pytest.mark.parametrize(
     "numbers, reason",
     [
         ("96,80,70,1,60,9", "a box ends before it starts"),

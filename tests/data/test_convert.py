@@ -271,6 +271,8 @@ def test_yolo_without_names_or_with_two_lists_is_refused(yolo, out, tmp_path, ca
         ("0 .5 .5 .2 .2 .9", "a line that is no box"),
         ("0 .1 .1 .2 .1 .2 .2", "a line that is no box"),
         ("cat .5 .5 .2 .2", "a class that is no whole number"),
+        ("9" * 400 + " .5 .5 .2 .2", "a class that is no whole number"),
+        ("9" * 5000 + " .5 .5 .2 .2", "a class that is no whole number"),
         (b"\xff\xfe0 .5", "annotation is not UTF-8"),
     ],
 )
@@ -379,6 +381,23 @@ def test_tiny_imagenet_with_the_flat_pictures_of_val(tmp_path, out):
     assert [(row["class"], row["split"]) for row in rows] == [("n01", "train"), ("n02", "val")]
     assert refused(out) == {"val/images/val_1.JPEG": "a box ends before it starts"}
     assert unused["train/n01/n01_boxes.txt: line 2"] == "annotation without a picture"
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_number_of_any_length_is_a_reason(tmp_path, out, digits):
+    """No float holds it, and Python itself refuses to read the longer one."""
+    root = tmp_path / "tiny"
+    for i in range(2):
+        picture(root / f"train/n01/images/n01_{i}.JPEG", (64, 64))
+    long = "9" * digits
+    write(
+        root / "train/n01/n01_boxes.txt",
+        f"n01_0.JPEG\t0\t10\t63\t58\nn01_1.JPEG\t0\t0\t{long}\t1\n",
+    )
+    rows, _ = convert("tiny_imagenet", root, out)
+    assert set(boxes(rows)) == {"train/n01/images/n01_0.JPEG"}
+    reason = "a line that is no box: 4 whole numbers expected"
+    assert refused(out) == {"train/n01/images/n01_1.JPEG": reason}
 
 
 NAMES = [

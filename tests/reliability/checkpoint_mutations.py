@@ -217,6 +217,7 @@ def headers(data, rng):
         else:
             size = rng.choice((*EXTREMES, -1, 0.5, "1", None))
             old = entry.get(field, [0])
+            old = old if isinstance(old, list) else [old]  # an earlier turn has changed it
             entry[field] = rng.choice(([size], [0, size], [*old, size], [size, *old], size, []))
         header = {key: value for key, value in header.items() if isinstance(value, dict)} or {
             "a": {}
