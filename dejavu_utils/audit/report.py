@@ -263,7 +263,7 @@ def roc(statistics: pd.DataFrame) -> Figure:
     from matplotlib.ticker import FuncFormatter, NullFormatter
     from sklearn.metrics import roc_curve
 
-    figure, axes = plots.subplots(1, 1, 4.2, 3.6)
+    figure, axes = plots.subplots(1, 1, NARROW, 4.2)
     axis = axes[0, 0]
     least = 1 / (~statistics["member"]).sum()
     drawn = {name: label for name, label in STATISTICS.items() if name in statistics}
@@ -278,7 +278,7 @@ def roc(statistics: pd.DataFrame) -> Figure:
         each.set_minor_formatter(NullFormatter())
     axis.set_xlabel("false-positive rate (held-out)")
     axis.set_ylabel("true-positive rate (members)")
-    axis.legend(fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)  # a curve may be anywhere
     return figure
 
 
