@@ -206,7 +206,8 @@ def provenance(found: Findings) -> dict[str, str]:
         if model is not None:
             facts[role] = f"{found.asked.get(role, '')}, {getattr(model, 'name', '')}".strip(", ")
             facts[f"{role}, sha256"] = getattr(model, "sha256", "")
-    for name, images in (case.attacked | {"public": case.public}).items():
+    sets = case.attacked | ({"public": case.public} if case.labelled else {})
+    for name, images in sets.items():
         facts[f"{name} images"] = f"{len(images)}, digest {images.digest[:16]}"
     facts["crop"] = cut(case.crop)
     facts["input"] = f"{case.size} px"
