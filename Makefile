@@ -38,13 +38,21 @@ help:  ## what to do first, and every target
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="k=10", DRY=1, VERIFY=0|full
 	@exec $(PYTHON) notebooks/figures.py
 
+# Without a run there is nothing to show, which is said before Python and its imports start.
+EXECUTED = runs="$${DEJAVU_RUNS:-runs}/$$PROFILE/notebooks"; \
+	ls "$$runs"/[0-9][0-9]_*.ipynb > /dev/null 2>&1 || { \
+	  echo "error: no executed notebook in $$runs: run \`make figures PROFILE=$$PROFILE\`." >&2; exit 1; }
+
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
+	@$(EXECUTED)
 	@$(PYTHON) notebooks/site/pages.py "$$PROFILE"
 
 site: .venv/.installed  ## all there is to read as one static site: pages of a PROFILE, results, API, search
+	@$(EXECUTED)
 	@$(PYTHON) notebooks/site/publish.py "$$PROFILE"
 
 slides: .venv/.installed  ## the tour of a PROFILE as slides; reveal.js comes over the network, or from REVEAL=folder
+	@$(EXECUTED)
 	@$(PYTHON) notebooks/site/slides.py "$$PROFILE"
 	@echo "arrow keys turn the slides; next: notebooks/TEACHING.md, The sessions"
 

@@ -236,6 +236,11 @@ def _line_ends(axis: Axes) -> dict[str, tuple[float, str]]:
     return ends
 
 
+def label_lines(axis: Axes) -> None:
+    """Write what each line is at its right end, instead of a legend; the y-limits must be final."""
+    _label_ends(axis, _line_ends(axis))
+
+
 def _end_of_row(columns: Sequence[Axes]) -> Axes:
     """Return the axes at the right end of the first row."""
     wide = columns[0].get_subplotspec().get_gridspec().ncols
@@ -326,8 +331,7 @@ def over_p(curve: pd.DataFrame) -> Figure:
         axis.set_xlabel("p: most confident examples (%)")
     figure.axes[0].set_ylim(bottom=0)  # at the end: it fixes the top, too, of all panels
     label_left(figure.axes, "label-inference accuracy")
-    last = _end_of_row(figure.axes)
-    _label_ends(last, _line_ends(last))
+    label_lines(_end_of_row(figure.axes))
     return _legible(figure)
 
 
@@ -336,6 +340,18 @@ def _probe_lines(axis: Axes, table: pd.DataFrame, low: float) -> None:
         _line(axis, one, "epoch", "mean", PROBES[quantity], quantity, ends="")
     axis.set(xlabel="epoch", ylim=(min(0, low), 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def probes(rows: pd.DataFrame) -> Figure:
+    """Return what the linear probe shows over epochs, a panel a criterion; columns: criterion,
+    epoch, quantity, mean, low, high.
+    """
+    figure, panels = _panels(rows, sharey=True)
+    for (axis,), part in panels:
+        _probe_lines(axis, part, rows["low"].min())
+    label_left(figure.axes, "linear probe (backbone)")
+    label_lines(_end_of_row(figure.axes))
+    return _legible(figure)
 
 
 def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
@@ -363,8 +379,7 @@ def over_epochs(scores: pd.DataFrame, probes: pd.DataFrame) -> Figure:
     label_left(bottoms, "linear probe (backbone)")
     same_scale(tops)
     for column in (tops, bottoms):
-        last = _end_of_row(column)
-        _label_ends(last, _line_ends(last))
+        label_lines(_end_of_row(column))
     return _legible(figure)
 
 
@@ -426,7 +441,7 @@ def over_rho(table: pd.DataFrame) -> Figure:
         ylim=(0, None),
         xticks=table["rho"],
     )
-    _label_ends(axis, _line_ends(axis))
+    label_lines(axis)
     return _legible(figure)
 
 

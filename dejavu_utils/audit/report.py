@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 50  # classes, and owners, in a table
+NARROW = 4.0  # inches: a figure that a phone shows with letters of 8 pt
 SIDE = 64  # px of a picture in a gallery
 SIGNS = {
     "memorizes": ("▲", "#B34700"),
@@ -190,6 +191,13 @@ def membership_rows(summary: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
+def cut(crop: dict) -> str:
+    """Return in words what crop is cut of each image."""
+    if crop["kind"] == "periphery":
+        return f"the largest rectangle outside every box, its sides over {crop['min_side']} px"
+    return f"the {crop['corner']} corner, {crop['fraction']:g} of each side"
+
+
 def provenance(found: Findings) -> dict[str, str]:
     """Return where a report comes from: encoders and their sha256, images, settings, versions."""
     case, settings = found.case, found.settings
@@ -198,9 +206,10 @@ def provenance(found: Findings) -> dict[str, str]:
         if model is not None:
             facts[role] = f"{found.asked.get(role, '')}, {getattr(model, 'name', '')}".strip(", ")
             facts[f"{role}, sha256"] = getattr(model, "sha256", "")
-    for name, images in (case.attacked | {"public": case.public}).items():
+    sets = case.attacked | ({"public": case.public} if case.labelled else {})
+    for name, images in sets.items():
         facts[f"{name} images"] = f"{len(images)}, digest {images.digest[:16]}"
-    facts["crop"] = str(case.crop)
+    facts["crop"] = cut(case.crop)
     facts["input"] = f"{case.size} px"
     facts["settings"] = (
         f"k {settings.k}, margin {settings.margin}, limit {settings.limit}, classifier "
@@ -224,12 +233,13 @@ def forest(found: Findings) -> tuple[Figure, str]:
     deciding = own["reading"] == found.verdict.reading
     rows = pd.concat([own[deciding], own[~deciding]]).rename(columns={"reading": "name"})
     controls = found.controls.rename(columns={"control": "name"}).assign(p=100)
-    controls["name"] = "control: " + controls["name"]
+    controls["name"] = "control:\n" + controls["name"]
     table = pd.concat([rows, controls], ignore_index=True)
     colours = [SIGNS[found.verdict.word][1]] + ["#1a1a1a"] * (len(rows) - 1)
     colours += ["#777777"] * len(controls)
 
-    figure, axes = plots.subplots(1, 1, 7.5, 0.6 + 0.27 * len(table))
+    deep = len(table) + table["name"].str.count("\n").sum()  # lines of text
+    figure, axes = plots.subplots(1, 1, NARROW, 0.8 + 0.23 * deep)
     axis = axes[0, 0]
     axis.axvspan(0, 100 * found.verdict.margin, color="#eeeeee")
     axis.axvline(0, color="#777777", lw=1, ls="--")
@@ -239,10 +249,10 @@ def forest(found: Findings) -> tuple[Figure, str]:
     axis.set_yticks(range(len(table)), table["name"])
     axis.get_yticklabels()[0].set_fontweight("bold")
     axis.invert_yaxis()
-    axis.set_xlabel(f"percentage points (grey band: up to {points(found.verdict.margin)})")
+    axis.set_xlabel(f"percentage points\n(grey band: up to {points(found.verdict.margin)})")
 
     lines = [
-        f"{row['name']} {points(row['score'])} "
+        f"{' '.join(row['name'].split())} {points(row['score'])} "
         f"{interval(row['low'], row['high'], scored_images(row))}"
         for row in table.to_dict("records")
     ]
@@ -254,7 +264,7 @@ def roc(statistics: pd.DataFrame) -> Figure:
     from matplotlib.ticker import FuncFormatter, NullFormatter
     from sklearn.metrics import roc_curve
 
-    figure, axes = plots.subplots(1, 1, 4.2, 3.6)
+    figure, axes = plots.subplots(1, 1, NARROW, 4.2)
     axis = axes[0, 0]
     least = 1 / (~statistics["member"]).sum()
     drawn = {name: label for name, label in STATISTICS.items() if name in statistics}
@@ -269,7 +279,7 @@ def roc(statistics: pd.DataFrame) -> Figure:
         each.set_minor_formatter(NullFormatter())
     axis.set_xlabel("false-positive rate (held-out)")
     axis.set_ylabel("true-positive rate (members)")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)  # a curve may be anywhere
     return figure
 
 

@@ -18,9 +18,12 @@ Definition = ast.FunctionDef | ast.ClassDef
 
 
 def text(docstring: str | None) -> Markup:
-    """Return a docstring as HTML: paragraphs, and what stands between backquotes as code."""
+    """Return a docstring as HTML: paragraphs, what stands between backquotes as code, and between
+    asterisks in italics.
+    """
     paragraphs = re.split(r"\n\s*\n", docstring or "")
     marked = [re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(one))) for one in paragraphs]
+    marked = [re.sub(r"(?<!\w)\*(\w[^*`<]*)\*(?!\w)", r"<em>\1</em>", one) for one in marked]
     return Markup("".join(f"<p>{one}</p>" for one in marked if one))
 
 

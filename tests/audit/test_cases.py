@@ -226,6 +226,37 @@ def test_held_out_pictures_that_are_the_members_say_so(root):
         loaded(root)
 
 
+def squashed(picture):
+    return picture.resize((WIDTH, HEIGHT // 2), Image.Resampling.BILINEAR)
+
+
+def grey(picture):
+    return picture.convert("L").convert("RGB")
+
+
+def darker(picture):
+    return picture.point(lambda value: 0.6 * value)
+
+
+@pytest.mark.parametrize("altered", [squashed, grey, darker])
+def test_altered_copies_of_the_members_are_no_held_out_set(tmp_path, altered):
+    """Held-out pictures that are the members' own, altered: the encoder was trained on them, and
+    what tells the two sets apart is how they are stored.
+    """
+    random = np.random.default_rng(3)
+    for part in COUNTS:
+        for label, name in enumerate(CLASSES):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(40):
+                picture, _ = draw(random, label)
+                if part == "heldout":
+                    picture = altered(Image.open(tmp_path / "train" / name / f"{i:03}.png"))
+                picture.save(tmp_path / part / name / f"{i:03}.png")
+    found = report(tmp_path)
+    assert found.verdict.word == "undecided" and found.verdict.why == "control"
+    assert checks.PICTURES in found.verdict.sentence
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (300, 2)])
 def test_a_picture_too_small_for_a_corner_is_counted(root, size):
     """One pixel of it would be more of the picture than a corner may show."""

@@ -233,3 +233,12 @@ def test_lint_finds_what_it_should(repository):
     ):
         assert part in found
     assert "`fine`" not in found
+
+
+def test_the_tests_of_each_kind_of_fault_are_there():
+    document = (store.PACKAGE / "audit" / "README.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", document))
+    assert named  # of the kinds of fault
+    tests = [path.read_text() for path in (store.PACKAGE.parent / "tests").rglob("test_*.py")]
+    defined = {name for text in tests for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    assert named - defined == set()

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -283,6 +284,21 @@ def test_the_command_says_where_the_pages_are_or_what_is_missing(site, repositor
     assert printed.err == "02_attack …\n"  # which page is being made
     assert pages.main(["tinny"]) == 1
     assert capsys.readouterr().err.startswith("error: no executed notebook in ")
+
+
+@pytest.mark.parametrize("target", ["report", "site", "slides"])
+def test_without_a_run_make_says_so_before_python_starts(target, tmp_path):
+    done = subprocess.run(
+        ["make", target, "PROFILE=smoke", "PYTHON=false"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DEJAVU_RUNS": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    first = done.stderr.splitlines()[0]
+    assert first.startswith(f"error: no executed notebook in {tmp_path}/smoke/notebooks: run ")
+    assert "`make figures PROFILE=smoke`" in first
 
 
 # -- make site --------------------------------------------------------------------------------
