@@ -38,10 +38,8 @@ help:  ## what to do first, and every target
 figures: .venv/.installed  ## every figure: PROFILE=smoke|laptop|study|pictures|imagenet, P="k=10", DRY=1, VERIFY=0|full
 	@exec $(PYTHON) notebooks/figures.py
 
-# Without a run there is nothing to show, which is said before Python and its imports start.
-EXECUTED = runs="$${DEJAVU_RUNS:-runs}/$$PROFILE/notebooks"; \
-	ls "$$runs"/[0-9][0-9]_*.ipynb > /dev/null 2>&1 || { \
-	  echo "error: no executed notebook in $$runs: run \`make figures PROFILE=$$PROFILE\`." >&2; exit 1; }
+# Without a run there is nothing to show, which is said before Python's imports take their seconds.
+EXECUTED = $(PYTHON) notebooks/site/executed.py "$$PROFILE"
 
 report: .venv/.installed  ## what `make figures` found, as web pages: index, notebooks, figures; PROFILE=… as above
 	@$(EXECUTED)

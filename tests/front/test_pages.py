@@ -287,9 +287,9 @@ def test_the_command_says_where_the_pages_are_or_what_is_missing(site, repositor
 
 
 @pytest.mark.parametrize("target", ["report", "site", "slides"])
-def test_without_a_run_make_says_so_before_python_starts(target, tmp_path):
+def test_without_a_run_make_says_so_before_any_package_is_imported(target, tmp_path):
     done = subprocess.run(
-        ["make", target, "PROFILE=smoke", "PYTHON=false"],
+        ["make", target, "PROFILE=smoke", f"PYTHON={sys.executable} -I -S"],
         cwd=HERE,
         capture_output=True,
         text=True,
