@@ -181,7 +181,9 @@ def encoder(
         digest = hashlib.sha256(b"".join(_bytes(tensor) for tensor in state)).hexdigest()
 
     wanted = f"{made.size} px" if made.size else "size not known"
-    made.notes.append(f"input: {wanted}, mean {_numbers(made.mean)}, std {_numbers(made.std)}")
+    made.notes.append(
+        f"input by default: {wanted}, mean {_numbers(made.mean)}, std {_numbers(made.std)}"
+    )
     return External(
         trunk,
         head.blocks if head else None,
