@@ -226,6 +226,17 @@ def test_held_out_pictures_that_are_the_members_say_so(root):
         loaded(root)
 
 
+def forty_a_class(folder, seed):
+    """Make the folders of all sets and classes; yield set, name without suffix, and picture."""
+    random = np.random.default_rng(seed)
+    for part in COUNTS:
+        for label, name in enumerate(CLASSES):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(40):
+                picture, _ = draw(random, label)
+                yield part, f"{name}/{i:03}", picture
+
+
 def squashed(picture):
     return picture.resize((WIDTH, HEIGHT // 2), Image.Resampling.BILINEAR)
 
@@ -243,15 +254,10 @@ def test_altered_copies_of_the_members_are_no_held_out_set(tmp_path, altered):
     """Held-out pictures that are the members' own, altered: the encoder was trained on them, and
     what tells the two sets apart is how they are stored.
     """
-    random = np.random.default_rng(3)
-    for part in COUNTS:
-        for label, name in enumerate(CLASSES):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(40):
-                picture, _ = draw(random, label)
-                if part == "heldout":
-                    picture = altered(Image.open(tmp_path / "train" / name / f"{i:03}.png"))
-                picture.save(tmp_path / part / name / f"{i:03}.png")
+    for part, name, picture in forty_a_class(tmp_path, seed=3):
+        if part == "heldout":
+            picture = altered(Image.open(tmp_path / "train" / f"{name}.png"))
+        picture.save(tmp_path / part / f"{name}.png")
     found = report(tmp_path)
     assert found.verdict.word == "undecided" and found.verdict.why == "control"
     assert checks.PICTURES in found.verdict.sentence
@@ -319,18 +325,13 @@ def test_a_class_that_is_called_almost_so_is_named(root, there):
 @pytest.mark.parametrize("how", ["quality 20", "half the size"])
 def test_sets_that_were_stored_otherwise_give_no_verdict(tmp_path, how):
     """Members and public pictures as they are, held-out ones at another quality or size."""
-    random = np.random.default_rng(2)
-    for part in COUNTS:
-        for label, name in enumerate(CLASSES):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(40):
-                picture, _ = draw(random, label)
-                quality = 95
-                if part == "heldout" and how == "quality 20":
-                    quality = 20
-                elif part == "heldout":
-                    picture = picture.resize((WIDTH // 2, HEIGHT // 2), Image.Resampling.BILINEAR)
-                picture.save(tmp_path / part / name / f"{i:03}.jpg", quality=quality)
+    for part, name, picture in forty_a_class(tmp_path, seed=2):
+        quality = 95
+        if part == "heldout" and how == "quality 20":
+            quality = 20
+        elif part == "heldout":
+            picture = picture.resize((WIDTH // 2, HEIGHT // 2), Image.Resampling.BILINEAR)
+        picture.save(tmp_path / part / f"{name}.jpg", quality=quality)
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder = External(trunk, name="random")
