@@ -19,7 +19,8 @@ from dejavu_utils.attack import knn_engines
 TIES = ("nearest", "lowest class")  # who wins of classes with equally many votes
 EXTRA = 8  # candidates beyond k
 MORE = 16  # times as many for a query without a proof
-BLOCK = 1 << 22  # candidates that are kept at a time
+BLOCK = 1 << 16  # candidates that are kept at a time
+BLOCK_OF_A_GPU = 1 << 25  # each block of queries reads the whole bank
 TILE = 1 << 25  # values of the bank that an engine sees at a time
 HUGE = 1e15  # coordinates whose squares may overflow float32: every row is measured
 CACHE = 1 << 17  # values of float64 differences at a time
@@ -96,7 +97,8 @@ def look(
     distances = queries.new_empty(len(queries), k, dtype=torch.float64)
     rows = torch.empty_like(distances, dtype=torch.int64)
     proven = torch.empty(len(queries), dtype=torch.bool, device=queries.device)
-    step = max(1, knn_engines.room(BLOCK, queries.device) // keep)
+    room = BLOCK_OF_A_GPU if queries.is_cuda else BLOCK
+    step = max(1, room // keep)
 
     for start in range(0, len(queries), step):
         query = queries[start : start + step]  # (b, d)

@@ -3,6 +3,8 @@ rule.
 """
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -286,6 +288,28 @@ def test_most_queries_need_one_look(engine):
     first = knn_engines.ENGINES[engine]
     *_, proven = knn.look(queries, bank, 20, knn.few(20, 256, first), first)
     assert proven.double().mean() > 0.9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks Unix for the largest size")
+def test_memory_does_not_grow_with_the_queries():
+    """Beside them and their answer; 60,000 at once took 160 MiB more."""
+    code = """
+import resource, torch
+from dejavu_utils.attack import knn
+
+def largest():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+torch.set_num_threads(1)
+queries, bank = torch.rand(60_000, 128), torch.rand(500, 128)
+knn.search(queries[:3000], bank, 5)
+few = largest()
+knn.search(queries, bank, 5)
+print(largest() - few)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    assert int(done.stdout) / unit < 60
 
 
 def test_half_precision_banks_widen_exactly():
