@@ -513,6 +513,8 @@ def names_in(file: str, text: str) -> dict[int, str]:
     try:
         names = (yaml.safe_load(text) or {}).get("names") or {}
         numbered = dict(enumerate(names)) if isinstance(names, list) else names
+        if not isinstance(numbered, dict):
+            raise TypeError(f"names is {type(names).__name__}, not a list or a mapping")
         if any(isinstance(name, list | dict | set) for name in numbered.values()):
             raise TypeError("a name that is a list")
         return {int(number): str(name) for number, name in numbered.items()}

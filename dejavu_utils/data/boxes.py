@@ -7,6 +7,7 @@ public layouts.
 
 from __future__ import annotations
 
+import codecs
 import io
 import unicodedata
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Table:
 # The table
 
 
+@pd.option_context("mode.string_storage", "python")  # that of pyarrow refuses names in Latin-1
 def read_table(file: IO[bytes] | Path, unused: IO[bytes] | Path | None = None) -> Table:
     """Return boxes.csv, and of the list of unused annotations the pictures that they belong to.
 
@@ -138,6 +140,10 @@ def _read_csv(file: IO[bytes] | Path, name: str) -> pd.DataFrame:
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return _read_csv(opened, name)
+
+    if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise StoreError(f"{name} is UTF-16: save it as UTF-8.")
+    file.seek(0)
 
     lines = io.TextIOWrapper(file, encoding="latin-1")  # ends lines as pandas does
     for number, line in enumerate(lines, 1):

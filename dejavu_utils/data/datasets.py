@@ -97,7 +97,7 @@ def _words(tree: Tree, name: str) -> dict[str, str]:
 
 @in_child
 def folder(
-    path: Path, what: str = "IMAGES", labels: bool = True, limit_gib: float = LIMIT_GIB
+    path: str | Path, what: str = "IMAGES", labels: bool = True, limit_gib: float = LIMIT_GIB
 ) -> Images:
     """Return the pictures of a folder or zip with a folder for each class, or with a boxes.csv.
 
@@ -250,6 +250,9 @@ def _advice(tree: Tree, flat: int, folder: str) -> str:
         )
     if folder:
         return f"Pass its folder {folder} if the class folders are in there."
+    if tree.left_out:
+        name, reason = tree.left_out[0]
+        return f"{len(tree.left_out)} files were left out, such as {printable(name)}: {reason}."
     return "No picture was found."
 
 

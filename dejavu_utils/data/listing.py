@@ -35,13 +35,13 @@ def in_child(read: Callable[..., Images]) -> Callable[..., Images]:
     def listed(*arguments: Any, **options: Any) -> Images:
         given = signature.bind(*arguments, **options)
         given.apply_defaults()
-        path = Path(given.arguments["path"])
+        path = given.arguments["path"] = Path(given.arguments["path"])
         limit_gib = given.arguments["limit_gib"]
         with tempfile.TemporaryDirectory(prefix="dejavu-") as folder:
             arrays = Path(folder, "arrays.npz")
 
             def work() -> dict:
-                return _texts(read(*arguments, **options), arrays)
+                return _texts(read(*given.args, **given.kwargs), arrays)
 
             texts = limited.run(work, path, limit_gib, memory=limit_gib)
             return _images(texts, arrays)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dejavu_utils import limited
+from dejavu_utils.data.tree import printable
 from dejavu_utils.limited import GIB, LIMIT_GIB
 from dejavu_utils.store import StoreError
 
@@ -47,9 +48,14 @@ def read(path: str | Path, limit_gib: float = LIMIT_GIB) -> dict[str, Tensor]:
     if path.stat().st_size > limit_gib * GIB:
         raise limited.over_budget(path, limit_gib)
 
+    if printable(str(path)) != str(path):  # torch opens no such file
+        raise StoreError(f"{printable(str(path))}: the name is no UTF-8. Rename it.")
+
     with path.open("rb") as file:
         first = file.read(9)
 
+    if not first:
+        raise StoreError(f"{path} is empty: it is no checkpoint. Fetch it again.")
     if first[8:9] == b"{":
         return _safetensors(path)
     if not first.startswith((b"PK\x03\x04", b"\x80")):
@@ -151,6 +157,8 @@ def _unpickled(path: Path, limit_gib: float) -> dict[str, Tensor]:
 
 def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     """Raise StoreError unless a tensor holds plain numbers, which are all in the file."""
+    if tensor.is_nested:  # it has no layout that it could be asked for
+        raise StoreError(f"{path}: {name} is a nested tensor: expected plain numbers.")
     plain = tensor.layout == torch.strided and tensor.dtype in DTYPES
     if not plain or tensor.device.type != "cpu":
         raise StoreError(

@@ -76,7 +76,8 @@ def find(
     chosen = [where for where in whole or counts if prefix in where]
     if not chosen:
         where = f"under a prefix with {prefix!r}" if prefix else "in the file"
-        known = ", ".join(whole) or f"it begins with {', '.join([*flat][:4])}"
+        first = ", ".join([*flat][:4]) or "a tensor without a name"
+        known = ", ".join(whole) or f"it begins with {first}"
         raise Misfit([f"the network's tensors are not {where}: {known}"])
 
     # of equal rank the first in the file

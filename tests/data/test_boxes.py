@@ -551,6 +551,43 @@ def test_case_names_are_bytes(tmp_path, name):
     assert all(each.encode() for each in images.ids.tolist())  # text that every table can hold
 
 
+def test_a_table_may_name_such_a_picture(tmp_path):
+    """One row in Latin-1 made the whole table unreadable."""
+    classes_of(tmp_path, count=2)
+    os.rename(tmp_path / "ant/000.jpg", os.fsencode(tmp_path / "ant") + b"/caf\xe9.jpg")
+    rows = "caf\xe9.jpg,96,80,1,1,9,9,", "001.jpg,96,80,1,1,9,9,"
+    table(tmp_path, *(f"ant/{row}" for row in rows))
+    text = (tmp_path / "boxes.csv").read_text()
+    (tmp_path / "boxes.csv").write_bytes(text.encode("latin-1"))
+    images = datasets.folder(tmp_path)
+    assert sum(len(boxes) for boxes in images.boxes) == 2 and not images.skipped
+
+
+def test_a_table_in_utf_16_is_one_error(tmp_path):
+    classes_of(tmp_path, count=2)
+    table(tmp_path, "ant/000.jpg,96,80,1,1,9,9,")
+    text = (tmp_path / "boxes.csv").read_text()
+    (tmp_path / "boxes.csv").write_text(text, encoding="utf-16")
+    with pytest.raises(ValueError, match="boxes.csv is UTF-16: save it as UTF-8"):
+        datasets.folder(tmp_path)
+
+
+def test_a_folder_may_be_given_as_text(tmp_path):
+    classes_of(tmp_path, count=2)
+    assert len(datasets.folder(str(tmp_path))) == len(datasets.folder(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_of_which_nothing_is_left_says_why(tmp_path):
+    """Packed twice over: each name could be either of two pictures."""
+    classes_of(tmp_path / "set", count=2)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+        for path in sorted((tmp_path / "set").rglob("*.jpg")) * 2:
+            file.write(path, path.relative_to(tmp_path / "set"))
+    with pytest.raises(ValueError, match="files were left out, such as ant/000.jpg: the zip holds"):
+        datasets.folder(tmp_path / "set.zip")
+
+
 def test_case_nfc_and_nfd_are_one_class(tmp_path):
     name = "caf\u00e9"
     classes_of(tmp_path, (name, "dog"), 2)

@@ -244,6 +244,13 @@ def test_yolo_beside_its_pictures_with_other_lists_of_names(tmp_path, out, name,
     assert [row["class"] for row in rows] == ["dog"]
 
 
+@pytest.mark.parametrize("names", ["cat", "5", "true"])
+def test_yolo_names_that_are_no_list_are_refused(yolo, out, names):
+    write(yolo / "data.yaml", f"names: {names}\n")
+    with pytest.raises(SystemExit, match="names is (str|int|bool), not a list or a mapping"):
+        convert("yolo", yolo, out)
+
+
 def test_yolo_without_names_or_with_two_lists_is_refused(yolo, out, tmp_path, capsys):
     write(yolo / "other.yaml", "names: [x, y]\n")
     with pytest.raises(SystemExit, match="2 lists of class names.*--names"):

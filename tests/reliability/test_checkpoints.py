@@ -298,6 +298,38 @@ def test_tensors_keep_the_order_of_the_file(tmp_path, form):
     assert list(checkpoint_files.read(tmp_path / "file.pt")) == [f"model.{n}" for n in content]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named(tmp_path):
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    said = refusal({"rows": nested}, tmp_path / "x.pt")
+    assert "model.rows is a nested tensor" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(b"", "is empty"), (b"<!DOCTYPE html>", "is no checkpoint")]
+)
+def test_what_is_no_checkpoint(tmp_path, content, text):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(store.StoreError, match=text):
+        external.encoder(SMALL, str(tmp_path / "x.pt"))
+
+
+def test_a_tensor_alone_has_no_name(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "x.pt")
+    with pytest.raises(store.StoreError, match="it begins with a tensor without a name"):
+        external.encoder(SMALL, str(tmp_path / "x.pt"))
+
+
+@on_linux
+def test_a_file_whose_name_is_no_text(tmp_path):
+    """Bytes of another system's encoding: torch cannot open it, and may not be to blame for it."""
+    path = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.pt")
+    torch.save(state(), tmp_path / "x.pt")
+    os.rename(tmp_path / "x.pt", path)
+    with pytest.raises(store.StoreError, match=r"caf\\xe9.pt: the name is no UTF-8. Rename it."):
+        external.encoder(SMALL, path)
+
+
 def test_an_error_that_holds_a_name_is_one_short_line(tmp_path):
     """A library quotes the name of a tensor whose place is wrong, however long it is."""
     path = tmp_path / "file.safetensors"

