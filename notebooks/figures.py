@@ -59,7 +59,8 @@ def command(stale: list[str], profile: str, environment: dict[str, str]) -> list
         words += ["--dry-run", "--quiet", "host", "rules", "reason"]
     else:
         words += ["--quiet", "all"]
-    return [*words, "--config", f"profile={profile}", f"fan={executor}"]
+    settings = [f"profile={profile}", f"fan={executor}", f"stale={' '.join(stale)}"]
+    return [*words, "--config", *settings]
 
 
 def end(process: psutil.Process) -> None:

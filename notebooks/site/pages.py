@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,10 +197,12 @@ def claim(book: nbformat.NotebookNode) -> tuple[str, str]:
     return soup.h1.text.removesuffix("¶"), "".join(map(str, said.contents[1:])) if said else ""
 
 
-def at_the_end(folder: Path) -> pd.DataFrame | None:
-    """Return the déjà vu scores at the projector at the end of training; None if there are none."""
+def at_the_end(folder: Path, books: Collection[str]) -> pd.DataFrame | None:
+    """Return the déjà vu scores at the projector at the end of training; None if there are none,
+    or the notebook that makes them is not among `books`.
+    """
     path = folder / "tables" / "scores.csv"
-    if not path.is_file():
+    if not path.is_file() or "02_attack" not in books:
         return None
     table = store.read_table(path).query("layer == 'projector'")
     return table[table["epoch"] == table["epoch"].max()]
@@ -270,9 +272,13 @@ def figure(path: Path, text: str, out: Path) -> dict[str, str]:
 
 
 def index(
-    folder: Path, books: dict[str, nbformat.NotebookNode], metas: list[dict], out: Path
+    folder: Path,
+    books: dict[str, nbformat.NotebookNode],
+    metas: list[dict],
+    out: Path,
+    whole: bool = True,
 ) -> str:
-    """Return the body of the first page."""
+    """Return the body of the first page, with figures of other notebooks if `whole`."""
     left = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
     main, chapters = None, []
     for (stem, book), meta in zip(books.items(), metas, strict=True):
@@ -291,7 +297,7 @@ def index(
         chapter["seeds"] = meta["parameters"].get("seeds", "of the tables read")
         chapters.append(chapter | {"seconds": meta["seconds"]})
 
-    scores = at_the_end(folder)
+    scores = at_the_end(folder, books)
     last = metas[-1]
     versions = " · ".join(f"{name} {value}" for name, value in last["versions"].items())
     code = ", ".join(sorted({meta["code"] for meta in metas}))
@@ -304,7 +310,7 @@ def index(
         scores=None if scores is None else results(scores),
         profile=folder.name,
         books=chapters,
-        others=[figure(path, "", out) for path in left.values()],
+        others=[figure(path, "", out) for path in left.values() if whole],
         claims=verdicts(),
         made=made,
     )
@@ -322,12 +328,17 @@ def audits(folder: Path) -> list[Page]:
     return found
 
 
-def of_run(profile: str, out: Path, first: str = "index.html") -> list[Page]:
+def of_run(
+    profile: str, out: Path, first: str = "index.html", only: Collection[str] = ()
+) -> list[Page]:
     """Return the pages of a profile, `first` being the index; the tables behind its figures are
     written into `out`. FileNotFoundError if no notebook has been executed.
+
+    `only`: the notebooks that are looked at, where not all are.
     """
     folder = store.runs(profile)
     paths = sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    paths = [path for path in paths if not only or path.stem in only]
     if not paths:
         raise FileNotFoundError(
             f"no executed notebook in {folder}/notebooks: run `make figures PROFILE={profile}`."
@@ -336,7 +347,7 @@ def of_run(profile: str, out: Path, first: str = "index.html") -> list[Page]:
     books = {path.stem: nbformat.read(path, as_version=4) for path in paths}
 
     group = "Notebooks"
-    found = index(folder, books, metas, out)
+    found = index(folder, books, metas, out, whole=not only)
     pages = [Page(first, f"results of {profile}", group, f"Déjà vu: results of {profile}", found)]
     export = exporter()
     for stem, book in books.items():
@@ -346,19 +357,21 @@ def of_run(profile: str, out: Path, first: str = "index.html") -> list[Page]:
     return pages
 
 
-def build(profile: str) -> Path:
-    """Write the pages of a profile and return the first; FileNotFoundError if no notebook has been
-    executed.
+def build(profile: str, *only: str) -> Path:
+    """Write the pages of a profile, or of some of its notebooks `only`, and return the first;
+    FileNotFoundError if no notebook has been executed.
     """
     folder = store.runs(profile)
     out = folder / "report"
-    pages = [*of_run(profile, out), *audits(folder)]
+    pages = of_run(profile, out, only=only)
+    if not only or "05_audit" in only:
+        pages += audits(folder)
     for page in pages:
         report.write(out / page.name, shell(page, pages), {"profile": profile})
     return out / "index.html"
 
 
-def main(arguments: list[str], build: Callable[[str], Path] = build) -> int:
+def main(arguments: list[str], build: Callable[..., Path] = build) -> int:
     """Return the exit status after printing where the first page is, or what is missing."""
     try:
         print(f"open {build(*arguments or ['laptop'])} in a browser")

@@ -229,6 +229,24 @@ def test_rows_of_the_most_confident_count_the_images_that_are_scored(site):
     ]
 
 
+def test_the_page_of_some_notebooks_reads_nothing_of_the_others(site, repository, pages):
+    """While others are made again, whose files may be old or damaged, as in a run after damage."""
+    folder = repository.root / "runs" / "tiny"
+    meta = {"parameters": {}, "seconds": 1.0}
+    with store.artifact(folder / "notebooks" / "00_tour.ipynb", meta) as temporary:
+        temporary.write_text(nbformat.writes(executed()).replace("curve", "course"))
+    for path in (folder / "notebooks" / "02_attack.ipynb", folder / "tables" / "scores.csv"):
+        path.write_bytes(b"damaged" + path.read_bytes())
+    for path in (folder / "figures").glob("*.png"):
+        path.write_bytes(b"damaged")
+
+    with pytest.raises(store.StoreError, match="02_attack.ipynb is damaged"):
+        pages.build("tiny")
+    soup = BeautifulSoup(pages.build("tiny", "00_tour").read_text(), "html.parser")
+    assert "Nothing has been attacked yet" in soup.text and not soup.find_all("img")
+    assert {link["href"] for link in soup.nav.find_all("a")} == {"index.html", "00_tour.html"}
+
+
 def test_figures_that_no_notebook_draws_any_more_come_last(site):
     assert [image["alt"] for image in site["index"].find_all("img")][-1] == "older"
 
