@@ -382,4 +382,4 @@ def main(arguments: list[str], build: Callable[..., Path] = build) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:2]))
+    sys.exit(main(sys.argv[1:]))
