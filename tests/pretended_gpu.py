@@ -96,9 +96,12 @@ def _run(func, args: tuple, kwargs: dict):
     out = func(*held_args, **held_kwargs)
     if not there or func is aten._local_scalar_dense.default:
         return out
-    out = tree_map_only(
-        torch.Tensor, lambda one: one if isinstance(one, OnGPU) else OnGPU(one), out
-    )
+    # A view of a tensor that was not made in inference mode is none of that mode either.
+    plain = any(not tensor.is_inference() for tensor in ours)
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not plain):
+        out = tree_map_only(
+            torch.Tensor, lambda one: one if isinstance(one, OnGPU) else OnGPU(one), out
+        )
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
 

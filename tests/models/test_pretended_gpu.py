@@ -36,6 +36,13 @@ for module, value in ((net.to("cuda"), x.to("cuda")), (twin, x)):
 """
 
 
+VIEW = """
+constant = torch.tensor([1.0, 2.0], device="cuda")
+with torch.inference_mode():
+    print((constant[:, None] * torch.ones(2, 2, device="cuda")).sum().item())
+"""
+
+
 @pytest.fixture(scope="module")
 def said():
     """What one process prints: the wrong things that it was let do, then the numbers."""
@@ -51,6 +58,12 @@ def said():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_view_in_inference_mode_of_a_tensor_made_before():
+    command = [sys.executable, "-c", START + VIEW]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "6.0\n", done.stderr
 
 
 def test_what_a_gpu_refuses_is_refused(said):
