@@ -57,6 +57,8 @@ def command(stale: list[str], profile: str, environment: dict[str, str]) -> list
 
     if environment.get("DRY"):
         words += ["--dry-run", "--quiet", "host", "rules", "reason"]
+    elif executor:
+        words += ["--quiet", "host", "progress"]  # what a cluster refuses, nobody else says
     else:
         words += ["--quiet", "all"]
     settings = [f"profile={profile}", f"fan={executor}", f"stale={' '.join(stale)}"]

@@ -125,7 +125,7 @@ def test_a_wheel_brings_notebooks_profiles_manifests_and_templates(installed, tm
     code = (
         "import json\nfrom dejavu_utils import parameters, store\n"
         "from dejavu_utils.data import manifests\nfrom dejavu_utils.audit import report\n"
-        "report.parts()\n"
+        "report.templates().get_template('report.html.j2')\n"
         "print(json.dumps([store.__file__, parameters.stages(), manifests.names(), "
         "str(store.runs('laptop')), len(parameters.declared('02_attack'))]))"
     )

@@ -7,21 +7,17 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 
 from dejavu_utils import store
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not shutil.which("sbatch") or not shutil.which("munged"),
-        reason=(
-            "no sbatch or munged: Debian and Ubuntu have them in `apt install slurm-wlm munge`"
-        ),
-    ),
-]
+needs_slurm = pytest.mark.skipif(
+    not shutil.which("sbatch") or not shutil.which("munged"),
+    reason="no sbatch or munged: Debian and Ubuntu have them in `apt install slurm-wlm munge`",
+)
 CONFIG = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -135,6 +131,18 @@ def _wait_for_the_node(environment, folder):
     pytest.fail(f"the node did not come up: {said.stdout} {said.stderr}\n{logs}")
 
 
+def test_what_a_cluster_would_run_is_known_without_one(tmp_path):
+    """Snakemake knows no number of cores there."""
+    environment = {"DEJAVU_RUNS": str(tmp_path / "runs"), "PROFILE": "smoke", "DRY": "1"}
+    environment |= {"EXECUTOR": "slurm", "P": 'criteria=["vicreg"] rhos=[0.2] epochs=[0,1]'}
+    command = [sys.executable, store.PACKAGE.parent / "notebooks" / "figures.py"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "4 encoders to train" in done.stdout and "07_other_measures" in done.stdout
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_one_job_per_encoder_and_the_notebooks_after_them(slurm, tmp_path):
     environment, folder = slurm
     root, runs = store.PACKAGE.parent, tmp_path / "runs"
