@@ -93,15 +93,15 @@ def parameters(stage: str, names: dict[str, Any]) -> dict[str, Any]:
     else.
     """
     defaults = declared(stage)
-    missing = [name for name in defaults if name not in names]
-    if missing:
+    given = {name: names[name] for name in defaults if name in names}
+    assigned, passed = _assigned(names, defaults)
+    unknown = dict.fromkeys(sorted((assigned | passed) - defaults.keys()))
+    missing = [name for name in defaults if name not in given]
+    if missing and not (given and unknown):  # a misspelt name leaves its parameter unset
         raise ParameterError(
             f"{stage}: {missing[0]} is not set: run the cell tagged `parameters` first."
         )
 
-    given = {name: names[name] for name in defaults}
-    assigned, passed = _assigned(names, defaults)
-    unknown = dict.fromkeys(sorted((assigned | passed) - defaults.keys()))
     values = merged(unknown | given, defaults, f"{stage}: ")
     values |= merged(_from_profile(stage, given, defaults, passed), defaults, f"{stage}: ")
     names.update(values)

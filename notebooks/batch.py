@@ -323,7 +323,7 @@ def parse_overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ParameterError(f'P: {word!r} is not name=value, such as P="rho=0.5 k=10".')
+            raise ParameterError(f'P: {word!r} is not name=value, such as P="k=10".')
         pairs.append((name, value))
 
     values: dict[str, Any] = {}
@@ -433,7 +433,8 @@ def numbers(profile: str) -> str:
     last = whole[whole["epoch"] == whole["epoch"].max()]
     shown = last[["criterion", "rho", "target", "reference", "score", "low", "high", "n", "seeds"]]
     return (
-        "déjà vu score after training, of all attacked images (low, high: 95 % over images)\n"
+        f"déjà vu score after {whole['epoch'].max()} epochs, of all attacked images "
+        "(low, high: 95 % over images)\n"
         f"{shown.dropna(axis=1, how='all').round(3).to_string(index=False)}"
     )
 

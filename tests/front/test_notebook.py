@@ -73,7 +73,7 @@ def test_values_that_fit_are_taken_and_dicts_filled_in(given, expected):
         (
             {"percents": "[5, 10]"},
             r"percents = '.5, 10.' is str, expected list such as .*papermill -p passes text: use "
-            r"-y \"percents: .5, 10.\", or notebooks/batch.py run\.$",
+            r"-y \"percents: .5, 10.\", or .venv/bin/python notebooks/batch.py run\.$",
         ),
         (
             {"sizes": "{attacked: 3}"},
@@ -195,6 +195,12 @@ def test_jupyter_an_edited_parameter_counts_and_a_corrected_typo_does_not(jupyte
     assert run("setup") is None
     assert names["params"] == {"profile": "laptop", "seed": 5, "rho": 1.0, "k": 3}
     assert type(names["rho"]) is float
+
+
+def test_jupyter_a_typo_in_a_new_kernel_is_named_and_not_what_it_leaves_unset(jupyter):
+    run, _ = jupyter
+    assert run('profile = "laptop"\nseed = 5\nrho = 1\nkk = 3') is None
+    assert "kk is not a parameter; did you mean k?" in str(run("setup"))
 
 
 def test_jupyter_papermills_cell_after_the_parameters_is_checked(jupyter, capsys):
@@ -393,8 +399,10 @@ def test_overrides_from_the_command_line(batch):
         "title": "a b",
         "recipe": {"views": {"blur": 0.5}, "lr": 1},
     }
-    with pytest.raises(ParameterError, match="'k' is not name=value"):
+    with pytest.raises(ParameterError, match="'k' is not name=value") as caught:
         batch.parse_overrides([], "k 3")
+    advised = str(caught.value).split('"')[1]
+    assert batch.parse_overrides([], advised).keys() <= parameters.declared("05_audit").keys()
 
 
 @pytest.mark.parametrize(
