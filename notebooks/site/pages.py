@@ -223,7 +223,8 @@ def answer(scores: pd.DataFrame | None) -> str:
         f"Shown nothing but background, {name} names the objects of images that it was trained on "
         f"in {seen} % of cases, and an encoder that was not in {unseen} %. The difference is the "
         f"déjà vu score: {report.points(row['score'])} points {interval}, {found}. The 95 % "
-        f"interval is over {row['n']} images of these encoders."
+        f"interval is over {row['n']} images of these encoders, which trained for {row['epoch']} "
+        "epochs."
     )
 
 
