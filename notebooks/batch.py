@@ -373,8 +373,9 @@ def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
 
     Settings are those of the notebook 05_audit. 0 after any verdict, or with STRICT its status.
     """
-    if not all(environment.get(name) for name in ("ENCODER", "IMAGES")):
-        raise ParameterError(USAGE)
+    missing = [name for name in ("ENCODER", "IMAGES") if not environment.get(name)]
+    if missing:
+        raise ParameterError(f"{' and '.join(missing)} not given; expected\n  {USAGE}")
     if unknown := [name for name in overrides if name not in SETTINGS]:
         raise ParameterError(
             f"P: {unknown[0]} is not a setting of an audit; expected {', '.join(SETTINGS)}, such "
@@ -386,7 +387,7 @@ def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     names += ("reference", "reference_weights")
     asked = {name: environment.get(name.upper(), "") for name in names}
     if params["audit"]["labels"] and not asked["public"]:
-        raise ParameterError(USAGE)
+        raise ParameterError(f"PUBLIC not given; expected\n  {USAGE}")
     out = environment.get("OUT")
 
     from dejavu_utils.audit import command  # imports torch: only now
