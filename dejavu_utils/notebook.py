@@ -187,7 +187,12 @@ class Run:
         self.metrics |= metrics
         store.write_json(self.folder / "metrics" / f"{self.stage}.json", self.metrics, self.meta)
         for name, value in metrics.items():
-            print(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}")
+            if isinstance(value, dict):
+                print(f"{name}:")
+                for key, one in value.items():
+                    print(f"  {key}: {one}")
+            else:
+                print(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}")
 
     def figure(self, name: str, figure: Any, frame: Any) -> None:
         """Write figures/<name>.png, .pdf and .csv, the table behind it."""

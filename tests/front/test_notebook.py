@@ -324,11 +324,17 @@ def test_start_seeds_by_seed_and_stage_and_run_writes_where_it_says(repository, 
     run.table("curve", pd.DataFrame({"epoch": [1], "score": [0.1]}))
     assert run.tables("curve")["score"].tolist() == [0.1]
     run.record(score=0.25, n=3)
-    run.record(low=0.2)
+    run.record(low=0.2, by={"vicreg": [0.1, 0.2]})
     path = repository.root / "runs" / "tiny" / "metrics" / "02_attack.json"
-    assert store.read_json(path) == {"score": 0.25, "n": 3, "low": 0.2}
+    assert store.read_json(path) == {
+        "score": 0.25,
+        "n": 3,
+        "low": 0.2,
+        "by": {"vicreg": [0.1, 0.2]},
+    }
     assert store.verify(path)["parameters"]["seed"] == 1
-    assert "score = 0.25" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "score = 0.25" in printed and "by:\n  vicreg: [0.1, 0.2]\n" in printed
 
 
 def test_progress_outside_a_notebook_prints_few_lines(capsys):
