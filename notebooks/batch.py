@@ -412,7 +412,10 @@ def plan(profile: str, overrides: Mapping[str, Any]) -> str:
 
     if params["dataset"] in manifests.names():
         manifests.read(params["dataset"])  # says what is wrong with it
-    table = pairs.plan(params)
+    try:
+        table = pairs.plan(params)
+    except ValueError as error:  # a criterion or a setting that training does not know
+        raise ParameterError(f"{stage}: {error}") from error
     hours = table["exaflop"] * 1e18 / RATE / 3600
     table = table.round({"exaflop": 3, "gib": 2}).assign(**{"GPU hours": hours.round(1)})
     total = (

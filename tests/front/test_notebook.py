@@ -386,6 +386,11 @@ def test_profiles_are_checked_against_all_notebooks(repository, batch):
         batch.given("tinny", {})
 
 
+def test_a_plan_of_what_cannot_be_trained_is_one_clear_error(batch):
+    with pytest.raises(ParameterError, match='01_training: criterion "simclear" is not known'):
+        batch.plan("smoke", {"criteria": ["simclear"]})
+
+
 def test_overrides_from_the_command_line(batch):
     pairs = [
         ["wd", "1e-6"],
