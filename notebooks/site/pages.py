@@ -325,6 +325,7 @@ def audits(folder: Path) -> list[Page]:
         text = path.read_text(encoding="utf-8")
         title = BeautifulSoup(text, "html.parser").title.text
         body = text.partition("</style>")[2].removesuffix("</html>")
+        body = body.replace("<main>", "").replace("</main>", "")  # a page has one of its own
         found.append(Page(f"audit-{path.name}", f"audit of {path.stem}", "Audit", title, body))
     return found
 
