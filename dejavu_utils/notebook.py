@@ -93,15 +93,15 @@ def parameters(stage: str, names: dict[str, Any]) -> dict[str, Any]:
     else.
     """
     defaults = declared(stage)
-    missing = [name for name in defaults if name not in names]
-    if missing:
+    given = {name: names[name] for name in defaults if name in names}
+    assigned, passed = _assigned(names, defaults)
+    unknown = dict.fromkeys(sorted((assigned | passed) - defaults.keys()))
+    missing = [name for name in defaults if name not in given]
+    if missing and not (given and unknown):  # a misspelt name leaves its parameter unset
         raise ParameterError(
             f"{stage}: {missing[0]} is not set: run the cell tagged `parameters` first."
         )
 
-    given = {name: names[name] for name in defaults}
-    assigned, passed = _assigned(names, defaults)
-    unknown = dict.fromkeys(sorted((assigned | passed) - defaults.keys()))
     values = merged(unknown | given, defaults, f"{stage}: ")
     values |= merged(_from_profile(stage, given, defaults, passed), defaults, f"{stage}: ")
     names.update(values)
@@ -187,7 +187,12 @@ class Run:
         self.metrics |= metrics
         store.write_json(self.folder / "metrics" / f"{self.stage}.json", self.metrics, self.meta)
         for name, value in metrics.items():
-            print(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}")
+            if isinstance(value, dict):
+                print(f"{name}:")
+                for key, one in value.items():
+                    print(f"  {key}: {one}")
+            else:
+                print(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}")
 
     def figure(self, name: str, figure: Any, frame: Any) -> None:
         """Write figures/<name>.png, .pdf and .csv, the table behind it."""

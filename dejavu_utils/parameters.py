@@ -147,7 +147,8 @@ def _message(error: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) 
             hint = f" YAML reads {value} as text: write {pointed}."
         if isinstance(default, list | dict) and value.startswith(("[", "{")):
             hint = (
-                f' papermill -p passes text: use -y "{name}: {value}", or notebooks/batch.py run.'
+                f' papermill -p passes text: use -y "{name}: {value}", or'
+                " .venv/bin/python notebooks/batch.py run."
             )
 
     expected = type(default).__name__

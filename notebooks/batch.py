@@ -323,7 +323,7 @@ def parse_overrides(pairs: Sequence[Sequence[str]], text: str) -> dict[str, Any]
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ParameterError(f'P: {word!r} is not name=value, such as P="rho=0.5 k=10".')
+            raise ParameterError(f'P: {word!r} is not name=value, such as P="k=10".')
         pairs.append((name, value))
 
     values: dict[str, Any] = {}
@@ -373,8 +373,9 @@ def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
 
     Settings are those of the notebook 05_audit. 0 after any verdict, or with STRICT its status.
     """
-    if not all(environment.get(name) for name in ("ENCODER", "IMAGES")):
-        raise ParameterError(USAGE)
+    missing = [name for name in ("ENCODER", "IMAGES") if not environment.get(name)]
+    if missing:
+        raise ParameterError(f"{' and '.join(missing)} not given; expected\n  {USAGE}")
     if unknown := [name for name in overrides if name not in SETTINGS]:
         raise ParameterError(
             f"P: {unknown[0]} is not a setting of an audit; expected {', '.join(SETTINGS)}, such "
@@ -386,7 +387,7 @@ def audit(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     names += ("reference", "reference_weights")
     asked = {name: environment.get(name.upper(), "") for name in names}
     if params["audit"]["labels"] and not asked["public"]:
-        raise ParameterError(USAGE)
+        raise ParameterError(f"PUBLIC not given; expected\n  {USAGE}")
     out = environment.get("OUT")
 
     from dejavu_utils.audit import command  # imports torch: only now
@@ -411,7 +412,10 @@ def plan(profile: str, overrides: Mapping[str, Any]) -> str:
 
     if params["dataset"] in manifests.names():
         manifests.read(params["dataset"])  # says what is wrong with it
-    table = pairs.plan(params)
+    try:
+        table = pairs.plan(params)
+    except ValueError as error:  # a criterion or a setting that training does not know
+        raise ParameterError(f"{stage}: {error}") from error
     hours = table["exaflop"] * 1e18 / RATE / 3600
     table = table.round({"exaflop": 3, "gib": 2}).assign(**{"GPU hours": hours.round(1)})
     total = (
@@ -433,7 +437,8 @@ def numbers(profile: str) -> str:
     last = whole[whole["epoch"] == whole["epoch"].max()]
     shown = last[["criterion", "rho", "target", "reference", "score", "low", "high", "n", "seeds"]]
     return (
-        "déjà vu score after training, of all attacked images (low, high: 95 % over images)\n"
+        f"déjà vu score after {whole['epoch'].max()} epochs, of all attacked images "
+        "(low, high: 95 % over images)\n"
         f"{shown.dropna(axis=1, how='all').round(3).to_string(index=False)}"
     )
 

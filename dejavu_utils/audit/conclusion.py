@@ -10,12 +10,17 @@ from dejavu_utils.audit import estimate
 from dejavu_utils.audit.subject import Subject
 
 POWER = 2.8  # standard errors of an effect for which a 95 % interval excludes 0 four times in five
+# what the encoder is shown by each kind of crop, and what that is called
+SHOWN = {
+    "periphery": ("nothing but background", "background"),
+    "corner": ("only a corner, which may hold a part of the object", "corner"),
+}
 STATUS = {"no evidence": 0, "memorizes": 3, "undecided": 4}  # of `python -m dejavu_utils.audit`
 SENTENCES = {
-    "memorizes": "Memorizes: shown nothing but background, the encoder names the objects of its "
-    "members more often than the background explains.",
-    "no evidence": "No evidence: shown nothing but background, the encoder names the objects of "
-    "the members about as often as the background explains; memory of {margin:.3g} points or more "
+    "memorizes": "Memorizes: shown {shown}, the encoder names the objects of its "
+    "members more often than the {piece} explains.",
+    "no evidence": "No evidence: shown {shown}, the encoder names the objects of "
+    "the members about as often as the {piece} explains; memory of {margin:.3g} points or more "
     "is excluded, less is not.",
     "undecided": "Undecided, because the interval holds both no memory and a substantial one "
     "({margin:.3g} points): so few images show only effects of about {smallest:.0f} points "
@@ -99,7 +104,10 @@ def verdict(
 
     smallest = POWER / 1.96 * (row["high"] - row["low"]) / 2
     sentences = SENTENCES if case.labelled else SENTENCES | UNLABELLED
+    shown, piece = SHOWN[case.crop["kind"]]
     sentence = sentences[why].format(
+        shown=shown,
+        piece=piece,
         margin=100 * margin,
         smallest=100 * smallest,
         failed=", ".join(failed),

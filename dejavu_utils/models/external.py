@@ -6,6 +6,7 @@ the input's mean and standard deviation) comes from the named network and stands
 """
 
 import ast
+import difflib
 import functools
 import hashlib
 import inspect
@@ -256,10 +257,29 @@ def _make(spec: str, pretrained: bool) -> Factory:
         raise ValueError(f"ENCODER={spec} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # each library has its own words for no such name and no network
         where = "fetched or built" if pretrained else "built"
-        hint = " Pass its weights as a file: WEIGHTS=…" if pretrained else ""
+        hint = _misspelt(kind, name)
+        if pretrained and not hint:
+            hint = " Pass its weights as a file: WEIGHTS=…"
         raise ValueError(
             f"ENCODER={spec} could not be {where} ({type(error).__name__}: {error}).{hint}"
         ) from error
+
+
+def _misspelt(kind: str, name: str) -> str:
+    """Return a sentence for a name that timm or torchvision does not have; "" where it has it."""
+    if kind == "timm":
+        from timm import list_models
+    elif kind == "torchvision":
+        from torchvision.models import list_models
+    else:
+        return ""
+
+    plain = re.split("[:.-]", name)[0]  # without options, tag, and variant
+    known = list_models()
+    if plain in known:
+        return ""
+    near = difflib.get_close_matches(plain, known, 3)
+    return f" Did you mean {', '.join(near)}?" if near else f" {kind} has no {plain}."
 
 
 def _timm(name: str, pretrained: bool) -> Factory:

@@ -223,7 +223,8 @@ def answer(scores: pd.DataFrame | None) -> str:
         f"Shown nothing but background, {name} names the objects of images that it was trained on "
         f"in {seen} % of cases, and an encoder that was not in {unseen} %. The difference is the "
         f"déjà vu score: {report.points(row['score'])} points {interval}, {found}. The 95 % "
-        f"interval is over {row['n']} images of these encoders."
+        f"interval is over {row['n']} images of these encoders, which trained for {row['epoch']} "
+        "epochs."
     )
 
 
@@ -324,6 +325,7 @@ def audits(folder: Path) -> list[Page]:
         text = path.read_text(encoding="utf-8")
         title = BeautifulSoup(text, "html.parser").title.text
         body = text.partition("</style>")[2].removesuffix("</html>")
+        body = body.replace("<main>", "").replace("</main>", "")  # a page has one of its own
         found.append(Page(f"audit-{path.name}", f"audit of {path.stem}", "Audit", title, body))
     return found
 

@@ -121,8 +121,9 @@ class Case:
     layers = ("backbone",)
     labelled = True
 
-    def __init__(self, source, second):
+    def __init__(self, source, second, crop="periphery"):
         self.source = source
+        self.crop = {"kind": crop}
         self.held_out = source or None
         self.reference = second or None
 
@@ -152,6 +153,17 @@ def test_rules_of_the_verdict(source, second, plain, difference, word, why):
     assert "{" not in found.sentence and "nan" not in found.sentence
     start = {"undecided": "Undecided, because"}.get(word, word.capitalize())
     assert found.sentence.startswith(start)
+
+
+@pytest.mark.parametrize("interval", [(0.01, 0.2), (-0.03, 0.04)])
+def test_the_verdict_on_corners_does_not_speak_of_background(interval):
+    corner = Case("held-out", False, "corner")
+    found = conclusion.verdict(corner, made(0.2, 0.3, interval), FINE)
+    assert "shown only a corner, which may hold a part of the object" in found.sentence
+    assert "background" not in found.sentence
+
+    outside = conclusion.verdict(Case("held-out", False), made(0.2, 0.3, interval), FINE)
+    assert "shown nothing but background" in outside.sentence
 
 
 @pytest.mark.parametrize(("members", "held_out"), [(45, 200), (200, 45)])

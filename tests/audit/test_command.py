@@ -262,6 +262,7 @@ def test_make_audit_from_the_command_line(place, tmp_path):
 
     done = make(PUBLIC="")
     assert done.returncode != 0 and "make audit ENCODER=" in done.stderr
+    assert done.stderr.startswith("error: PUBLIC not given")
     done = make(PUBLIC="/no/such")
     assert done.returncode != 0 and "PUBLIC: /no/such; expected a folder" in done.stderr
     done = make(P="sizes.public=3")

@@ -173,6 +173,9 @@ def test_it_is_a_page_for_phones_paper_and_readers_aloud(page):
     assert "width=device-width" in page and "@media print" in page
     assert len(read.all("h1")) == len(read.all("title")) == 1
     assert all(header.get("scope") in ("col", "row") for header in read.all("th"))
+    assert len(read.all("main")) == 1 and not re.search(r"<th[^>]*></th>", page)
+    scrolls = [each for each in read.all("div") if each.get("class") == "wide"]
+    assert scrolls and all(each.get("tabindex") == "0" for each in scrolls)
     drawings = [div for div in read.all("div") if div.get("class") in ("track", "bar")]
     assert drawings  # their numbers stand beside them
     assert all("aria-hidden" in div for div in drawings)

@@ -119,6 +119,14 @@ def lint_lesson(path):
     for kind in (("exercise", "markdown"), ("solution", "code"), ("solution", "markdown")):
         if kinds.count(kind) != 3:
             wrong.append(f"{kinds.count(kind)} {kind[1]} cells are tagged `{kind[0]}`, expected 3")
+    # JupyterLab opens a hidden markdown cell when all cells are run, but no <details>.
+    wrong += [
+        f"{cell['id']} is a solution in words that is not folded in a <details>"
+        for cell in cells
+        if cell["cell_type"] == "markdown"
+        and "solution" in cell["metadata"].get("tags", [])
+        and not source[cell["id"]].startswith("<details")
+    ]
     drawing = [
         cell
         for cell in cells
@@ -186,6 +194,8 @@ def test_lint_finds_what_a_lesson_lacks(repository):
     path = repository.add("02_attack", "dv.plots.over_p(x)")
     content = json.loads(path.read_text())
     content["cells"][2]["metadata"]["tags"] = ["solution"]
+    words = {"cell_type": "markdown", "id": "words", "metadata": {"tags": ["solution"]}}
+    content["cells"].append(words | {"source": ["It is 42."]})
     path.write_text(json.dumps(content))
     found = " | ".join(lint_lesson(path))
     for part in (
@@ -195,7 +205,8 @@ def test_lint_finds_what_a_lesson_lacks(repository):
         "no `## What to notice`",
         "0 markdown cells are tagged `ex",
         "1 code cells are tagged `sol",
-        "0 markdown cells are tagged `sol",
+        "1 markdown cells are tagged `sol",
+        "words is a solution in words that is not folded",
         "cell-2 draws",
     ):
         assert part in found

@@ -73,7 +73,7 @@ def test_values_that_fit_are_taken_and_dicts_filled_in(given, expected):
         (
             {"percents": "[5, 10]"},
             r"percents = '.5, 10.' is str, expected list such as .*papermill -p passes text: use "
-            r"-y \"percents: .5, 10.\", or notebooks/batch.py run\.$",
+            r"-y \"percents: .5, 10.\", or .venv/bin/python notebooks/batch.py run\.$",
         ),
         (
             {"sizes": "{attacked: 3}"},
@@ -197,6 +197,12 @@ def test_jupyter_an_edited_parameter_counts_and_a_corrected_typo_does_not(jupyte
     assert type(names["rho"]) is float
 
 
+def test_jupyter_a_typo_in_a_new_kernel_is_named_and_not_what_it_leaves_unset(jupyter):
+    run, _ = jupyter
+    assert run('profile = "laptop"\nseed = 5\nrho = 1\nkk = 3') is None
+    assert "kk is not a parameter; did you mean k?" in str(run("setup"))
+
+
 def test_jupyter_papermills_cell_after_the_parameters_is_checked(jupyter, capsys):
     run, _ = jupyter
     run("parameters")
@@ -318,11 +324,17 @@ def test_start_seeds_by_seed_and_stage_and_run_writes_where_it_says(repository, 
     run.table("curve", pd.DataFrame({"epoch": [1], "score": [0.1]}))
     assert run.tables("curve")["score"].tolist() == [0.1]
     run.record(score=0.25, n=3)
-    run.record(low=0.2)
+    run.record(low=0.2, by={"vicreg": [0.1, 0.2]})
     path = repository.root / "runs" / "tiny" / "metrics" / "02_attack.json"
-    assert store.read_json(path) == {"score": 0.25, "n": 3, "low": 0.2}
+    assert store.read_json(path) == {
+        "score": 0.25,
+        "n": 3,
+        "low": 0.2,
+        "by": {"vicreg": [0.1, 0.2]},
+    }
     assert store.verify(path)["parameters"]["seed"] == 1
-    assert "score = 0.25" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "score = 0.25" in printed and "by:\n  vicreg: [0.1, 0.2]\n" in printed
 
 
 def test_progress_outside_a_notebook_prints_few_lines(capsys):
@@ -374,6 +386,11 @@ def test_profiles_are_checked_against_all_notebooks(repository, batch):
         batch.given("tinny", {})
 
 
+def test_a_plan_of_what_cannot_be_trained_is_one_clear_error(batch):
+    with pytest.raises(ParameterError, match='01_training: criterion "simclear" is not known'):
+        batch.plan("smoke", {"criteria": ["simclear"]})
+
+
 def test_overrides_from_the_command_line(batch):
     pairs = [
         ["wd", "1e-6"],
@@ -393,8 +410,10 @@ def test_overrides_from_the_command_line(batch):
         "title": "a b",
         "recipe": {"views": {"blur": 0.5}, "lr": 1},
     }
-    with pytest.raises(ParameterError, match="'k' is not name=value"):
+    with pytest.raises(ParameterError, match="'k' is not name=value") as caught:
         batch.parse_overrides([], "k 3")
+    advised = str(caught.value).split('"')[1]
+    assert batch.parse_overrides([], advised).keys() <= parameters.declared("05_audit").keys()
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def executed():
             metadata={"tags": ["solution"]},
             outputs=[new.new_output("stream", text="42")],
         ),
-        new.new_markdown_cell("It is **42**.", metadata={"tags": ["solution"]}),
+        new.new_markdown_cell(
+            '<details class="solution"><summary>In words</summary>\n\nIt is **42**.\n\n</details>',
+            metadata={"tags": ["solution"]},
+        ),
     ]
     for i, cell in enumerate(cells):
         cell["id"] = f"cell-{i}"
@@ -191,8 +194,9 @@ def test_a_notebook_page_shows_results_first_and_folds_code_and_solutions(site):
     assert not any("open" in fold.attrs for fold in folded[:2])
     assert [fold.summary.text for fold in soup.select("details.solution")] == [
         "Solution",
-        "What it says",
+        "In words",
     ]
+    assert soup.select("details.solution")[1].strong.text == "42"
     assert (
         "42" in soup.select("details.solution")[0].text
         and "open" not in soup.select("details.solution")[0].attrs
@@ -219,6 +223,7 @@ def test_the_index_begins_with_the_answer(site):
     assert "VICReg names the objects of images that it was trained on in 20.0 %" in first
     assert "in 15.7 %" in first and "+4.3 points (−1.0 to +9.0)" in first
     assert "undecided" in first and "over 600 images" in first
+    assert "trained for 5 epochs" in first
 
 
 def test_rows_of_the_most_confident_count_the_images_that_are_scored(site):

@@ -636,6 +636,15 @@ def test_timm_configuration_and_pretrained_weights(monkeypatch):
         external.encoder("timm:resnet18")
 
 
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_name_that_a_library_does_not_have_is_compared_with_its_own(library):
+    with pytest.raises(ValueError, match=r"[Uu]nknown model.*Did you mean .*resnet50") as caught:
+        external.encoder(f"{library}:resnet51")
+    assert "WEIGHTS" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"{library} has no qqqqqq"):
+        external.encoder(f"{library}:qqqqqq")
+
+
 def test_a_tag_names_the_input(tmp_path):
     network = vit()
     file = saved(tmp_path, network.state_dict())
@@ -975,3 +984,4 @@ def test_make_audit_says_which_file_is_not_there(tmp_path):
     done = make_audit(tmp_path, PYTHON=sys.executable, ENCODER="torchvision:resnet18")
     assert done.returncode != 0
     assert "make audit ENCODER=torchvision:resnet50 WEIGHTS=model.pt" in done.stderr
+    assert done.stderr.startswith("error: IMAGES not given")
