@@ -94,7 +94,7 @@ class Subject:
         if self.owners(self.members) is not None:
             found.append(self._trust_in_owners())
         found += [f"Assumed of the encoder: {note}." for note in self.assumed]
-        return found + [f"Of encoder and images: {note}." for note in self.notes]
+        return found + [f"Noted: {note}." for note in self.notes]
 
     def _trust_in_held_out(self) -> str:
         if self.source == "held-out":
