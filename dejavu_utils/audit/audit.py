@@ -313,8 +313,11 @@ def kept(path: Path, name: str) -> Path:
 
 
 def check_free(path: Path, name: str) -> None:
-    """Raise FileExistsError if a file is there and is not the report of the audit `name`."""
-    if not path.exists():
+    """Raise FileExistsError if a file is there and is not the report of the audit `name`.
+
+    Under that name, which holds the audit's key, it is: also if it or its sidecar is damaged.
+    """
+    if not path.exists() or path.stem == name:
         return
     try:
         mine = store.verify(path).get("audit") == name

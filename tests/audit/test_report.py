@@ -239,6 +239,18 @@ def test_a_report_overwrites_its_own_and_no_other(one, tmp_path):
     assert store.verify(path)["audit"] == one.name
 
 
+@pytest.mark.parametrize("which", [lambda path: path, store.sidecar], ids=["page", "sidecar"])
+def test_a_damaged_report_under_its_own_name_is_written_again(one, tmp_path, which):
+    """As `make figures` does: nobody but this audit gives a file that name."""
+    path = tmp_path / f"{one.name}.html"
+    one.write(path)
+    good = path.read_bytes()
+    damaged = which(path)
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    one.write(path)
+    assert path.read_bytes() == good and store.verify(path)["audit"] == one.name
+
+
 def _contrast(one, other):
     """Return the contrast of two colours as WCAG 2 defines it: 1 to 21."""
 
