@@ -160,10 +160,9 @@ def test_a_killed_sitting_keeps_what_it_had_and_goes_on(tmp_path):
     assert table["notebook"]["status"] == "done" and "script" not in table
     assert len(list((tmp_path / "out").iterdir())) <= 8
 
-    probes = table["views vicreg-260"]
-    if probes["status"] != "done":
-        pytest.skip(f"all but the probes: this machine was too busy for them ({probes['reason']})")
-    probed = probes["result"]["probes"]
+    if table["views vicreg-260"]["status"] != "done":  # a later sitting goes on with what was late
+        _, table = _run(tmp_path)
+    probed = table["views vicreg-260"]["result"]["probes"]
     assert {row["views"] for row in probed} == {5} and len(probed) == 2 * 3  # encoders, layers
 
 
