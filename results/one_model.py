@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 from dejavu_utils import plots  # noqa: E402  the path comes first
 from dejavu_utils.attack import one_model, scoring  # noqa: E402
 from dejavu_utils.models import pairs  # noqa: E402
-from results import evidence  # noqa: E402
+from results import evidence, evidence_report  # noqa: E402
 
 
 def scores(ours: dict[str, Any], folder: Path, out: Path) -> pd.DataFrame:
@@ -114,19 +114,13 @@ def by_criterion(name: str) -> str:
     rows = []
     for (criterion, kind), part in table.groupby(["criterion", "kind"], sort=False):
         columns = ("one_model", "two_model", "difference", "control")
-        cells = [interval(part[column]) for column in columns]
+        cells = [evidence_report.interval(part[column]) for column in columns]
         accuracies = [f"{part[column].mean():.3f}" for column in ("classifier", "reference")]
         called = kind.replace("_", " ")
         rows.append([plots.NAMES[criterion], called, *accuracies, *cells, len(part)])
     head = ["criterion", "classifier of crops", "it is right", "reference encoder is right"]
     head += ["one-model score", "two-model score", "difference", "one-model, images of neither set"]
     return evidence.grid([*head, "seeds"], rows)
-
-
-def interval(values: pd.Series) -> str:
-    """Return "mean [low, high]", 95 % over seeds."""
-    row = scoring.over_seeds(values)
-    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
 def main() -> None:
