@@ -31,16 +31,26 @@ PROBES = {
     "gap": "its train − held-out gap",
     "fresh_gap": "gap of a probe that saw neither",
 }
-# What a claim of the paper (results/claims.py) is asked by, in the plan of the folder `scenes`.
+# What a claim of the paper (results/claims.py) is asked by, in the plan of each folder.
 ASKED = {
-    "P1": ["S1", "S5"],
-    "P3": ["S4"],
-    "P5": ["S3"],
-    "P6": ["S7", "S8"],
-    "P7": ["S1", "S2", "C1", "C2", "C3"],
-    "P8": ["M1", "M2"],
-    "P9": ["M4"],
-    "P18": ["S6"],
+    "scenes": {
+        "P1": ["S1", "S5"],
+        "P3": ["S4"],
+        "P5": ["S3"],
+        "P6": ["S7", "S8"],
+        "P7": ["S1", "S2", "C1", "C2", "C3"],
+        "P8": ["M1", "M2"],
+        "P9": ["M4"],
+        "P14": ["O1", "O2"],
+        "P18": ["S6"],
+    },
+    "photographs": {
+        "P1": ["T1"],
+        "P3": ["T4"],
+        "P5": ["T3"],
+        "P6": ["T6", "T7"],
+        "P7": ["T1", "T2"],
+    },
 }
 
 
@@ -233,7 +243,12 @@ def ends(name: str) -> str:
         seeds = members["seed"].nunique()
         rows.append([plots.NAMES[criterion], f"{rho:g}", change, *cells, seeds])
     head = ["criterion", "ρ", "change", "target", "reference", "score", "images of neither set"]
-    return evidence.grid([*head, "seeds"], rows)
+    head.append("seeds")
+    table = pd.DataFrame(rows, columns=head)
+    for column, same in (("ρ", "0"), ("change", "")):
+        if (table[column] == same).all():  # photographs have no ρ, a plan may have no changes
+            table = table.drop(columns=column)
+    return evidence.grid(list(table), table.to_numpy().tolist())
 
 
 def audits(name: str) -> str:
@@ -294,14 +309,20 @@ def ran(name: str) -> str:
     return "\n".join(lines)
 
 
-def answers(name: str = "scenes") -> dict[str, str]:
-    """Return what the plan says of the paper's claims: {"P1": "S1 supported, S5 undecided"}."""
-    if not (HERE / name / "claims.csv").exists():
+def answers(name: str) -> dict[str, str]:
+    """Return what the plan of results/<name> says of the paper's claims, such as {"P1": "S1
+    supported, S5 undecided"}; empty before it was run.
+    """
+    verdict: dict[str, str] = {}
+    for table in ("claims", "one_model_claims"):
+        if (HERE / name / f"{table}.csv").exists():
+            rows = _read(name, table)
+            verdict |= dict(zip(rows["claim"], rows["verdict"], strict=True))
+    if not verdict:
         return {}
-    verdict = _read(name, "claims").set_index("claim")["verdict"]
     return {
-        claim: ", ".join(f"{asked} {verdict[asked]}" for asked in asking)
-        for claim, asking in ASKED.items()
+        claim: ", ".join(f"{asked} {verdict.get(asked, 'not run')}" for asked in asking)
+        for claim, asking in ASKED[name].items()
     }
 
 

@@ -47,6 +47,7 @@ LATER = [
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES, SETTINGS  # noqa: E402  the path comes first
 from results import claims, evidence, evidence_report, recipe, seeds  # noqa: E402
+from results import one_model as plan_of_one_model  # noqa: E402
 
 
 def copy(profile: str, changes: str = "") -> None:
@@ -458,26 +459,22 @@ def judged(name: str) -> str:
 
 
 def all_verdicts() -> str:
-    """Return a row per claim with its source, and its verdicts: by the plan, and by the exploratory
-    studies of scenes and photographs.
+    """Return a row per claim with its source, and its verdicts: by the plans, and by the
+    exploratory studies; each of scenes and of photographs.
     """
-    planned = evidence_report.answers()
+    by_plan = {name: evidence_report.answers(name) for name in evidence_report.ASKED}
     scenes = _read("study", "claims").set_index("id")
     photographs = _read("pictures", "claims").set_index("id")["verdict"]
     photographs = photographs.replace("not tested", "")
-    rows = [
-        [
-            key,
-            row["claim"],
-            row["source"],
-            planned.get(key, "not asked"),
-            row["verdict"],
-            photographs[key],
-        ]
-        for key, row in scenes.iterrows()
-    ]
-    head = ["", "claim", "source", "by plan, fresh seeds", "scenes, exploratory"]
-    return evidence.grid([*head, "photographs, exploratory"], rows)
+    rows = []
+    for key, row in scenes.iterrows():
+        planned = [found.get(key, "not asked") for found in by_plan.values()]
+        explored = [row["verdict"], photographs[key]]
+        rows.append([key, row["claim"], row["source"], *planned, *explored])
+    head = ["", "claim", "source"]
+    for unit in ("by plan, fresh seeds", "exploratory"):
+        head += [f"scenes, {unit}", f"photographs, {unit}"]
+    return evidence.grid(head, rows)
 
 
 def coverage() -> str:
@@ -541,45 +538,57 @@ def controls_block() -> str:
 
 def found() -> str:
     """Return what was found, in at most five lines with intervals, for the top of README: by the
-    plan of results/scenes as far as it was run, photographs from the exploratory study.
+    plans as far as they were run, photographs from the exploratory study before that.
     """
-    claimed = _read("scenes", "claims").set_index("claim")
-    claimed = claimed[claimed["verdict"] != "not run"]
-    planned = len(evidence.plan("scenes")["seeds"])
-
-    def over(claim: str) -> str:
-        row = claimed.loc[claim]
-        seeds = int(row["seeds"])
-        partly = f", provisional ({seeds} of {planned} seeds)" if seeds < planned else ""
-        return f"{_bold(row['mean'], row['low'], row['high'])}, {row['verdict']}{partly}"
-
     asked = {"S2": "SimCLR", "C1": "Barlow Twins", "C2": "BYOL", "C3": "DINO"}
-    others = [f"{name} {over(claim)}" for claim, name in asked.items() if claim in claimed.index]
+    said = _said("scenes")
+    others = [f"{name} {said[claim]}" for claim, name in asked.items() if claim in said]
+    lines = [
+        f"- **It remembers.** The déjà vu score of VICReg is {said['S1']}; {'; '.join(others)}.",
+        f"- **The last layer remembers most.** Projector minus backbone, VICReg: {said['S3']}.",
+    ]
+    if "S6" in said:
+        lines.append(
+            "- **It is not correlation.** Where the background tells nothing (ρ = 0) VICReg's "
+            f"target beats chance, 0.1, by {said['S6']}."
+        )
+    if "S7" in said:
+        lines.append(
+            "- **Against a supervised net**, VICReg minus it, both at the projector: by label "
+            f"inference {said['S7']}; without labels {said['S8']}. Not so against that net's "
+            "logits ([P6](results/README.md#the-papers-claims))."
+        )
+    return "\n".join([*lines, _found_on_photographs()])
+
+
+def _found_on_photographs() -> str:
+    asked = {"T1": "VICReg", "T2": "SimCLR", "T5": "supervised"}
+    said = _said("photographs") if (HERE / "photographs" / "claims.csv").exists() else {}
+    parts = [f"{name} {said[claim]}" for claim, name in asked.items() if claim in said]
+    if parts:
+        return f"- **Photographs**, ten classes of Tiny-ImageNet: {'; '.join(parts)}."
 
     pictures = _last_scores("pictures").query("p == 100").set_index("criterion")
     pictures = pictures[["score", "low", "high"]]
     shown = {name: _number(*pictures.loc[name]) for name in pictures.index}
-
-    lines = [
-        f"- **It remembers.** The déjà vu score of VICReg is {over('S1')}; {'; '.join(others)}.",
-        f"- **The last layer remembers most.** Projector minus backbone, VICReg: {over('S3')}.",
-    ]
-    if "S6" in claimed.index:
-        lines.append(
-            "- **It is not correlation.** Where the background tells nothing (ρ = 0) VICReg's "
-            f"target beats chance, 0.1, by {over('S6')}."
-        )
-    if "S7" in claimed.index:
-        lines.append(
-            "- **Against a supervised net**, VICReg minus it, both at the projector: by label "
-            f"inference {over('S7')}; without labels {over('S8')}. Not so against that net's "
-            "logits ([P6](results/README.md#the-papers-claims))."
-        )
-    lines.append(
+    return (
         f"- **Photographs**, ten classes, exploratory, images of these encoders: VICReg "
         f"{shown['vicreg']}, SimCLR {shown['simclr']}, supervised {shown['supervised']}."
     )
-    return "\n".join(lines)
+
+
+def _said(name: str) -> dict[str, str]:
+    """Return {claim: "mean [low, high], verdict"} of the claims of a plan that were judged, with
+    the number of seeds where some are missing.
+    """
+    planned = len(evidence.plan(name)["seeds"])
+    said = {}
+    for row in _read(name, "claims").query("verdict != 'not run'").to_dict("records"):
+        seeds = int(row["seeds"])
+        partly = f", provisional ({seeds} of {planned} seeds)" if seeds < planned else ""
+        interval = _bold(row["mean"], row["low"], row["high"])
+        said[row["claim"]] = f"{interval}, {row['verdict']}{partly}"
+    return said
 
 
 GPU = "tiny_imagenet"
@@ -597,6 +606,8 @@ PARTS: dict[str, Callable[[str], str]] = {
     "made": made,
     "claims": judged,
     **evidence_report.PARTS,
+    "one-model-verdicts": plan_of_one_model.verdicts,
+    "one-model-by-criterion": plan_of_one_model.by_criterion,
 }
 WHOLE: dict[str, Callable[[], str]] = {
     "claims": all_verdicts,

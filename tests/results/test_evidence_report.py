@@ -115,3 +115,33 @@ def test_figures_draw_every_seed(reported):
     assert len(supervised.lines) == 1 + 1 + 1 + 1
     (axis,) = evidence_report.claims_figure("toy").axes
     assert sorted(axis.lines[0].get_xdata()) == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("folder", evidence_report.ASKED)
+def test_every_claim_that_answers_the_paper_is_in_a_plan(folder):
+    plans = [evidence.plan(folder), evidence.plan("one_model")]
+    known = {claim["id"] for planned in plans for claim in planned["claims"]}
+    asked = {claim for asking in evidence_report.ASKED[folder].values() for claim in asking}
+    assert asked <= known
+
+
+def test_the_papers_claims_are_answered_by_the_verdicts_of_the_plans(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence_report, "HERE", tmp_path)
+    monkeypatch.setattr(evidence_report, "ASKED", {"toy": {"P1": ["S1", "S2"], "P14": ["O1"]}})
+    assert evidence_report.answers("toy") == {}  # nothing was run
+
+    (tmp_path / "toy").mkdir()
+    rows = pd.DataFrame({"claim": ["S1"], "verdict": ["supported"]})
+    rows.to_csv(tmp_path / "toy" / "claims.csv", index=False)
+    rows = pd.DataFrame({"claim": ["O1"], "verdict": ["undecided"]})
+    rows.to_csv(tmp_path / "toy" / "one_model_claims.csv", index=False)
+    answers = {"P1": "S1 supported, S2 not run", "P14": "O1 undecided"}
+    assert evidence_report.answers("toy") == answers
+
+
+def test_a_column_that_says_the_same_everywhere_is_left_out(reported):
+    assert "ρ" in evidence_report.ends("toy").splitlines()[0]  # scenes
+    scores = pd.read_csv(reported / "scores.csv").assign(rho=0.0)
+    scores.to_csv(reported / "scores.csv", index=False)
+    head = evidence_report.ends("toy").splitlines()[0]
+    assert "ρ" not in head and "change" not in head and "criterion" in head
