@@ -1,4 +1,4 @@
-"""The one-model test on a plan's encoders: scores of a tiny pair, and verdicts by the stated rule."""
+"""The one-model test on encoders of a plan: scores of a tiny pair, verdicts by the stated rule."""
 
 import sys
 
