@@ -56,7 +56,7 @@ def command(stale: list[str], profile: str, environment: dict[str, str]) -> list
         words += ["--cores", environment.get("CORES") or str(side_by_side())]
 
     if environment.get("DRY"):
-        words += ["--dry-run", "--quiet", "host", "rules", "reason"]
+        words += ["--dry-run", "--quiet", "host", "progress", "rules", "reason"]
     elif executor:
         words += ["--quiet", "host", "progress"]  # what a cluster refuses, nobody else says
     else:
