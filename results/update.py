@@ -48,6 +48,7 @@ sys.path.insert(0, str(HERE.parent))
 from dejavu_utils.plots import NAMES, SETTINGS  # noqa: E402  the path comes first
 from results import claims, evidence, evidence_report, recipe, seeds  # noqa: E402
 from results import one_model as plan_of_one_model  # noqa: E402
+from results import without_labels as measures_without_labels  # noqa: E402
 
 
 def copy(profile: str, changes: str = "") -> None:
@@ -608,6 +609,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     **evidence_report.PARTS,
     "one-model-verdicts": plan_of_one_model.verdicts,
     "one-model-by-criterion": plan_of_one_model.by_criterion,
+    "without-labels-over-seeds": measures_without_labels.block,
 }
 WHOLE: dict[str, Callable[[], str]] = {
     "claims": all_verdicts,
