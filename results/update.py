@@ -545,19 +545,25 @@ def found() -> str:
     said = _said("scenes")
     others = [f"{name} {said[claim]}" for claim, name in asked.items() if claim in said]
     lines = [
-        f"- **It remembers.** The déjà vu score of VICReg is {said['S1']}; {'; '.join(others)}.",
-        f"- **The last layer remembers most.** Projector minus backbone, VICReg: {said['S3']}.",
+        f"- **It remembers.** The déjà vu score of VICReg is {said['S1']}; {'; '.join(others)}."
     ]
     if "S6" in said:
         lines.append(
-            "- **It is not correlation.** Where the background tells nothing (ρ = 0) VICReg's "
-            f"target beats chance, 0.1, by {said['S6']}."
+            "- **It is not correlation, and the last layer holds most of it.** Where the "
+            "background tells nothing (ρ = 0) VICReg's target beats chance, 0.1, by "
+            f"{said['S6']}. Projector minus backbone: {said['S3']}."
         )
     if "S7" in said:
         lines.append(
             "- **Against a supervised net**, VICReg minus it, both at the projector: by label "
             f"inference {said['S7']}; without labels {said['S8']}. Not so against that net's "
             "logits ([P6](results/README.md#the-papers-claims))."
+        )
+    if {"M1", "M2", "M3"} <= set(said):
+        lines.append(
+            "- **Settings that should lower it**, VICReg. λ = 100 instead of 25: score "
+            f"{said['M1']}; linear probe {said['M2']}. Training on crops of at least 20 % of the "
+            f"area instead of 4 %: score {said['M3']}."
         )
     return "\n".join([*lines, _found_on_photographs()])
 
