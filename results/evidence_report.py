@@ -171,7 +171,9 @@ def claims_figure(name: str) -> Any:
         error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
         axis.errorbar(row["mean"], height + 0.25, xerr=error, fmt="D", color="black", ms=4, lw=1.5)
     axis.axvline(0, color="grey", lw=1, ls=":")
-    names = [textwrap.fill(f"{claim['says']} ({claim['id']})", 48) for claim in shown]
+    says = [claim["says"].replace(" %", "\N{NO-BREAK SPACE}%") for claim in shown]
+    ids = [claim["id"] for claim in shown]
+    names = [textwrap.fill(f"{text} ({id_})", 48) for text, id_ in zip(says, ids, strict=True)]
     axis.set_yticks(range(len(shown)), names)
     axis.invert_yaxis()
     figure.supxlabel("dots: seeds; diamond: mean with its 95 % t-interval", fontsize="small")
