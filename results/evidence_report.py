@@ -26,6 +26,7 @@ from results import evidence  # noqa: E402
 
 KEYS = ["criterion", "rho", "change"]
 PERCENT = (100, 20)
+UNBROKEN = "\N{NO-BREAK SPACE}%"  # a number and its sign stay on one line
 PROBES = {
     "held_out": "probe, held out",
     "gap": "its train − held-out gap",
@@ -171,9 +172,8 @@ def claims_figure(name: str) -> Any:
         error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
         axis.errorbar(row["mean"], height + 0.25, xerr=error, fmt="D", color="black", ms=4, lw=1.5)
     axis.axvline(0, color="grey", lw=1, ls=":")
-    says = [claim["says"].replace(" %", "\N{NO-BREAK SPACE}%") for claim in shown]
-    ids = [claim["id"] for claim in shown]
-    names = [textwrap.fill(f"{text} ({id_})", 48) for text, id_ in zip(says, ids, strict=True)]
+    names = [f"{claim['says']} ({claim['id']})".replace(" %", UNBROKEN) for claim in shown]
+    names = [textwrap.fill(name, 48) for name in names]
     axis.set_yticks(range(len(shown)), names)
     axis.invert_yaxis()
     figure.supxlabel("dots: seeds; diamond: mean with its 95 % t-interval", fontsize="small")
