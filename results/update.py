@@ -556,8 +556,8 @@ def found() -> str:
     if "S7" in said:
         lines.append(
             "- **Against a supervised net**, VICReg minus it, both at the projector: by label "
-            f"inference {said['S7']}; without labels {said['S8']}. Not so against that net's "
-            "logits ([P6](results/README.md#the-papers-claims))."
+            f"inference {said['S7']}; without labels {said['S8']}. It depends on layer and "
+            f"pictures{_against_on_photographs()} ([P6](results/README.md#the-papers-claims))."
         )
     if {"M1", "M2", "M3"} <= set(said):
         lines.append(
@@ -568,9 +568,16 @@ def found() -> str:
     return "\n".join([*lines, _found_on_photographs()])
 
 
+def _against_on_photographs() -> str:
+    said = _said("photographs")
+    if "T6" not in said:
+        return ""
+    return f"; on photographs by label inference {said['T6']}; without labels {said['T7']}"
+
+
 def _found_on_photographs() -> str:
     asked = {"T1": "VICReg", "T2": "SimCLR", "T5": "supervised"}
-    said = _said("photographs") if (HERE / "photographs" / "claims.csv").exists() else {}
+    said = _said("photographs")
     parts = [f"{name} {said[claim]}" for claim, name in asked.items() if claim in said]
     if parts:
         return f"- **Photographs**, ten classes of Tiny-ImageNet: {'; '.join(parts)}."
@@ -586,8 +593,10 @@ def _found_on_photographs() -> str:
 
 def _said(name: str) -> dict[str, str]:
     """Return {claim: "mean [low, high], verdict"} of the claims of a plan that were judged, with
-    the number of seeds where some are missing.
+    the number of seeds where some are missing; empty before the plan was run.
     """
+    if not (HERE / name / "claims.csv").exists():
+        return {}
     planned = len(evidence.plan(name)["seeds"])
     said = {}
     for row in _read(name, "claims").query("verdict != 'not run'").to_dict("records"):
