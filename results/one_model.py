@@ -1,10 +1,11 @@
 """Whether the one-model test agrees with the two-model test, on the encoders of a plan.
 
-    .venv/bin/python results/one_model.py scores    # in the clone that trained them: some minutes
-    .venv/bin/python results/one_model.py           # the verdicts, from what the first left
+    .venv/bin/python results/one_model.py one_model scores    # in the clone that trained them
+    .venv/bin/python results/one_model.py one_model           # verdicts, from what the first left
 
-Follows results/plan_one_model.md. The first writes scenes/one_model.csv, a row per seed, criterion
-and classifier of crops; the second scenes/one_model_claims.csv.
+Follows results/plan_one_model.md; "one_model_photographs" follows that plan. Takes some minutes.
+The first writes scenes/one_model.csv, a row per seed, criterion and classifier of crops; the second
+scenes/one_model_claims.csv.
 """
 
 from __future__ import annotations
@@ -123,21 +124,21 @@ def by_criterion(name: str) -> str:
     return evidence.grid([*head, "seeds"], rows)
 
 
-def main() -> None:
-    """Score the pairs, or judge the scores."""
-    ours = evidence.plan("one_model")
+def main(plan: str, *step: str) -> None:
+    """Score the pairs of a plan, or judge the scores."""
+    ours = evidence.plan(plan)
     name = ours["plan"]
     out = HERE / name
-    if sys.argv[1:] == ["scores"]:
+    if step == ("scores",):
         found = scores(ours, HERE.parent / "runs" / f"evidence-{name}", out)
         found.to_csv(out / "one_model.csv", index=False, float_format="%.6g")
         return
-    if sys.argv[1:]:
-        sys.exit(__doc__)
     table = judged(pd.read_csv(out / "one_model.csv"), ours)
     table.to_csv(out / "one_model_claims.csv", index=False, float_format="%.6g")
     print(table.to_string(index=False))
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["scores"]):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -119,7 +119,7 @@ def test_figures_draw_every_seed(reported):
 
 @pytest.mark.parametrize("folder", evidence_report.ASKED)
 def test_every_claim_that_answers_the_paper_is_in_a_plan(folder):
-    plans = [evidence.plan(folder), evidence.plan("one_model")]
+    plans = [evidence.plan(name) for name in (folder, "one_model", "one_model_photographs")]
     known = {claim["id"] for planned in plans for claim in planned["claims"]}
     asked = {claim for asking in evidence_report.ASKED[folder].values() for claim in asking}
     assert asked <= known
