@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from dejavu_utils import store
+from dejavu_utils.attack import references
+from dejavu_utils.models import launch, pairs
 
 sys.path.insert(0, str(store.PACKAGE.parent))
 from results import evidence, one_model
@@ -30,15 +32,18 @@ OURS = evidence.plan("one_model")
 def test_scores_share_the_target_and_differ_by_their_references(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "plan", lambda name: PLANNED)
     piece = evidence.Piece(7, "vicreg", 0.2)
-    tables = evidence.measure(PLANNED, piece, tmp_path / "runs")
-    out = tmp_path / "out"
+    folder, out = tmp_path / "runs", tmp_path / "out"
+    params = evidence.parameters(PLANNED, piece)
+    pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+    launch.fit_all(pairs.jobs([pair]))
+    guesses = references.two_model(pair, 2, PLANNED["k"])
     for rho in (0.2, 0.5):  # the plan asks for its first rho alone
-        evidence.pack(out / f"{piece._replace(rho=rho).name}.zip", tables, {})
+        evidence.pack(out / f"{piece._replace(rho=rho).name}.zip", {"guesses": guesses}, {})
 
-    found = one_model.scores({"plan": "toy", "kinds": ["naive_bayes"]}, tmp_path / "runs", out)
+    found = one_model.scores({"plan": "toy", "kinds": ["naive_bayes"]}, folder, out)
     (row,) = found.to_dict("records")
 
-    rows = tables["guesses"].query("attacked == 'attacked' and epoch == 2 and layer == 'projector'")
+    rows = guesses.query("attacked == 'attacked' and epoch == 2 and layer == 'projector'")
     right = rows.groupby("role")["correct"].mean()
     assert row["target"] == pytest.approx(right["target"])
     assert row["two_model"] == pytest.approx(right["target"] - right["reference"])
