@@ -24,7 +24,6 @@ sys.path.insert(0, str(HERE.parent))
 from dejavu_utils import store  # noqa: E402  the path comes first
 from dejavu_utils.audit import audit, estimate  # noqa: E402
 from dejavu_utils.audit.settings import Settings  # noqa: E402
-from dejavu_utils.models import pairs  # noqa: E402
 from results import evidence  # noqa: E402
 
 SIZES = (50, 100, 150, 300)  # members of an audit, and held-out images
@@ -41,8 +40,7 @@ def guesses(name: str, folder: Path) -> pd.DataFrame:
     for piece in evidence.pieces(planned):
         if not (HERE / name / f"{piece.name}.zip").exists():
             continue
-        params = evidence.parameters(planned, piece)
-        pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+        pair = evidence.pair_of(planned, piece, folder)
         encoder = pair.jobs["A"].checkpoint(planned["epochs"][-1])
         if not store.intact(encoder):
             sys.exit(f"{encoder} is not there: run this in the clone that trained {piece.name}")

@@ -85,6 +85,21 @@ def parameters(planned: dict[str, Any], piece: Piece) -> dict[str, Any]:
     return params | {"recipe": recipe(planned, piece.change)}
 
 
+def unchanged(planned: dict[str, Any], out: Path) -> list[Piece]:
+    """Return the pieces that were run of the plan's recipe as it is, at its first rho."""
+    first = planned["order"][0]["rhos"][0]
+    alike = [piece for piece in pieces(planned) if piece.rho == first and not piece.change]
+    return [piece for piece in alike if (out / f"{piece.name}.zip").exists()]
+
+
+def pair_of(planned: dict[str, Any], piece: Piece, folder: Path) -> Any:
+    """Return the pair of a piece's encoders, which are in `folder` if they were trained."""
+    from dejavu_utils.models import pairs
+
+    params = parameters(planned, piece)
+    return pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+
+
 # -- a piece ----------------------------------------------------------------------------------
 
 
@@ -96,7 +111,7 @@ def measure(planned: dict[str, Any], piece: Piece, folder: Path) -> dict[str, pd
     from dejavu_utils.models import launch, pairs
 
     params = parameters(planned, piece)
-    pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+    pair = pair_of(planned, piece, folder)
     launch.fit_all(pairs.jobs([pair]))
 
     k = planned["k"]

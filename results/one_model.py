@@ -20,7 +20,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils import plots  # noqa: E402  the path comes first
 from dejavu_utils.attack import one_model, scoring  # noqa: E402
-from dejavu_utils.models import pairs  # noqa: E402
 from results import evidence, evidence_report  # noqa: E402
 
 
@@ -31,15 +30,10 @@ def scores(ours: dict[str, Any], folder: Path, out: Path) -> pd.DataFrame:
     neither set (`control`).
     """
     planned = evidence.plan(ours["plan"])
-    first = planned["order"][0]["rhos"][0]
     epoch, k = planned["epochs"][-1], planned["k"]
     rows = []
-    for piece in evidence.pieces(planned):
-        ran = (out / f"{piece.name}.zip").exists()
-        if not ran or piece.change or piece.rho != first:
-            continue
-        params = evidence.parameters(planned, piece)
-        pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+    for piece in evidence.unchanged(planned, out):
+        pair = evidence.pair_of(planned, piece, folder)
         guesses = evidence.unpack(out / f"{piece.name}.zip", "guesses")
         two = of(guesses[guesses["epoch"] == epoch].query("attacked == 'attacked'"))
         for kind in ours["kinds"]:

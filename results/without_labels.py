@@ -18,7 +18,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from dejavu_utils import plots  # noqa: E402  the path comes first
 from dejavu_utils.attack import measures  # noqa: E402
-from dejavu_utils.models import pairs  # noqa: E402
 from results import evidence, evidence_report  # noqa: E402
 
 COLUMNS = ["seed", "criterion", "measure", "attacked", "target", "reference", "difference", "n"]
@@ -28,14 +27,9 @@ SETS = {"attacked": "training images", "control": "images of neither set"}
 def measured(name: str, folder: Path, out: Path) -> pd.DataFrame:
     """Return COLUMNS of every pair that was run of the plan's recipe as it is, at its first rho."""
     planned = evidence.plan(name)
-    first = planned["order"][0]["rhos"][0]
     tables = []
-    for piece in evidence.pieces(planned):
-        ran = (out / f"{piece.name}.zip").exists()
-        if not ran or piece.change or piece.rho != first:
-            continue
-        params = evidence.parameters(planned, piece)
-        pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+    for piece in evidence.unchanged(planned, out):
+        pair = evidence.pair_of(planned, piece, folder)
         for attacked in ("attacked", "control"):
             table = measures.by_set(pair, planned["epochs"][-1], attacked=attacked)
             tables.append(table[COLUMNS])

@@ -33,8 +33,7 @@ def test_scores_share_the_target_and_differ_by_their_references(tmp_path, monkey
     monkeypatch.setattr(evidence, "plan", lambda name: PLANNED)
     piece = evidence.Piece(7, "vicreg", 0.2)
     folder, out = tmp_path / "runs", tmp_path / "out"
-    params = evidence.parameters(PLANNED, piece)
-    pair = pairs.one(params, folder, piece.criterion, piece.rho, piece.seed)
+    pair = evidence.pair_of(PLANNED, piece, folder)
     launch.fit_all(pairs.jobs([pair]))
     guesses = references.two_model(pair, 2, PLANNED["k"])
     for rho in (0.2, 0.5):  # the plan asks for its first rho alone

@@ -29,8 +29,8 @@ PLANNED = {
 def test_only_pairs_of_the_recipe_as_it_is_that_were_run_are_asked(tmp_path, monkeypatch):
     asked = []
 
-    def one(params, folder, criterion, rho, seed):
-        asked.append((criterion, rho, seed))
+    def pair_of(planned, piece, folder):
+        asked.append((piece.criterion, piece.rho, piece.seed))
         return asked[-1]
 
     def by_set(pair, epoch, attacked):
@@ -39,7 +39,7 @@ def test_only_pairs_of_the_recipe_as_it_is_that_were_run_are_asked(tmp_path, mon
         return pd.DataFrame([row | {"criterion": pair[0], "attacked": attacked, "error": 1.0}])
 
     monkeypatch.setattr(evidence, "plan", lambda name: PLANNED)
-    monkeypatch.setattr(without_labels.pairs, "one", one)
+    monkeypatch.setattr(evidence, "pair_of", pair_of)
     monkeypatch.setattr(without_labels.measures, "by_set", by_set)
     for name in ("7-vicreg-0.2", "7-vicreg-0.5", "7-vicreg-0.2-other"):
         (tmp_path / f"{name}.zip").touch()
