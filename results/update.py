@@ -539,7 +539,7 @@ def controls_block() -> str:
 
 def found() -> str:
     """Return what was found, in at most five lines with intervals, for the top of README: by the
-    plans as far as they were run, photographs from the exploratory study before that.
+    plans as far as they were run.
     """
     asked = {"S2": "SimCLR", "C1": "Barlow Twins", "C2": "BYOL", "C3": "DINO"}
     said = _said("scenes")
@@ -579,24 +579,13 @@ def _found_on_photographs() -> str:
     asked = {"T1": "VICReg", "T2": "SimCLR", "T5": "supervised"}
     said = _said("photographs")
     parts = [f"{name} {said[claim]}" for claim, name in asked.items() if claim in said]
-    if parts:
-        return f"- **Photographs**, ten classes of Tiny-ImageNet: {'; '.join(parts)}."
-
-    pictures = _last_scores("pictures").query("p == 100").set_index("criterion")
-    pictures = pictures[["score", "low", "high"]]
-    shown = {name: _number(*pictures.loc[name]) for name in pictures.index}
-    return (
-        f"- **Photographs**, ten classes, exploratory, images of these encoders: VICReg "
-        f"{shown['vicreg']}, SimCLR {shown['simclr']}, supervised {shown['supervised']}."
-    )
+    return f"- **Photographs**, ten classes of Tiny-ImageNet: {'; '.join(parts)}."
 
 
 def _said(name: str) -> dict[str, str]:
     """Return {claim: "mean [low, high], verdict"} of the claims of a plan that were judged, with
-    the number of seeds where some are missing; empty before the plan was run.
+    the number of seeds where some are missing.
     """
-    if not (HERE / name / "claims.csv").exists():
-        return {}
     planned = len(evidence.plan(name)["seeds"])
     said = {}
     for row in _read(name, "claims").query("verdict != 'not run'").to_dict("records"):
